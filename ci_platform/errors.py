@@ -1,0 +1,86 @@
+"""Every error the platform raises on purpose, with what each means to a caller and to a run.
+
+Rejected: the request is at fault (4xx). Failed: the tenant's matter (conclusion `failure`). Unavailable:
+ours (conclusion `error`, retried).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Conclusion = Literal["success", "failure", "error", "cancelled", "timed_out"]
+
+
+class PlatformError(Exception):
+    """Base: stable `code`, HTTP `status`, `conclusion` of a run that ends by it, whether to `retry_later`."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[int] = 500
+    conclusion: ClassVar[Conclusion | None] = "error"
+    retry_later: ClassVar[bool] = False
+
+
+class RejectedError(PlatformError):
+    """The request cannot be done as it stands; nothing was changed."""
+
+    code, status, conclusion = "rejected", 400, None
+
+
+class InvalidInputError(RejectedError):
+    """A value is missing, has the wrong type or is out of range; the message names it."""
+
+    code, status = "invalid_input", 400
+
+
+class UnauthorizedError(RejectedError):
+    """The signature or the token is missing or wrong."""
+
+    code, status = "unauthorized", 401
+
+
+class ForbiddenError(RejectedError):
+    """Who asks is known and may not do this."""
+
+    code, status = "forbidden", 403
+
+
+class NotFoundError(RejectedError):
+    """There is nothing under this name."""
+
+    code, status = "not_found", 404
+
+
+class ConflictError(RejectedError):
+    """The state of the thing does not allow it: decided already, finished already, exists already."""
+
+    code, status = "conflict", 409
+
+
+class TooLargeError(RejectedError):
+    """The body is larger than the limit."""
+
+    code, status = "too_large", 413
+
+
+class FailedError(PlatformError):
+    """The tenant's pipeline, repository or command is at fault."""
+
+    code, status, conclusion = "failed", 422, "failure"
+
+
+class PipelineInvalidError(FailedError):
+    """`.dynflow/ci.py` cannot be loaded; the message has file, line and reason."""
+
+    code = "pipeline_invalid"
+
+
+class LimitExceededError(FailedError):
+    """A command or a run went over a limit; the message names limit and value."""
+
+    code = "limit_exceeded"
+
+
+class UnavailableError(PlatformError):
+    """Something that we depend on does not answer: git remote, forge, Docker, disk."""
+
+    code, status, retry_later = "unavailable", 503, True

@@ -1,0 +1,92 @@
+"""Contract of sandboxes: where tenant commands run.
+
+`isolate.IsolateSandbox` is a confined process on this host, `container.ContainerSandbox` a Docker container.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+MEBIBYTE = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The files of one command, made by `workspaces.prepare`.
+
+    With `lowers` (topmost first, at least one) they are an overlay that the sandbox mounts: `upper` takes the
+    changes, `work` is overlayfs's own. Without lowers `upper` is a plain directory with everything in it.
+    """
+
+    upper: Path
+    work: Path
+    lowers: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxLimits:
+    """What one command may use."""
+
+    timeout: timedelta = timedelta(minutes=60)
+    memory: int = 2048 * MEBIBYTE
+    processes: int = 512
+    output: int = 64 * MEBIBYTE
+    """Bytes printed; a command that prints more is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxJob:
+    """One command. `id` is unique while it runs; `cwd` is relative to the tree, which is mounted at /workspace."""
+
+    id: str
+    argv: tuple[str, ...]
+    tree: Tree
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "."
+    image: str | None = None
+    network: bool = False
+    limits: SandboxLimits = SandboxLimits()
+
+
+StopReason = Literal["exited", "timeout", "memory", "output"]
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxOutcome:
+    """How the command ended. `exit_code` is 128 + n for signal n. `reason` says who ended it."""
+
+    exit_code: int
+    reason: StopReason
+    duration: timedelta
+
+
+Output = Callable[[bytes], None]
+"""Called on the event loop with each piece of stdout and stderr, as it comes."""
+
+
+class Sandbox(ABC):
+    """Runs commands.
+
+    *Order of calls*: `run` any number of times, concurrently; `sweep` once at start, before the first `run`.
+    *Concurrency*: one event loop. *Idempotency*: none; a caller that repeats gives a fresh tree.
+    *Cancellation*: cancelling `run` kills the whole process tree and waits for it before CancelledError leaves.
+    *Errors*: UnavailableError where the sandbox itself cannot run; a command that fails is an outcome, not an
+    error. When `run` returns or raises, no process, mount or container of the job is left.
+    """
+
+    @abstractmethod
+    async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
+        """Run one command to its end."""
+
+    @abstractmethod
+    async def sweep(self) -> int:
+        """Kill and remove what an earlier process of this platform left behind; returns how many."""
+
+    @abstractmethod
+    def describe(self) -> Mapping[str, str]:
+        """Return which walls and methods are in use, for `dynflow doctor`."""

@@ -1,0 +1,210 @@
+"""Every error that dynflow raises on purpose.
+
+Misuse is never retried. Workflow errors are delivered into tenant code and can be caught there.
+Isolate errors tell the tenant's failure (load, limit) from ours (crash, no room).
+"""
+
+from __future__ import annotations
+
+
+class DynflowError(Exception):
+    """Base of all errors of the library. `code` is stable and meant for programs."""
+
+    code = "dynflow_error"
+
+
+# --- misuse of the instance API ------------------------------------------------------------------
+
+
+class InvalidInstanceIdError(DynflowError, ValueError):
+    """An instance id is not 1-100 of `[A-Za-z0-9_-]`, or starts with a hyphen."""
+
+    code = "invalid_instance_id"
+
+
+class InstanceNotFoundError(DynflowError, LookupError):
+    """No instance has this id (in this tenant's reach)."""
+
+    code = "instance_not_found"
+
+
+class InstanceExistsError(DynflowError):
+    """An instance with this id exists already."""
+
+    code = "instance_exists"
+
+
+class IllegalMoveError(DynflowError):
+    """The instance's status does not allow the call."""
+
+    code = "illegal_move"
+
+
+class InvalidArgumentError(DynflowError, ValueError):
+    """An argument has the wrong type or a value out of its range; the message names both."""
+
+    code = "invalid_argument"
+
+
+class UnserializableError(DynflowError, TypeError):
+    """A value is not plain data; the message names the path inside it."""
+
+    code = "unserializable"
+
+
+class ValueTooLargeError(DynflowError, ValueError):
+    """An encoded value is larger than its limit; the message names size and limit."""
+
+    code = "value_too_large"
+
+
+class MissingDispatcherMetadataError(DynflowError):
+    """A dynamic workflow was started without the envelope that the wrapped binding adds."""
+
+    code = "missing_dispatcher_metadata"
+
+
+class EngineClosedError(DynflowError):
+    """The engine is not running: use it inside `async with engine`."""
+
+    code = "engine_closed"
+
+
+class StorageError(DynflowError):
+    """The engine's file is damaged, newer than this release, held by another process, or out of room."""
+
+    code = "storage"
+
+
+# --- delivered into workflows --------------------------------------------------------------------
+
+
+class WorkflowError(DynflowError):
+    """Base of the errors that a workflow can meet."""
+
+    code = "workflow_error"
+
+
+class NonRetryableError(WorkflowError):
+    """Raise it in a step to fail the step at once: `NonRetryableError(message, name=None)`.
+
+    `name`, where given, is the error name that status and logs show.
+    """
+
+    code = "non_retryable"
+
+    def __init__(self, message: str = "", name: str | None = None) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+class WorkflowTimeoutError(WorkflowError, TimeoutError):
+    """An attempt ran longer than its timeout, or an awaited event did not come in time."""
+
+    code = "workflow_timeout"
+
+
+class WorkflowInternalError(WorkflowError):
+    """A result is too large to be stored, or storage failed."""
+
+    code = "workflow_internal"
+
+
+class WorkflowFatalError(WorkflowError):
+    """A step's name, config or callback is invalid, or a limit of the instance is reached."""
+
+    code = "workflow_fatal"
+
+
+class NonRetryableDelayError(WorkflowError):
+    """A delay function raised, ran over its 5 seconds, or returned no duration."""
+
+    code = "non_retryable_delay"
+
+
+class StepFailedError(WorkflowError):
+    """A step failed for good and the class of its last error is not importable here.
+
+    Attributes: `step` (its name), `attempts` (how many were made), `cause` (`"Name: message"`).
+    """
+
+    code = "step_failed"
+
+    def __init__(self, step: str, attempts: int, cause: str) -> None:
+        super().__init__(step, attempts, cause)
+        self.step, self.attempts, self.cause = step, attempts, cause
+
+    def __str__(self) -> str:
+        return f"step {self.step!r} failed after {self.attempts} attempt(s): {self.cause}"
+
+
+class InstanceFailedError(WorkflowError):
+    """`instance.result()` of an instance that ended `errored`; `name` and `message` are its error's."""
+
+    code = "instance_failed"
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(name, message)
+        self.name, self.message = name, message
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.message}"
+
+
+class InstanceTerminatedError(WorkflowError):
+    """`instance.result()` of an instance that was terminated."""
+
+    code = "instance_terminated"
+
+
+class ReplayError(WorkflowError):
+    """Workflow code and journal disagree: the message names the step, what was expected, what was found."""
+
+    code = "replay"
+
+
+# --- isolates ------------------------------------------------------------------------------------
+
+
+class IsolateError(DynflowError):
+    """Base of what can go wrong with an isolate."""
+
+    code = "isolate"
+
+
+class WorkerLoadError(IsolateError):
+    """The tenant's code could not be loaded: syntax error, missing class, exception at import.
+
+    Attributes: `file` and `line` (None where unknown). The tenant's matter.
+    """
+
+    code = "worker_load"
+
+    def __init__(self, message: str, file: str | None = None, line: int | None = None) -> None:
+        super().__init__(message, file, line)
+        self.message, self.file, self.line = message, file, line
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}: " if self.file and self.line else (f"{self.file}: " if self.file else "")
+        return f"{where}{self.message}"
+
+
+class IsolateLimitError(IsolateError):
+    """The isolate ran into a limit (time, memory, output, message size) and was stopped. The tenant's matter."""
+
+    code = "isolate_limit"
+
+
+class IsolateCrashedError(IsolateError):
+    """The isolate's process ended without having been asked to."""
+
+    code = "isolate_crashed"
+
+
+# --- between segment and engine ------------------------------------------------------------------
+
+
+class LeaseLostError(DynflowError):
+    """This segment no longer owns its instance: it was terminated, restarted or taken over."""
+
+    code = "lease_lost"

@@ -1,0 +1,184 @@
+"""Contracts of isolates: where tenant orchestration code runs.
+
+A WorkerLoader keeps workers by id; a WorkerStub hands out entrypoints; an EntrypointStub is called like the
+tenant's own class. Two implementations: `ProcessLoader` (a confined process per isolate) and `TrustedLoader`
+(this process, for code that the host itself ships).
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol, Self
+
+from dynflow.serialization import MEBIBYTE
+from dynflow.types import StepContext
+from dynflow.workflow import StepPort, WorkflowStep
+
+
+@dataclass(frozen=True, slots=True)
+class IsolateLimits:
+    """What one isolate may use; over it the isolate is stopped with IsolateLimitError."""
+
+    memory: int = 256 * MEBIBYTE
+    """Bytes of address space that the tenant's code may add."""
+    busy: timedelta = timedelta(seconds=30)
+    """How long code may compute without coming back to its event loop."""
+    output: int = 4 * MEBIBYTE
+    """Bytes printed in one session."""
+    message: int = 8 * MEBIBYTE
+    """Bytes of one message to the host."""
+    outstanding: int = 20_000
+    """Calls to the host that are not answered yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCode:
+    """A tenant's code: `modules` maps file names (`"index.py"`, `"pkg/mod.py"`) to source.
+
+    `env` holds plain data (copied into the isolate) and capabilities (called through the wire).
+    `metadata` is what tenants see as `ctx.metadata`.
+    """
+
+    main_module: str
+    modules: Mapping[str, str]
+    env: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Any = None
+    limits: IsolateLimits = IsolateLimits()
+
+
+CodeSource = Callable[[], WorkerCode | Awaitable[WorkerCode]]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a capability call. Everything here was bound by the host; nothing came out of the isolate
+    but the choice of which of its own live step attempts makes the call.
+
+    `props` is the object given to `get_entrypoint(props=…)`, unchanged; `instance_id`, `workflow_name` and
+    `step` are None outside of a workflow, `step` also outside of a step.
+    """
+
+    worker_id: str
+    metadata: Any = None
+    props: Any = None
+    instance_id: str | None = None
+    workflow_name: str | None = None
+    step: StepContext | None = None
+
+
+current_caller: ContextVar[Caller] = ContextVar("current_caller")
+"""Set by the isolate's host side around every capability call."""
+
+
+class Capability:
+    """Base of host objects that go into a worker's `env`.
+
+    The public `async def` methods of the subclass are the whole surface that tenant code can reach; arguments
+    and results are plain data. Who calls is in `current_caller.get()`. A call is cancelled when the step
+    attempt that made it times out, is terminated, or its isolate ends.
+    """
+
+
+class Activity(Protocol):
+    """A part of a segment that can make progress by itself. A segment parks when all of its parts are idle."""
+
+    def active(self) -> None:
+        """Say that code runs, or is about to because it was just sent something."""
+
+    def idle(self) -> None:
+        """Say that nothing can happen here until one of the outstanding step calls is answered."""
+
+    def close(self) -> None:
+        """Say that this part is gone."""
+
+
+class SegmentPort(StepPort, Protocol):
+    """The port of a step object on the host's side: `step.port` of what an EntrypointStub's `run` is given."""
+
+    @property
+    def instance_id(self) -> str:
+        """The instance's id as its tenant knows it."""
+
+    @property
+    def workflow_name(self) -> str:
+        """The name that the workflow is registered under."""
+
+    def activity(self) -> Activity:
+        """Register a part, active from now."""
+
+    async def pin(self, digest: str, modules: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the modules that this instance started with.
+
+        The first call stores `modules` under `digest` (`sha256:…`) durably and returns them.
+        """
+
+
+class EntrypointStub(ABC):
+    """One entrypoint of a worker. Any other attribute is an async function: the tenant's method of that name.
+
+    *Order of calls*: any; calls run concurrently. *Cancellation*: cancelling a call cancels it inside and,
+    where the code does not obey within a second, stops the isolate. *Errors*: the tenant's own exception where
+    its class is importable here, else InstanceFailedError with name and message; WorkerLoadError,
+    IsolateLimitError, IsolateCrashedError for the isolate itself.
+    """
+
+    @abstractmethod
+    async def run(self, event: Any, step: WorkflowStep) -> Any:
+        """Run the workflow class. Step calls go to `step.port`, a SegmentPort."""
+
+    @abstractmethod
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a public method of the entrypoint, or a function of the main module for the default one."""
+
+    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return lambda *args, **kwargs: self.call(method, *args, **kwargs)
+
+
+class WorkerStub(ABC):
+    """A worker, loaded when it is first used."""
+
+    @abstractmethod
+    def get_entrypoint(self, name: str | None = None, *, props: Any = None) -> EntrypointStub:
+        """Return the entrypoint class `name` (None: the main module's functions, such as `fetch`).
+
+        `props` reaches the tenant as `ctx.props` if it is plain data, and capabilities as `caller.props` as it is.
+        """
+
+
+class WorkerLoader(ABC):
+    """Workers by id.
+
+    *Order of calls*: inside `async with loader` only. *Concurrency*: one event loop. *Idempotency*: the same id
+    is the same code; `code` is called again only after eviction. *Errors*: WorkerLoadError from the stubs' calls.
+    """
+
+    @abstractmethod
+    def get(self, worker_id: str, code: CodeSource) -> WorkerStub:
+        """Return the worker `worker_id`; `code` is asked for its code when that is first needed."""
+
+    @abstractmethod
+    def bind(self, name: str, binding: Any) -> None:
+        """Make a workflow binding known, for `wrap_workflow_binding(…, binding_name=name)` in workers' env."""
+
+    @abstractmethod
+    async def __aenter__(self) -> Self: ...
+
+    @abstractmethod
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Stop all isolates; none is left behind."""
+
+
+_HOME = {"ProcessLoader": "dynflow.isolates.loader", "TrustedLoader": "dynflow.isolates.trusted"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dynflow.isolates' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

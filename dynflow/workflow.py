@@ -1,0 +1,199 @@
+"""What tenants subclass and call: entrypoints, and the `step` object.
+
+The step object only gives each call its identity and hands it to a port; the port is the wire in an
+isolate and the segment itself in this process. Stdlib only: it runs inside isolates.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from dynflow.types import Event, StepContext, StepInfo, StepKind, WorkflowEvent
+
+Callback = Callable[..., Any]
+
+current_env: ContextVar[Any] = ContextVar("current_env")
+"""The bindings of the entrypoint that is running: how a tenant's helper finds `env` without being handed it."""
+
+current_step: ContextVar[StepContext | None] = ContextVar("current_step", default=None)
+"""The step attempt that is running, None outside of a step."""
+
+
+class WorkflowEntrypoint:
+    """Base class of a workflow: subclass it and write `async def run(self, event, step)`.
+
+    `self.env` holds the bindings, `self.ctx` the execution context (`ctx.props`, `ctx.metadata`).
+    `run` is executed again from the top after every hibernation and crash; only step results survive.
+    """
+
+    def __init__(self, ctx: Any, env: Any) -> None:
+        self.ctx, self.env = ctx, env
+
+    async def run(self, event: WorkflowEvent, step: WorkflowStep) -> Any:
+        """Run the workflow; what it returns becomes the instance's output."""
+        raise NotImplementedError(f"{type(self).__name__} has no run(self, event, step)")
+
+
+class WorkerEntrypoint:
+    """Base class of a service: its public methods, sync or async, can be called from outside the isolate."""
+
+    def __init__(self, ctx: Any, env: Any) -> None:
+        self.ctx, self.env = ctx, env
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionContext:
+    """What an entrypoint gets as `self.ctx`: `props` from whoever called, `metadata` from the loader."""
+
+    props: Any = None
+    metadata: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """One call of a method of `step`, as its port gets it, nothing checked yet.
+
+    `argument` is the duration of `sleep`, the time of `sleep_until`, the timeout of `wait_for_event`.
+    """
+
+    kind: StepKind
+    name: Any
+    count: int
+    config: Any = None
+    callback: Callback | None = None
+    rollback: Callback | None = None
+    rollback_config: Any = None
+    argument: Any = None
+    event_type: Any = None
+
+
+class StepPort(Protocol):
+    """Performs step calls. The returned awaitable may never finish: that is how a workflow is suspended."""
+
+    def call(self, call: StepCall) -> Awaitable[Any]:
+        """Perform `call`; its result or error is final and durable when the awaitable finishes."""
+
+
+class WorkflowStep:
+    """The `step` of `run(event, step)`: durable steps, sleeps and waits."""
+
+    __slots__ = ("_counts", "port")
+
+    def __init__(self, port: StepPort) -> None:
+        self.port = port
+        self._counts: dict[tuple[StepKind, Any], int] = {}
+
+    def do(
+        self,
+        name: str,
+        config: Mapping[str, Any] | Callback | None = None,
+        callback: Callback | None = None,
+        *,
+        rollback: Callback | None = None,
+        rollback_config: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run `callback` once, durably: its result is stored and returned again on every replay.
+
+        `step.do(name, callback)`, `step.do(name, config, callback)`, or as a decorator without a callback.
+        The callback is sync or async and takes no argument or a StepContext.
+        """
+        if callback is None and callable(config):
+            config, callback = None, config
+
+        def start(chosen: Callback | None) -> _PendingCall:
+            count = self._next("do", name)
+            return _PendingCall(
+                self.port, StepCall("do", name, count, config, chosen, rollback, rollback_config)
+            )
+
+        return start(callback) if callback is not None else lambda chosen: _Decorated(chosen, start)
+
+    def sleep(self, name: str, duration: Any) -> Awaitable[None]:
+        """Sleep durably for a timedelta, seconds, or text such as `"5 minutes"`."""
+        return _PendingCall(self.port, StepCall("sleep", name, self._next("sleep", name), argument=duration))
+
+    def sleep_until(self, name: str, when: Any) -> Awaitable[None]:
+        """Sleep durably until an aware datetime, or a number of seconds since the epoch."""
+        count = self._next("sleep_until", name)
+        return _PendingCall(self.port, StepCall("sleep_until", name, count, argument=when))
+
+    def wait_for_event(self, name: str, *, type: str, timeout: Any = "24 hours") -> Awaitable[Event]:  # noqa: A002, ASYNC109 - the contract's names
+        """Wait for an event of this type; raises WorkflowTimeoutError when none came in time."""
+        count = self._next("wait_for_event", name)
+        return _PendingCall(
+            self.port, StepCall("wait_for_event", name, count, argument=timeout, event_type=type)
+        )
+
+    def _next(self, kind: StepKind, name: Any) -> int:
+        # Taken at the call, before any await: same-named parallel steps keep their numbers on replay.
+        key = (kind, name) if isinstance(name, str) else (kind, repr(name))
+        count = self._counts.get(key, 0) + 1
+        self._counts[key] = count
+        return count
+
+
+class _PendingCall(Awaitable[Any]):
+    """A step call that has its number and starts when it is first awaited."""
+
+    __slots__ = ("_call", "_port")
+
+    def __init__(self, port: StepPort, call: StepCall) -> None:
+        self._port, self._call = port, call
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._port.call(self._call).__await__()
+
+
+class _Decorated:
+    """A function under `@step.do(name)`: awaiting it, or awaiting a call of it, runs the step."""
+
+    def __init__(self, function: Callback, start: Callable[[Callback], _PendingCall]) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._start = function, start
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _PendingCall:
+        if args or kwargs:
+            return self._start(functools.partial(self._function, *args, **kwargs))
+        return self._start(self._function)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._start(self._function).__await__()
+
+
+async def invoke(callback: Callback, argument: Any) -> Any:
+    """Call a tenant's callback, which is sync or async and takes `argument` or nothing."""
+    result = callback(argument) if _takes_argument(callback) else callback()
+    return await cast("Awaitable[Any]", result) if inspect.isawaitable(result) else result
+
+
+def _takes_argument(callback: Callback) -> bool:
+    try:
+        parameters = inspect.signature(callback).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature; they take what they are given
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(
+        parameter.kind in positional and parameter.default is parameter.empty
+        or parameter.kind is parameter.VAR_POSITIONAL
+        for parameter in parameters
+    )
+
+
+__all__ = [
+    "ExecutionContext",
+    "StepCall",
+    "StepContext",
+    "StepInfo",
+    "StepPort",
+    "WorkerEntrypoint",
+    "WorkflowEntrypoint",
+    "WorkflowStep",
+    "current_env",
+    "current_step",
+    "invoke",
+]

@@ -1,0 +1,6 @@
+"""What a repository writes its pipeline with."""
+
+from pipelines.commands import run_in_sandbox, summarise
+from pipelines.contract import Command, CommandFailedError, CommandResult, Workspace
+
+__all__ = ["Command", "CommandFailedError", "CommandResult", "Workspace", "run_in_sandbox", "summarise"]

@@ -1,0 +1,57 @@
+"""What a pipeline does most: run commands, and say how it went. Each is one capability call or pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dynflow.durations import parse_duration
+from dynflow.workflow import current_env
+from pipelines.contract import Command, CommandFailedError, CommandResult, SandboxKind, Workspace
+
+
+async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; all but two have a default
+    workspace: Workspace,
+    argv: Sequence[str],
+    *,
+    check: bool = True,
+    sandbox: SandboxKind = "isolate",
+    image: str | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str = ".",
+    timeout: Any = None,  # noqa: ASYNC109 - the platform enforces it, where the process is
+    network: bool = False,
+) -> CommandResult:
+    """Run `argv` in a sandbox over `workspace` and return how it ended.
+
+    What it changed in the workspace is kept if it exits with 0. Otherwise raises CommandFailedError, or
+    returns the result too if `check` is false. Call it inside a step.
+    """
+    if isinstance(argv, str) or not all(isinstance(part, str) for part in argv) or not argv:
+        raise TypeError(f'argv must be a list of strings, such as ["make", "test"], not {argv!r}')
+    if image is not None and sandbox != "container":
+        raise ValueError(f'image={image!r} needs sandbox="container"')
+    command = Command(
+        workspace=workspace,
+        argv=tuple(argv),
+        sandbox=sandbox,
+        image=image,
+        env=dict(env or {}),
+        cwd=cwd,
+        timeout=None if timeout is None else parse_duration(timeout),
+        network=network,
+    )
+    result: CommandResult = await current_env.get().SANDBOX.run(command)
+    if check and not result.ok:
+        raise CommandFailedError(result.argv, result.exit_code, result.output)
+    return result
+
+
+def summarise(results: Mapping[str, CommandResult]) -> str:
+    """Return a Markdown table of commands: name, outcome, time."""
+    rows = [
+        f"| {name} | {'passed' if result.ok else f'failed ({result.exit_code})'} "
+        f"| {result.duration.total_seconds():.1f} s |"
+        for name, result in results.items()
+    ]
+    return "\n".join(["| Step | Outcome | Time |", "|---|---|---|", *rows])

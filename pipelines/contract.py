@@ -1,0 +1,77 @@
+"""Plain values that cross between a pipeline and the platform. Stdlib only: they exist on both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+from dynflow.serialization import register
+
+SandboxKind = Literal["isolate", "container"]
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A copy-on-write working tree of `repo` at `sha`. Commands see each other's results through it."""
+
+    id: str
+    repo: str
+    sha: str
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command to run in a sandbox over a workspace.
+
+    `timeout` None means the step's own. `network` asks for one; the platform decides. `cwd` is relative to
+    the workspace. `image` names a container image and is for `sandbox="container"`.
+    """
+
+    workspace: Workspace
+    argv: tuple[str, ...]
+    sandbox: SandboxKind = "isolate"
+    image: str | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: str = "."
+    timeout: timedelta | None = None
+    network: bool = False
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """How a command ended. `output` is the end of stdout and stderr together, at most 8 KiB, redacted.
+
+    `exit_code` is 128 + n where signal n ended it.
+    """
+
+    argv: tuple[str, ...]
+    exit_code: int
+    output: str
+    duration: timedelta
+
+    @property
+    def ok(self) -> bool:
+        """Whether the command exited with 0."""
+        return self.exit_code == 0
+
+
+class CommandFailedError(Exception):
+    """A command exited non-zero: `argv`, `exit_code`, and `output`, the end of what it printed.
+
+    A failing command fails again most of the time, so its step is retried only where the step's own config
+    names `retries`.
+    """
+
+    retry = "when_configured"
+
+    def __init__(self, argv: tuple[str, ...], exit_code: int, output: str) -> None:
+        super().__init__(argv, exit_code, output)
+        self.argv, self.exit_code, self.output = argv, exit_code, output
+
+    def __str__(self) -> str:
+        tail = "\n".join(self.output.rstrip().splitlines()[-20:])
+        return f"{' '.join(self.argv)!r} exited with {self.exit_code}" + (f"\n{tail}" if tail else "")
