@@ -1,0 +1,56 @@
+"""Run benchmark parts and put their tables into docs/performance.md, one section per part."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def machine() -> str:
+    """Return one line about the machine that is measured."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, Linux {platform.release()}, "
+        f"Python {platform.python_version()}, measured {datetime.now(UTC):%Y-%m-%d}"
+    )
+
+
+def measure(part: str) -> str:
+    """Run one part and return the Markdown it printed."""
+    script = ROOT / "scripts" / f"bench_{part}.py"
+    if not script.is_file():
+        sys.exit(f"there is no benchmark {part!r}: {script.relative_to(ROOT)} is missing")
+    print(f"bench: {part} …", file=sys.stderr)
+    done = subprocess.run([sys.executable, script], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"benchmark {part!r} failed with exit code {done.returncode}")
+    return done.stdout.strip()
+
+
+def put(page: str, part: str, text: str) -> str:
+    """Replace the section of `part`, or add it at the end."""
+    start, end = f"<!-- bench:{part} -->", f"<!-- /bench:{part} -->"
+    section = f"{start}\n{text}\n\n*{machine()}*\n{end}"
+    if start in page:
+        return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: section, page, flags=re.DOTALL)
+    return f"{page.rstrip()}\n\n{section}\n"
+
+
+def main(parts: list[str]) -> None:
+    """Measure each part in turn; one that fails leaves the page's other sections as they were."""
+    for part in parts:
+        text = measure(part)
+        PAGE.write_text(put(PAGE.read_text(), part, text))
+        print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
