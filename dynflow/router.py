@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dynflow.errors import MissingDispatcherMetadataError
-from dynflow.isolates import Capability
+from dynflow.isolates import Capability, WrappedBinding
 from dynflow.loop import outside
 from dynflow.types import WorkflowEvent
 from dynflow.workflow import WorkflowEntrypoint, WorkflowStep
@@ -73,14 +73,6 @@ class DynamicWorkflowBinding(Capability):
         binding = self._binding() if callable(self._binding) else self._binding
         scope = getattr(binding, "for_metadata", None)  # engines reach only this tenant's instances through it
         return scope(self._metadata) if scope is not None else binding
-
-
-@dataclass(frozen=True, slots=True)
-class WrappedBinding:
-    """A place in a worker's `env` for a DynamicWorkflowBinding; its loader fills in the engine's binding."""
-
-    metadata: Any
-    binding_name: str = "WORKFLOWS"
 
 
 def wrap_workflow_binding(metadata: Any, binding_name: str = "WORKFLOWS") -> WrappedBinding:

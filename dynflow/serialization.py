@@ -72,7 +72,7 @@ def decode(data: bytes | str) -> Any:
     """Return the value that `encode` made `data` from. Raises ValueError for anything else."""
     try:
         return unpack(json.loads(data, parse_constant=_refuse_constant))
-    except (KeyError, TypeError, IndexError, ArithmeticError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not an encoded value: {error!r}") from error
 
 

@@ -80,6 +80,7 @@ class RollbackContext:
     output: Any
 
 
+@register
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
     """An error as the instance API shows it."""
@@ -88,6 +89,7 @@ class ErrorInfo:
     message: str
 
 
+@register
 @dataclass(frozen=True, slots=True)
 class AttemptInfo:
     """One attempt of a step; `retry_delay` is the wait that followed it."""
@@ -99,6 +101,7 @@ class AttemptInfo:
     retry_delay: timedelta | None = None
 
 
+@register
 @dataclass(frozen=True, slots=True)
 class StepStatus:
     """One step of an instance as `status()` shows it. `output` is `[REDACTED]` where it is sensitive."""
@@ -116,6 +119,7 @@ class StepStatus:
     deadline: datetime | None = None
 
 
+@register
 @dataclass(frozen=True, slots=True)
 class RollbackStatus:
     """How the rollback of an instance ended."""
@@ -124,6 +128,7 @@ class RollbackStatus:
     error: ErrorInfo | None = None
 
 
+@register
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
     """What `instance.status()` answers."""
@@ -138,6 +143,7 @@ class InstanceStatus:
     steps: tuple[StepStatus, ...] = ()
 
 
+@register
 @dataclass(frozen=True, slots=True)
 class HistoryEvent:
     """One thing that happened to an instance, as `instance.subscribe()` yields it.

@@ -84,6 +84,14 @@ class Capability:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class WrappedBinding:
+    """A place in a worker's `env` for a tenant's workflow binding; its loader fills in what `bind` got."""
+
+    metadata: Any
+    binding_name: str = "WORKFLOWS"
+
+
 class Activity(Protocol):
     """A part of a segment that can make progress by itself. A segment parks when all of its parts are idle."""
 
@@ -164,8 +172,12 @@ class WorkerLoader(ABC):
         """Return the worker `worker_id`; `code` is asked for its code when that is first needed."""
 
     @abstractmethod
-    def bind(self, name: str, binding: Any) -> None:
-        """Make a workflow binding known, for `wrap_workflow_binding(…, binding_name=name)` in workers' env."""
+    def bind(self, name: str, wrap: Callable[[Any], Any]) -> None:
+        """Make a workflow binding known, for `wrap_workflow_binding(…, binding_name=name)` in workers' env.
+
+        `wrap(metadata)` is asked at every call and returns the tenant's binding: `create`, `create_batch`,
+        `get`, `delete_batch`, handles with the methods of an instance.
+        """
 
     @abstractmethod
     async def __aenter__(self) -> Self: ...
