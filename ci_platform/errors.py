@@ -81,6 +81,13 @@ class LimitExceededError(FailedError):
 
 
 class UnavailableError(PlatformError):
-    """Something that we depend on does not answer: git remote, forge, Docker, disk."""
+    """Something that we depend on does not answer: git remote, forge, Docker, disk.
+
+    `retry_after` is the seconds to wait before the next try, where the other side said so.
+    """
 
     code, status, retry_later = "unavailable", 503, True
+
+    def __init__(self, message: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

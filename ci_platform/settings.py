@@ -1,0 +1,282 @@
+"""Settings: every one with its default and a help line, read once, frozen, secrets never shown.
+
+An option wins over `DYNFLOW_<NAME>` in the environment, that over `<data>/dynflow.toml`, that over the
+default. A secret may also be given as `DYNFLOW_<NAME>_FILE`, the path of a file that only its owner can
+read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+
+from ci_platform.errors import InvalidInputError
+from dynflow.durations import parse_duration
+
+_PREFIX = "DYNFLOW_"
+_MEBIBYTE = 1024 * 1024
+_UNITS = {"B": 1, "KB": 1024, "MB": _MEBIBYTE, "GB": 1024 * _MEBIBYTE}
+
+
+def _parse_duration(value: object) -> timedelta:
+    if isinstance(value, str) and value.replace(".", "", 1).isdecimal():
+        return parse_duration(float(value))
+    return parse_duration(value)
+
+
+def _parse_size(value: object) -> object:
+    if isinstance(value, str):
+        number, _, unit = value.strip().partition(" ")
+        if number.isdecimal() and unit.upper() in _UNITS:
+            return int(number) * _UNITS[unit.upper()]
+    return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_parse_duration)]
+Size = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
+
+
+def default_data_folder() -> Path:
+    """Return `$XDG_DATA_HOME/dynflow`, or `~/.local/share/dynflow`."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".local" / "share") / "dynflow"
+
+
+class Settings(BaseModel):
+    """Everything that can be set. Durations are timedeltas, sizes bytes, secrets SecretStr."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    data: Path = Field(
+        default_factory=default_data_folder,
+        description="Folder of everything that must survive: databases, mirrors, workspaces, logs.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 listens on all.")
+    port: int = Field(8420, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
+    public_url: str | None = Field(
+        None,
+        description="URL under which people and forges reach this server. Default: http://<host>:<port>.",
+    )
+    database_url: SecretStr | None = Field(
+        None,
+        description="SQLAlchemy URL of the platform's database, such as postgresql+psycopg://user@host/name. "
+        "Default: SQLite in the data folder.",
+    )
+
+    github_url: str = Field(
+        "https://github.com",
+        description="Where repositories of GitHub are cloned from: <url>/<owner>/<repo>.git.",
+    )
+    github_api_url: str = Field("https://api.github.com", description="Base URL of GitHub's API.")
+    github_token: SecretStr | None = Field(None, description="Token for GitHub's API and for fetching.")
+    github_webhook_secret: SecretStr | None = Field(
+        None, description="Secret that GitHub signs deliveries with. Without it no delivery is accepted."
+    )
+    github_timeout: Duration = Field(
+        timedelta(seconds=15), description="How long one call to GitHub may take."
+    )
+
+    status_context: str = Field(
+        "dynflow",
+        min_length=1,
+        max_length=100,
+        description="Start of the name under which commit statuses show.",
+    )
+    report_for: Duration = Field(
+        timedelta(days=1), description="How long an undeliverable status or comment is tried again."
+    )
+
+    max_body: Size = Field(25 * _MEBIBYTE, description="Largest request body (GitHub's own cap is 25 MB).")
+    max_push: Size = Field(2048 * _MEBIBYTE, description="Largest pack that a git push may bring.")
+    run_timeout: Duration = Field(
+        timedelta(hours=6),
+        description="How long a run may work without waiting; then it is stopped, timed out.",
+    )
+    command_timeout: Duration = Field(
+        timedelta(hours=1), description="Longest time one command may run, whatever its pipeline says."
+    )
+    command_memory: Size = Field(2048 * _MEBIBYTE, description="Memory that one command may use.")
+    command_processes: int = Field(512, ge=1, description="Processes that one command may have at once.")
+    command_disk: Size = Field(8192 * _MEBIBYTE, description="What one command may write to its workspace.")
+    max_log: Size = Field(
+        64 * _MEBIBYTE, description="What one step may print; the rest is dropped, and said."
+    )
+    concurrency: int = Field(
+        default_factory=lambda: max(2, os.cpu_count() or 1),
+        ge=1,
+        description="Runs that work at the same time; others queue. Waiting runs do not count.",
+    )
+    concurrency_per_repository: int = Field(8, ge=1, description="The same, within one repository.")
+    retention: Duration = Field(
+        timedelta(days=30), description="How long finished runs and their logs are kept."
+    )
+
+    sandbox: Literal["isolate", "container"] = Field(
+        "isolate", description="Sandbox of commands whose pipeline does not choose one."
+    )
+    copy_on_write: Literal["auto", "overlay", "reflink", "copy"] = Field(
+        "auto", description="How workspaces are layered. auto takes the first that works here."
+    )
+    allow_network: bool = Field(default=True, description="Whether commands that ask for a network get one.")
+    allow_containers: bool = Field(
+        default=True, description='Whether commands may ask for sandbox="container".'
+    )
+    allow_unconfined: bool = Field(
+        default=False,
+        description="Start although this machine lacks walls that confinement needs. Trusted code only.",
+    )
+    container_image: str = Field(
+        "dynflow/python:latest", description='Image of sandbox="container" where the pipeline names none.'
+    )
+
+    @field_validator("data")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))  # noqa: PTH100 - resolve() would follow links
+
+    @field_validator("public_url", "github_url", "github_api_url")
+    @classmethod
+    def _no_slash(cls, value: str | None) -> str | None:
+        return value.rstrip("/") if value else value
+
+    @property
+    def base_url(self) -> str:
+        """What links start with, without a slash at the end."""
+        if self.public_url:
+            return self.public_url
+        host = "localhost" if self.host in {"0.0.0.0", "::", ""} else self.host  # noqa: S104 - compared, not bound
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def store_url(self) -> str:
+        """SQLAlchemy URL of the platform's database. May hold a password: never print it."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.data / 'platform.db'}"
+
+    @property
+    def engine_path(self) -> Path:
+        """The engine's SQLite file."""
+        return self.data / "engine.db"
+
+    @property
+    def mirrors_path(self) -> Path:
+        """Folder of bare mirrors."""
+        return self.data / "mirrors"
+
+    @property
+    def workspaces_path(self) -> Path:
+        """Folder of trees and layers."""
+        return self.data / "workspaces"
+
+    @property
+    def logs_path(self) -> Path:
+        """Folder of command output."""
+        return self.data / "logs"
+
+    @property
+    def token_path(self) -> Path:
+        """File of the local administrator's token, mode 0600; the CLI on this machine reads it."""
+        return self.data / "token"
+
+
+def load_settings(
+    options: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Read the settings. `options` are the command line's; those that are None do not count.
+
+    Raises InvalidInputError naming setting and source; values are not shown, for they may be secret.
+    """
+    environ = os.environ if environ is None else environ
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    named = {**_from_environment(environ), **given}
+    data = Path(named.get("data", default_data_folder()))
+    values = {**_from_file(data / "dynflow.toml"), **named}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise InvalidInputError(_explain(error)) from None
+
+
+def make_data_folder(settings: Settings) -> None:
+    """Make the data folder and its parts, mode 0700. Raises InvalidInputError where it cannot be made."""
+    try:
+        for folder in (settings.data, settings.mirrors_path, settings.workspaces_path, settings.logs_path):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"cannot make the data folder {settings.data}: {error.strerror}") from error
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Write `secret` to `path` so that only the owner can read it; replaces atomically."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret + "\n")
+        file.flush()
+        os.fsync(descriptor)
+    temporary.replace(path)
+
+
+def read_secret(path: Path) -> str:
+    """Return the secret in `path`. Raises InvalidInputError if others can read it, or it is not there."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode) and mode & 0o077:
+            raise InvalidInputError(f"{path} holds a secret and others can read it: chmod 600 {path}")
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"cannot read the secret in {path}: {error}") from None
+
+
+def _secret_names() -> set[str]:
+    return {name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in Settings.model_fields:
+        variable = _PREFIX + name.upper()
+        if variable in environ:
+            found[name] = environ[variable]
+        elif name in _secret_names() and f"{variable}_FILE" in environ:
+            found[name] = read_secret(Path(environ[f"{variable}_FILE"]))
+    return found
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidInputError(f"cannot read {path}: {error}") from error
+    if "data" in values:
+        raise InvalidInputError(f"{path}: data cannot be set inside the data folder")
+    if _secret_names() & values.keys():
+        read_secret(path)  # refuses a file that others can read
+    return values
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors(include_input=False, include_url=False):
+        name = ".".join(str(part) for part in item["loc"]) or "settings"
+        unknown = item["type"] == "extra_forbidden"
+        problems.append(f"{name}: there is no such setting" if unknown else f"{name}: {item['msg']}")
+    return "; ".join(problems)
