@@ -1,0 +1,1 @@
+"""Web pages: templates, static files, page handlers."""
