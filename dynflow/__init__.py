@@ -38,7 +38,10 @@ _HOME = {
 
 if TYPE_CHECKING:
     from dynflow.errors import *  # noqa: F403
-    from dynflow.workflow import WorkerEntrypoint as WorkerEntrypoint, WorkflowEntrypoint as WorkflowEntrypoint
+    from dynflow.workflow import (
+        WorkerEntrypoint as WorkerEntrypoint,
+        WorkflowEntrypoint as WorkflowEntrypoint,
+    )
 
 __all__ = sorted(_HOME)  # noqa: PLE0605
 

@@ -17,7 +17,9 @@ _SECONDS = {
     "year": 365.25 * 86400.0,
 }
 _FORM = re.compile(r"(\d+(?:\.\d+)?) (" + "|".join(_SECONDS) + r")s?", re.ASCII)
-_ACCEPTED = 'a timedelta, a number of seconds, or "<number> <unit>" with the unit one of ' + ", ".join(_SECONDS)
+_ACCEPTED = 'a timedelta, a number of seconds, or "<number> <unit>" with the unit one of ' + ", ".join(
+    _SECONDS
+)
 
 
 def parse_duration(value: object) -> timedelta:

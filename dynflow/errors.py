@@ -94,8 +94,11 @@ class NonRetryableError(WorkflowError):
     code = "non_retryable"
 
     def __init__(self, message: str = "", name: str | None = None) -> None:
-        super().__init__(message)
-        self.name = name
+        super().__init__(message, name)
+        self.message, self.name = message, name
+
+    def __str__(self) -> str:
+        return str(self.message)
 
 
 class WorkflowTimeoutError(WorkflowError, TimeoutError):
@@ -185,7 +188,11 @@ class WorkerLoadError(IsolateError):
         self.message, self.file, self.line = message, file, line
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}: " if self.file and self.line else (f"{self.file}: " if self.file else "")
+        where = (
+            f"{self.file}:{self.line}: "
+            if self.file and self.line
+            else (f"{self.file}: " if self.file else "")
+        )
         return f"{where}{self.message}"
 
 

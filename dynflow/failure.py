@@ -107,3 +107,17 @@ def _retry(error: BaseException) -> Retry:
     if isinstance(error, (NonRetryableError, WorkflowFatalError, UnserializableError)):
         return "no"
     return "when_configured" if getattr(error, "retry", None) == "when_configured" else "yes"
+
+
+class RemoteError(Exception):
+    """An exception that was raised on the other side of the wire, as its failure.
+
+    `step` and `attempts` are set where it is the final error of a step.
+    """
+
+    def __init__(self, failure: Failure, step: str | None = None, attempts: int | None = None) -> None:
+        super().__init__(failure)
+        self.failure, self.step, self.attempts = failure, step, attempts
+
+    def __str__(self) -> str:
+        return str(self.failure)

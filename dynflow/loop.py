@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.events
+import contextlib
 import contextvars
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
+
+from dynflow.discard import discard_tasks
 
 T = TypeVar("T")
 
@@ -29,13 +32,16 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self._ready: deque[asyncio.Handle] = deque()
         self._timers: set[_Timer] = set()
         self._outside = 0
+        self._outside_tasks: set[asyncio.Task[Any]] = set()
         self._scheduled = False
         self._closed = False
         self.tasks: set[asyncio.Task[Any]] = set()
 
     # --- what tasks and futures ask of a loop ---
 
-    def call_soon(self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:  # type: ignore[override]
+    def call_soon(
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:  # type: ignore[override]
         """Run `callback` in the next burst."""
         handle = asyncio.Handle(callback, args, self, context)
         if self._closed:
@@ -47,17 +53,31 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             self.host.call_soon(self._burst)
         return handle
 
-    def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:  # type: ignore[override]
+    def call_soon_threadsafe(
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:  # type: ignore[override]
         """Run `callback` in the next burst, from another thread."""
         handle = asyncio.Handle(callback, args, self, context)
         self.host.call_soon_threadsafe(lambda: self.call_soon(handle._run))  # noqa: SLF001 - Handle has no public run
         return handle
 
-    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
+    def call_later(
+        self,
+        delay: float,
+        callback: Callable[..., Any],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:  # type: ignore[override]
         """Run `callback` after `delay` seconds. A running timer keeps the workflow from hibernating."""
         return self.call_at(self.host.time() + delay, callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[..., Any],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:  # type: ignore[override]
         """Run `callback` at `when` of this loop's `time()`."""
         timer = _Timer(when, callback, args, self, context)
         if not self._closed:
@@ -73,7 +93,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """Return a future of this loop."""
         return asyncio.Future(loop=self)
 
-    def create_task(self, coro: Any, *, name: str | None = None, context: contextvars.Context | None = None) -> asyncio.Task[Any]:  # type: ignore[override]
+    def create_task(
+        self, coro: Any, *, name: str | None = None, context: contextvars.Context | None = None
+    ) -> asyncio.Task[Any]:  # type: ignore[override]
         """Start a task on this loop."""
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
         self.tasks.add(task)
@@ -82,7 +104,9 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
     def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
         """Refuse: work belongs into a step."""
-        raise RuntimeError("a workflow's run() cannot use threads: do it inside a step, step.do(name, callback)")
+        raise RuntimeError(
+            "a workflow's run() cannot use threads: do it inside a step, step.do(name, callback)"
+        )
 
     def get_debug(self) -> bool:
         """Return False: debug mode is the host loop's."""
@@ -115,14 +139,22 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """Whether nothing can happen here until a future is resolved from outside."""
         return not self._ready and not self._timers and not self._outside
 
-    def close(self) -> None:
-        """Drop everything; callbacks that come later are ignored."""
+    def close(self) -> list[asyncio.Task[Any]]:
+        """Drop everything, unnoticed by the code that ran here; callbacks that come later are ignored.
+
+        Returns the host tasks that were started by `outside`, already cancelled.
+        """
         self._closed = True
         self._ready.clear()
+        discard_tasks(self.tasks)
+        self.tasks.clear()
+        for task in self._outside_tasks:
+            task.cancel()
         for timer in self._timers:
             if timer.host_handle is not None:
                 timer.host_handle.cancel()
         self._timers.clear()
+        return list(self._outside_tasks)
 
     def _burst(self) -> None:
         # The host loop's own identity is put back afterwards: this is called from one of its callbacks.
@@ -132,7 +164,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             while self._ready:
                 handle = self._ready.popleft()
                 if not handle._cancelled:  # type: ignore[attr-defined]  # noqa: SLF001
-                    handle._run()  # noqa: SLF001
+                    with contextlib.suppress(SystemExit):  # its task keeps it; it must not end the host
+                        handle._run()  # noqa: SLF001
         finally:
             asyncio.events._set_running_loop(self.host)  # type: ignore[attr-defined]  # noqa: SLF001
             self._scheduled = False
@@ -159,11 +192,13 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
         def finished(_: asyncio.Task[T]) -> None:
             self._outside -= keeps_awake
+            self._outside_tasks.discard(task)
             if not done.done():
                 done.set_result(None)
             elif not self._closed:
                 self.call_soon(_nothing)
 
+        self._outside_tasks.add(task)
         task.add_done_callback(finished)
         try:
             await done
@@ -194,5 +229,3 @@ def _nothing() -> None:
 
 async def _await(awaitable: Awaitable[T]) -> T:
     return await awaitable
-
-

@@ -71,7 +71,9 @@ class DynamicWorkflowBinding(Capability):
 
     def _target(self) -> Any:
         binding = self._binding() if callable(self._binding) else self._binding
-        scope = getattr(binding, "for_metadata", None)  # engines reach only this tenant's instances through it
+        scope = getattr(
+            binding, "for_metadata", None
+        )  # engines reach only this tenant's instances through it
         return scope(self._metadata) if scope is not None else binding
 
 
@@ -80,7 +82,9 @@ def wrap_workflow_binding(metadata: Any, binding_name: str = "WORKFLOWS") -> Wra
     return WrappedBinding(metadata, binding_name)
 
 
-async def dispatch_workflow(context: Any, event: WorkflowEvent, step: WorkflowStep, load_runner: LoadRunner) -> Any:
+async def dispatch_workflow(
+    context: Any, event: WorkflowEvent, step: WorkflowStep, load_runner: LoadRunner
+) -> Any:
     """Open the envelope, load the runner, run it. `context` has `env` and `ctx`.
 
     Raises MissingDispatcherMetadataError where there is no envelope; errors of loader and run pass unchanged.

@@ -98,7 +98,9 @@ def _pack(value: Any, path: str, depth: int) -> Any:
     if pack_leaf is not None:
         return {"$": pack_leaf(value)}
     if kind is tuple:
-        return {"$": ["tuple", *(_pack(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value))]}
+        return {
+            "$": ["tuple", *(_pack(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value))]
+        }
     if kind is set:
         packed = [_pack(item, f"{path}{{…}}", depth + 1) for item in value]
         return {"$": ["set", *sorted(packed, key=json.dumps)]}  # sorted: equal sets have equal bytes
@@ -128,7 +130,9 @@ def _pack_dict(value: dict[Any, Any], path: str, depth: int) -> Any:
 
 _LEAVES: dict[type, Callable[[Any], list[Any]]] = {
     bytes: lambda value: ["bytes", base64.b64encode(value).decode()],
-    datetime: lambda value: ["datetime", value.isoformat(), value.fold] if value.fold else ["datetime", value.isoformat()],
+    datetime: lambda value: (
+        ["datetime", value.isoformat(), value.fold] if value.fold else ["datetime", value.isoformat()]
+    ),
     date: lambda value: ["date", value.isoformat()],
     timedelta: lambda value: ["timedelta", value.days, value.seconds, value.microseconds],
     Decimal: lambda value: ["decimal", str(value)],

@@ -178,7 +178,8 @@ def _takes_argument(callback: Callback) -> bool:
         return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return any(
-        parameter.kind in positional and parameter.default is parameter.empty
+        parameter.kind in positional
+        and parameter.default is parameter.empty
         or parameter.kind is parameter.VAR_POSITIONAL
         for parameter in parameters
     )

@@ -1,0 +1,193 @@
+"""The Workflow binding and the instance handle: what callers hold to create, follow and control instances."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from dynflow.durations import parse_duration
+from dynflow.engines import Engine, InstanceRef, NewInstance, StepKey
+from dynflow.errors import InstanceExistsError, InstanceNotFoundError, InvalidArgumentError
+from dynflow.instance import check_event_type, check_instance_id
+from dynflow.router import METADATA_KEY
+from dynflow.serialization import encode
+from dynflow.types import HistoryEvent, InstanceStatus
+
+TenantKey = str | Callable[[Any], str]
+
+_OPTIONS = frozenset({"id", "params", "retention"})
+_OUTCOMES = frozenset({"complete", "errored", "terminated"})
+_STEP_KINDS = ("do", "sleep", "sleep_until", "wait_for_event")
+
+
+def tenant_of(metadata: Any, key: TenantKey) -> str:
+    """Return whose an instance with this metadata is: what `key` says, else a digest of the metadata."""
+    if callable(key):
+        return str(key(metadata))
+    if isinstance(metadata, Mapping) and key in metadata:
+        return str(metadata[key])
+    return hashlib.sha256(encode(metadata)).hexdigest()[:32]
+
+
+class WorkflowBinding:
+    """Instances of one workflow. `tenant` None reaches all tenants' (and creates outside of any)."""
+
+    def __init__(self, engine: Engine, workflow: str, *, tenant: str | None, tenant_key: TenantKey) -> None:
+        self._engine, self._workflow, self._tenant, self._tenant_key = engine, workflow, tenant, tenant_key
+
+    def for_metadata(self, metadata: Any) -> WorkflowBinding:
+        """Return the binding that reaches only the instances of the metadata's tenant."""
+        tenant = tenant_of(metadata, self._tenant_key)
+        return WorkflowBinding(self._engine, self._workflow, tenant=tenant, tenant_key=self._tenant_key)
+
+    async def create(
+        self, id: str | None = None, params: Any = None, retention: Any = None
+    ) -> WorkflowInstance:  # noqa: A002 - the contract's name
+        """Create an instance; it is queued durably when this returns.
+
+        `id`: made up where None. `params`: plain data up to 1 MiB; `{}` where None. `retention`: how long a
+        finished instance is kept, a duration or a dict of them by outcome. Raises InstanceExistsError.
+        """
+        tenant, item = self._item({"id": id, "params": params, "retention": retention})
+        if not (await self._engine.create(self._workflow, tenant, [item]))[0]:
+            raise InstanceExistsError(
+                f"there is an instance {item.id!r} of workflow {self._workflow!r} already"
+            )
+        return self._handle(item.id, tenant)
+
+    async def create_batch(self, batch: Sequence[Mapping[str, Any]]) -> list[WorkflowInstance]:
+        """Create 1 to 100 instances from dicts with create's options; existing ids are left out of the result."""
+        limit = self._engine.limits.batch
+        if isinstance(batch, (str, bytes, Mapping)) or not 1 <= len(batch) <= limit:
+            raise InvalidArgumentError(f"a batch is a list of 1 to {limit} dicts, not {batch!r:.100}")
+        made: dict[str, list[NewInstance]] = {}
+        for options in batch:
+            tenant, item = self._item(options)
+            made.setdefault(tenant, []).append(item)
+        handles = []
+        for tenant, items in made.items():
+            created = await self._engine.create(self._workflow, tenant, items)
+            handles += [
+                self._handle(item.id, tenant) for item, new in zip(items, created, strict=True) if new
+            ]
+        return handles
+
+    async def get(self, id: str) -> WorkflowInstance:  # noqa: A002 - the contract's name
+        """Return the handle of an instance. Raises InstanceNotFoundError."""
+        ref = await self._engine.find(InstanceRef(self._workflow, check_instance_id(id), self._tenant))
+        return WorkflowInstance(self._engine, ref)
+
+    async def delete_batch(self, ids: Sequence[str]) -> list[str]:
+        """Delete up to 100 instances; returns the ids that existed."""
+        limit = self._engine.limits.batch
+        if isinstance(ids, (str, bytes)) or not 1 <= len(ids) <= limit:
+            raise InvalidArgumentError(f"a batch is a list of 1 to {limit} ids, not {ids!r:.100}")
+        refs = [InstanceRef(self._workflow, check_instance_id(id_), self._tenant) for id_ in ids]
+        deleted = await self._engine.delete(refs)
+        return [ref.id for ref, existed in zip(refs, deleted, strict=True) if existed]
+
+    def _handle(self, instance_id: str, tenant: str) -> WorkflowInstance:
+        return WorkflowInstance(self._engine, InstanceRef(self._workflow, instance_id, tenant))
+
+    def _item(self, options: Mapping[str, Any]) -> tuple[str, NewInstance]:
+        if not isinstance(options, Mapping) or not set(options) <= _OPTIONS:
+            raise InvalidArgumentError(f"options are a dict with {sorted(_OPTIONS)}, not {options!r:.100}")
+        given_id, params = options.get("id"), options.get("params")
+        instance_id = uuid.uuid4().hex if given_id is None else check_instance_id(given_id)
+        encoded = encode({} if params is None else params, limit=self._engine.limits.payload, what="params")
+        return self._tenant_for(params), NewInstance(
+            instance_id, encoded, None, _retention(options.get("retention"))
+        )
+
+    def _tenant_for(self, params: Any) -> str:
+        if self._tenant is not None:
+            return self._tenant
+        if isinstance(params, Mapping) and METADATA_KEY in params:
+            return tenant_of(params[METADATA_KEY], self._tenant_key)
+        return ""
+
+
+def _retention(given: Any) -> dict[str, timedelta] | None:
+    if given is None:
+        return None
+    by_outcome = given if isinstance(given, Mapping) else dict.fromkeys(_OUTCOMES, given)
+    if not set(by_outcome) <= _OUTCOMES:
+        raise InvalidArgumentError(
+            f"retention is a duration or a dict by outcome {sorted(_OUTCOMES)}, not {given!r:.100}"
+        )
+    try:
+        return {outcome: parse_duration(duration) for outcome, duration in by_outcome.items()}
+    except ValueError as error:
+        raise InvalidArgumentError(f"retention: {error}") from None
+
+
+class WorkflowInstance:
+    """A handle: `id`, and calls that go to the engine each time."""
+
+    def __init__(self, engine: Engine, ref: InstanceRef) -> None:
+        self._engine, self._ref = engine, ref
+
+    @property
+    def id(self) -> str:
+        """The instance's id."""
+        return self._ref.id
+
+    async def status(self) -> InstanceStatus:
+        """Return status, output or error, and steps."""
+        return await self._engine.status(self._ref)
+
+    async def pause(self) -> None:
+        """Let running attempts finish, start no more, hold all deadlines. No effect where nothing can pause."""
+        await self._engine.control(self._ref, "pause")
+
+    async def resume(self) -> None:
+        """Go on after a pause, with every deadline later by the time paused. No effect elsewhere."""
+        await self._engine.control(self._ref, "resume")
+
+    async def terminate(self, rollback: bool = False) -> None:  # noqa: FBT001, FBT002 - the contract's signature
+        """End the instance now. Raises IllegalMoveError if it has ended."""
+        await self._engine.control(self._ref, "terminate", rollback=rollback)
+
+    async def restart(self, from_step: Sequence[Any] | None = None) -> None:
+        """Start again from the top, or from `(name, count)` or `(name, count, kind)`, keeping what came before."""
+        await self._engine.restart(self._ref, None if from_step is None else _step_key(from_step))
+
+    async def send_event(self, *, type: str, payload: Any = None) -> None:  # noqa: A002 - the contract's name
+        """Send an event; it is delivered or buffered durably when this returns."""
+        encoded = encode(payload, limit=self._engine.limits.payload, what="the event's payload")
+        await self._engine.send_event(self._ref, check_event_type(type), encoded)
+
+    async def delete(self) -> None:
+        """Delete the instance with all it has. Raises InstanceNotFoundError."""
+        if not (await self._engine.delete([self._ref]))[0]:
+            raise InstanceNotFoundError(
+                f"there is no instance {self._ref.id!r} of workflow {self._ref.workflow!r}"
+            )
+
+    async def subscribe(
+        self, cursor: int | None = None, types: Collection[str] | None = None
+    ) -> AsyncIterator[HistoryEvent]:
+        """Yield history after `cursor`, then what happens, up to the terminal event; of these `types` only."""
+        async for event in self._engine.history(self._ref, cursor or 0):
+            if types is None or event.type in types:
+                yield event
+
+    async def result(self, timeout: Any = None) -> Any:  # noqa: ASYNC109 - the contract's name
+        """Wait for the end; return the output or raise the instance's error. Raises TimeoutError."""
+        async with asyncio.timeout(None if timeout is None else parse_duration(timeout).total_seconds()):
+            return await self._engine.result(self._ref)
+
+
+def _step_key(given: Sequence[Any]) -> StepKey:
+    name, count, kind = (
+        (*given, "do")[:3] if not isinstance(given, str) and 1 < len(given) <= 3 else (None, None, None)
+    )
+    if not isinstance(name, str) or type(count) is not int or kind not in _STEP_KINDS:
+        raise InvalidArgumentError(
+            f"from_step is (name, count) or (name, count, kind of {_STEP_KINDS}), not {given!r:.100}"
+        )
+    return kind, name, count

@@ -1,0 +1,85 @@
+-- The embedded engine's schema as it is now. Times are microseconds since the epoch; payloads are encoded values.
+-- Rows of one instance lie together: the key of a step or of a history row is the instance's key times 2^24
+-- plus its number in the instance, so that one B-tree serves as table and as index.
+
+CREATE TABLE instances (
+    key         INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused: the rows of a deleted instance are not another's
+    workflow    TEXT NOT NULL,
+    tenant      TEXT NOT NULL,
+    id          TEXT NOT NULL,
+    status      TEXT NOT NULL,
+    rank        INTEGER,            -- place in the queue, while queued
+    epoch       INTEGER NOT NULL DEFAULT 0,  -- grows at each claim and each taking away: fences segments
+    events      INTEGER NOT NULL DEFAULT 0,  -- number of the last history row
+    wake_at     INTEGER,            -- earliest deadline, while waiting
+    paused_at   INTEGER,
+    created_at  INTEGER NOT NULL,
+    ended_at    INTEGER,
+    code        TEXT,               -- digest of the pinned code
+    output      BLOB,
+    failure     BLOB,
+    UNIQUE (workflow, tenant, id)
+);
+CREATE INDEX instances_queue ON instances (rank) WHERE status = 'queued';
+CREATE INDEX instances_wake ON instances (wake_at) WHERE wake_at IS NOT NULL;
+CREATE INDEX instances_live ON instances (status) WHERE status IN ('running', 'waiting_for_pause');
+CREATE INDEX instances_ended ON instances (ended_at) WHERE ended_at IS NOT NULL;
+CREATE INDEX instances_by_id ON instances (workflow, id);
+
+-- Apart from the row that every step updates, since params can be large.
+CREATE TABLE inputs (
+    key         INTEGER PRIMARY KEY REFERENCES instances (key) ON DELETE CASCADE,
+    params      BLOB NOT NULL,
+    schedule    BLOB,
+    retention   BLOB
+);
+
+CREATE TABLE steps (
+    step        INTEGER PRIMARY KEY,  -- instance key * 2^24 + order of start
+    kind        TEXT NOT NULL,
+    name        TEXT NOT NULL,
+    count       INTEGER NOT NULL,
+    state       TEXT NOT NULL,
+    attempt     INTEGER NOT NULL,
+    config      BLOB,
+    started_at  INTEGER NOT NULL,
+    attempt_at  INTEGER NOT NULL,
+    ended_at    INTEGER,
+    output      BLOB,
+    failure     BLOB,
+    deadline    INTEGER,
+    event_type  TEXT
+);
+CREATE INDEX steps_awaiting ON steps (event_type, step) WHERE state = 'waiting' AND event_type IS NOT NULL;
+
+-- Attempts that did not succeed. The last attempt of a step is in its row of `steps`.
+CREATE TABLE attempts (
+    step        INTEGER NOT NULL,
+    number      INTEGER NOT NULL,
+    started_at  INTEGER NOT NULL,
+    ended_at    INTEGER,
+    failure     BLOB,
+    retry_at    INTEGER,
+    PRIMARY KEY (step, number)
+);
+
+CREATE TABLE events (
+    event       INTEGER PRIMARY KEY AUTOINCREMENT,
+    instance    INTEGER NOT NULL REFERENCES instances (key) ON DELETE CASCADE,
+    type        TEXT NOT NULL,
+    payload     BLOB NOT NULL,
+    sent_at     INTEGER NOT NULL
+);
+CREATE INDEX events_waiting ON events (instance, type, event);
+
+CREATE TABLE history (
+    event       INTEGER PRIMARY KEY,  -- instance key * 2^24 + number in the instance
+    at          INTEGER NOT NULL,
+    type        TEXT NOT NULL,
+    data        TEXT NOT NULL         -- JSON
+);
+
+CREATE TABLE code (
+    digest      TEXT PRIMARY KEY,
+    modules     BLOB NOT NULL
+);

@@ -1,0 +1,101 @@
+"""What the instance API shows of the embedded engine's rows: status, history, result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from dynflow.clock import MICROSECOND, to_datetime
+from dynflow.engines import StepKey, StepRecord
+from dynflow.engines.rows import Happened, InstanceRow
+from dynflow.errors import InstanceFailedError, InstanceTerminatedError
+from dynflow.failure import Failure
+from dynflow.serialization import decode
+from dynflow.types import AttemptInfo, ErrorInfo, HistoryEvent, InstanceStatus, StepStatus
+
+REDACTED = "[REDACTED]"
+
+
+def instance_status(
+    row: InstanceRow, steps: Mapping[StepKey, StepRecord], attempts: Mapping[int, list[tuple[Any, ...]]]
+) -> InstanceStatus:
+    """Return an instance as `status()` shows it."""
+    failure = None if row.failure is None else decode(row.failure)
+    return InstanceStatus(
+        id=row.id,
+        status=row.status,
+        created_at=to_datetime(row.created_at),
+        ended_at=_moment(row.ended_at),
+        output=None if row.output is None else decode(row.output),
+        error=_error(failure),
+        steps=tuple(_step_status(record, attempts.get(record.seq, [])) for record in steps.values()),
+    )
+
+
+def _step_status(record: StepRecord, failed: list[tuple[Any, ...]]) -> StepStatus:
+    sensitive = bool(record.config and record.config.get("sensitive"))
+    output = None if record.output is None else decode(record.output)
+    return StepStatus(
+        name=record.name,
+        kind=record.kind,
+        count=record.count,
+        status=record.state,
+        started_at=to_datetime(record.started_at),
+        ended_at=_moment(record.ended_at) if record.state in {"complete", "errored"} else None,
+        attempts=_attempts(record, failed) if record.kind == "do" else (),
+        output=REDACTED if sensitive and output is not None else output,
+        error=_error(record.failure),
+        event_type=record.event_type,
+        deadline=_moment(record.deadline) if record.state == "waiting" else None,
+    )
+
+
+def _attempts(record: StepRecord, failed: list[tuple[Any, ...]]) -> tuple[AttemptInfo, ...]:
+    shown = [_failed_attempt(*attempt) for attempt in failed]
+    if record.state != "waiting":
+        error = _error(record.failure) if record.state == "errored" else None
+        ended = _moment(record.ended_at) if record.state != "running" else None
+        shown.append(AttemptInfo(record.attempt, to_datetime(record.attempt_at), ended, error))
+    return tuple(shown)
+
+
+def _failed_attempt(
+    number: int, started: int, ended: int | None, failure: bytes | None, retry_at: int | None
+) -> AttemptInfo:
+    # An attempt without an end was cut off: by a crash of the host, or its shutdown.
+    error = (
+        ErrorInfo("Interrupted", "the host went down during this attempt")
+        if failure is None
+        else _error(decode(failure))
+    )
+    delay = (retry_at - ended) * MICROSECOND if retry_at is not None and ended is not None else None
+    return AttemptInfo(number, to_datetime(started), _moment(ended), error, delay)
+
+
+def _moment(microseconds: int | None) -> datetime | None:
+    return None if microseconds is None else to_datetime(microseconds)
+
+
+def _error(failure: Failure | None) -> ErrorInfo | None:
+    return None if failure is None else ErrorInfo(failure.name, failure.message)
+
+
+def history_events(rows: Iterable[Happened]) -> Iterator[HistoryEvent]:
+    """Yield the events of history rows; a row of two types is two events, the second with the row's number."""
+    for row in rows:
+        first = row.number - len(row.types) + 1
+        for offset, kind in enumerate(row.types):
+            yield HistoryEvent(first + offset, kind, to_datetime(row.at), dict(row.data))
+
+
+def raise_result(row: InstanceRow) -> Any:
+    """Return the output of a finished instance, or raise its error."""
+    if row.status == "complete":
+        return None if row.output is None else decode(row.output)
+    if row.status == "terminated":
+        raise InstanceTerminatedError(f"instance {row.id!r} was terminated")
+    failure: Failure = decode(row.failure or b"null") or Failure(
+        "WorkflowInternalError", f"instance is {row.status}", ""
+    )
+    raise failure.rebuild(only_loaded=True) or InstanceFailedError(failure.name, failure.message)
