@@ -14,6 +14,11 @@ from typing import Literal
 
 MEBIBYTE = 1024 * 1024
 
+SANDBOX_UID = 64_801
+"""User and group of commands, in every sandbox. Where the platform runs as root, trees belong to this user of
+the host; elsewhere they belong to the platform's own user, who has this number inside. The number is one that
+Debian leaves unassigned (policy 9.2.2: 60000-64999 are for packages on demand, 64801 is not taken)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tree:
@@ -86,6 +91,9 @@ class Sandbox(ABC):
     @abstractmethod
     async def sweep(self) -> int:
         """Kill and remove what an earlier process of this platform left behind; returns how many."""
+
+    async def close(self) -> None:  # noqa: B027 - most sandboxes keep nothing between two jobs
+        """Let go of what is kept ready for the next `run`; a later `run` makes it anew."""
 
     @abstractmethod
     def describe(self) -> Mapping[str, str]:
