@@ -72,6 +72,9 @@ class Settings(BaseModel):
         None,
         description="URL under which people and forges reach this server. Default: http://<host>:<port>.",
     )
+    public_read: bool = Field(
+        default=False, description="Whether anybody may look at runs and logs without a token."
+    )
     database_url: SecretStr | None = Field(
         None,
         description="SQLAlchemy URL of the platform's database, such as postgresql+psycopg://user@host/name. "
