@@ -1,0 +1,141 @@
+"""A worker's `env` on the host's side: what each binding is, and how a call of it is performed."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dynflow.errors import DynflowError, InvalidArgumentError
+from dynflow.failure import Failure, RemoteError
+from dynflow.isolates import Caller, Capability, WrappedBinding, current_caller
+from dynflow.isolates.wire import INSTANCE_METHODS
+from dynflow.serialization import pack
+
+_log = logging.getLogger(__name__)
+_WORKFLOW_METHODS = frozenset({"create", "create_batch", "get", "delete_batch"})
+
+Wrap = Callable[[Any], Any]
+
+
+class HostBinding(ABC):
+    """One binding that is called through the wire."""
+
+    kind: str
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def call(self, caller: Caller, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Perform a call of tenant code. What the tenant may not see of an error is taken off it."""
+        current_caller.set(caller)
+        function = self.find(method)
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise InvalidArgumentError(f"{self.name}.{method}: {error}") from None
+        try:
+            return await function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the platform's errors must not carry its insides to a tenant
+            raise RemoteError(self._shown(error, method)) from error
+
+    @abstractmethod
+    def find(self, method: str) -> Callable[..., Any]:
+        """Return what performs `method`. Raises InvalidArgumentError where tenants cannot reach it."""
+
+    def _shown(self, error: Exception, method: str) -> Failure:
+        failure = error.failure if isinstance(error, RemoteError) else Failure.of(error)
+        told = isinstance(error, (DynflowError, RemoteError, ValueError, TypeError, LookupError, TimeoutError))
+        if told or hasattr(error, "code") or type(error).__module__.partition(".")[0] == "pipelines":
+            return Failure(failure.name, failure.message, failure.type, failure.args, "", failure.retry)
+        _log.error("%s.%s failed", self.name, method, exc_info=error)
+        return Failure("PlatformError", f"the platform failed to perform {self.name}.{method}", "dynflow:PlatformError")
+
+
+class CapabilityBinding(HostBinding):
+    """A Capability: the public `async def` methods of its class."""
+
+    kind = "capability"
+
+    def __init__(self, name: str, capability: Capability) -> None:
+        super().__init__(name)
+        self._capability = capability
+
+    def find(self, method: str) -> Callable[..., Any]:
+        """Return the bound method."""
+        function = inspect.getattr_static(type(self._capability), method, None)
+        if method.startswith("_") or not inspect.iscoroutinefunction(function):
+            raise InvalidArgumentError(f"{self.name} has no method {method!r:.100}")
+        found: Callable[..., Any] = getattr(self._capability, method)
+        return found
+
+
+class WorkflowsBinding(HostBinding):
+    """A workflow binding: handles become ids on the wire."""
+
+    kind = "workflows"
+
+    def __init__(self, name: str, target: Callable[[], Any]) -> None:
+        super().__init__(name)
+        self._target = target
+
+    def find(self, method: str) -> Callable[..., Any]:
+        """Return what performs a method of the binding or, as `instance.…`, of one of its handles."""
+        if method in _WORKFLOW_METHODS:
+            found: Callable[..., Any] = getattr(self, f"_{method}")
+            return found
+        name = method.removeprefix("instance.")
+        if name == method or name not in INSTANCE_METHODS:
+            raise InvalidArgumentError(f"{self.name} has no method {method!r:.100}")
+
+        async def of_instance(instance_id: str, *args: Any, **kwargs: Any) -> Any:
+            return await getattr(await self._target().get(instance_id), name)(*args, **kwargs)
+
+        return of_instance
+
+    async def _create(self, id: str | None = None, params: Any = None, retention: Any = None) -> str:  # noqa: A002
+        instance_id: str = (await self._target().create(id=id, params=params, retention=retention)).id
+        return instance_id
+
+    async def _create_batch(self, batch: list[dict[str, Any]]) -> list[str]:
+        return [handle.id for handle in await self._target().create_batch(batch)]
+
+    async def _get(self, id: str) -> str:  # noqa: A002
+        instance_id: str = (await self._target().get(id)).id
+        return instance_id
+
+    async def _delete_batch(self, ids: list[str]) -> Any:
+        return await self._target().delete_batch(ids)
+
+
+def make_bindings(
+    env: Mapping[str, Any], wraps: Mapping[str, Wrap]
+) -> tuple[dict[str, list[Any]], dict[str, HostBinding]]:
+    """Return what the guest is told of `env`, and what performs the calls.
+
+    `wraps` is what the loader's `bind` got, looked up at each call. Raises UnserializableError for a value that
+    is neither plain data nor a binding.
+    """
+    told: dict[str, list[Any]] = {}
+    bindings: dict[str, HostBinding] = {}
+    for name, value in env.items():
+        if isinstance(value, Capability):
+            bindings[name] = CapabilityBinding(name, value)
+        elif isinstance(value, WrappedBinding):
+            bindings[name] = WorkflowsBinding(name, _lookup(value, wraps))
+        else:
+            pack(value)
+            told[name] = ["value", value]
+    told.update({name: [binding.kind, None] for name, binding in bindings.items()})
+    return told, bindings
+
+
+def _lookup(wrapped: WrappedBinding, wraps: Mapping[str, Wrap]) -> Callable[[], Any]:
+    def target() -> Any:
+        if wrapped.binding_name not in wraps:
+            raise InvalidArgumentError(f"no workflow binding {wrapped.binding_name!r} is bound to this loader")
+        return wraps[wrapped.binding_name](wrapped.metadata)
+
+    return target

@@ -1,0 +1,285 @@
+"""ProcessLoader: workers by id, each call of one in a confined process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from dynflow.errors import DynflowError, InvalidArgumentError, IsolateError, UnserializableError
+from dynflow.failure import RemoteError
+from dynflow.isolates import Caller, CodeSource, EntrypointStub, WorkerCode, WorkerLoader, WorkerStub
+from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
+from dynflow.isolates.confinement import ESSENTIAL, WALLS
+from dynflow.isolates.pool import IsolatePool
+from dynflow.isolates.process import Isolate, OnOutput, Session, error_of, load_error_of
+from dynflow.loop import outside
+from dynflow.serialization import pack
+from dynflow.workflow import WorkflowStep
+
+_output = logging.getLogger("dynflow.output")
+# An isolate that has finished is kept for its worker's next call for so long: a burst of calls shares one.
+_KEEP_WARM = 10.0
+_WARM_PER_LOADER = 16
+
+
+class ProcessLoader(WorkerLoader):
+    """Runs every call of a worker in an isolate: a forked, confined process.
+
+    `ready` isolates are kept forked in advance. `workers` are remembered, least recently used ones forgotten.
+    `on_output` gets what tenants print, with who printed it (None: the logger `dynflow.output`). `preload` names
+    packages that tenants may import besides the standard library. `walls` are those of
+    `dynflow.isolates.confinement`; without the essential ones `allow_unconfined` must be true.
+    """
+
+    def __init__(
+        self,
+        *,
+        ready: int = 2,
+        workers: int = 1_000,
+        on_output: OnOutput | None = None,
+        preload: Collection[str] = ("pipelines",),
+        walls: Collection[str] = tuple(WALLS),
+        allow_unconfined: bool = False,
+    ) -> None:
+        missing = ESSENTIAL - set(walls)
+        if missing and not allow_unconfined:
+            raise InvalidArgumentError(
+                f"isolates need the walls {', '.join(sorted(missing))}: without them tenant code runs with the rights "
+                "of this process. For code that you trust use TrustedLoader, or give allow_unconfined=True"
+            )
+        self._pool_options = (tuple(walls), tuple(preload), ready)
+        self._pool: IsolatePool | None = None
+        self._on_output = on_output or _log_output
+        self._capacity = workers
+        self._workers: OrderedDict[str, _Worker] = OrderedDict()
+        self._warm: OrderedDict[Isolate, tuple[Any, asyncio.TimerHandle]] = OrderedDict()
+        self._wraps: dict[str, Wrap] = {}
+        self._live: set[Isolate] = set()
+
+    async def __aenter__(self) -> Self:
+        pool = IsolatePool(*self._pool_options)
+        await pool.start()
+        self._pool = pool
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        pool, self._pool = self._pool, None
+        for isolate in list(self._live):
+            await self._discard(isolate)
+        if pool is not None:
+            await pool.close()
+
+    @property
+    def walls(self) -> tuple[str, ...]:
+        """The walls that stand around the isolates of this loader."""
+        return tuple(self._pool.walls) if self._pool is not None else ()
+
+    def get(self, worker_id: str, code: CodeSource) -> WorkerStub:
+        """Return the worker `worker_id`."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            worker = self._workers[worker_id] = _Worker(self, worker_id, code)
+            while len(self._workers) > self._capacity:
+                self._workers.popitem(last=False)
+        self._workers.move_to_end(worker_id)
+        return worker
+
+    def bind(self, name: str, wrap: Wrap) -> None:
+        """Make a workflow binding known."""
+        self._wraps[name] = wrap
+
+    # --- for workers ---
+
+    @property
+    def wraps(self) -> Mapping[str, Wrap]:
+        """What `bind` got."""
+        return self._wraps
+
+    async def acquire(self, key: Any, loaded: _Loaded) -> Isolate:
+        """Return an isolate that holds `loaded`, for one session: a warm one with the same `key`, or a new one."""
+        for isolate, (warm_key, timer) in list(self._warm.items()):
+            if warm_key == key:
+                timer.cancel()
+                del self._warm[isolate]
+                if isolate.is_usable:
+                    return isolate
+                await self._discard(isolate)
+        if self._pool is None:
+            raise IsolateError("the loader is closed: use it inside `async with loader`")
+        isolate = await Isolate.start(await self._pool.take(), self._on_output)
+        self._live.add(isolate)
+        code = loaded.code
+        answer = isolate.load(code.main_module, loaded.modules, loaded.told, code.metadata, code.limits)
+        answer.add_done_callback(_ignore)  # a load error is the answer to every call that follows, too
+        return isolate
+
+    def release(self, key: Any, isolate: Isolate) -> None:
+        """Keep an isolate that has finished cleanly for a moment."""
+        isolate.renew()
+        timer = asyncio.get_running_loop().call_later(_KEEP_WARM, self._cool, isolate)
+        self._warm[isolate] = (key, timer)
+        while len(self._warm) > _WARM_PER_LOADER:
+            oldest = next(iter(self._warm))
+            self._warm[oldest][1].cancel()
+            self._cool(oldest)
+
+    async def discard(self, isolate: Isolate) -> None:
+        """Stop an isolate; returns when it is gone, even if cancelled meanwhile."""
+        isolate.kill()
+        await asyncio.shield(asyncio.ensure_future(self._discard(isolate)))
+
+    async def _discard(self, isolate: Isolate) -> None:
+        entry = self._warm.pop(isolate, None)
+        if entry is not None:
+            entry[1].cancel()
+        await isolate.stop()
+        self._live.discard(isolate)
+
+    def _cool(self, isolate: Isolate) -> None:
+        self._warm.pop(isolate, None)
+        isolate.kill()
+        self._live.discard(isolate)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A worker's code with what goes to the guest and what stays here."""
+
+    code: WorkerCode
+    modules: Mapping[str, str]
+    told: dict[str, list[Any]]
+    bindings: dict[str, HostBinding]
+    digest: str
+
+
+class _Worker(WorkerStub):
+    def __init__(self, loader: ProcessLoader, worker_id: str, source: CodeSource) -> None:
+        self.loader, self.id = loader, worker_id
+        self._source: CodeSource = source
+        self._loaded: asyncio.Future[_Loaded] | None = None
+
+    def get_entrypoint(self, name: str | None = None, *, props: Any = None) -> EntrypointStub:
+        return _Entrypoint(self, name, props)
+
+    async def loaded(self) -> _Loaded:
+        """Return the code, asked for once; after an error it is asked for again."""
+        if self._loaded is None:
+            self._loaded = asyncio.ensure_future(self._load())
+        try:
+            return await asyncio.shield(self._loaded)
+        except BaseException:
+            if self._loaded is not None and self._loaded.done():
+                self._loaded = None
+            raise
+
+    async def _load(self) -> _Loaded:
+        made = self._source()
+        code = await made if inspect.isawaitable(made) else made
+        told, bindings = make_bindings(code.env, self.loader.wraps)
+        return _Loaded(code, code.modules, told, bindings, code_digest(code.main_module, code.modules))
+
+
+class _Entrypoint(EntrypointStub):
+    def __init__(self, worker: _Worker, name: str | None, props: Any) -> None:
+        self._worker, self._name, self._props = worker, name, props
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a public method of the entrypoint."""
+        return await outside(self._call(method, args, kwargs))
+
+    async def run(self, event: Any, step: WorkflowStep) -> Any:
+        """Run the workflow class; what the tenant's code raises comes as RemoteError."""
+        port: Any = step.port
+        activity = port.activity()
+        try:
+            return await outside(self._run(event, port, activity), keeps_awake=False)
+        finally:
+            activity.close()
+
+    async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        loaded = await self._worker.loaded()
+        session, release = await self._session(loaded, Caller(self._worker.id, loaded.code.metadata, self._props))
+        try:
+            result = await session.call("call", method, [self._name, _plain(self._props), list(args), kwargs])
+        except RemoteError as error:
+            await release(clean=True)
+            raise error_of(error.failure) from error
+        except asyncio.CancelledError:
+            await session.cancelled()
+            await release(clean=False)
+            raise
+        except BaseException:
+            await release(clean=False)
+            raise
+        await release(clean=True)
+        return result
+
+    async def _run(self, event: Any, port: Any, activity: Any) -> Any:
+        loaded = await self._worker.loaded()
+        modules = await port.pin(loaded.digest, loaded.modules)
+        if modules != loaded.modules:
+            loaded = replace(loaded, modules=modules, digest=code_digest(loaded.code.main_module, modules))
+        caller = Caller(
+            self._worker.id, loaded.code.metadata, self._props, port.instance_id, port.workflow_name
+        )
+        session, release = await self._session(loaded, caller, port, activity)
+        clean = False
+        try:
+            result = await session.call("run", "", [self._name, _plain(self._props), event])
+            clean = True
+        except RemoteError as error:
+            clean = not session.has_rollbacks
+            raise load_error_of(error.failure) or error from None
+        finally:
+            await release(clean=clean)
+        return result
+
+    async def _session(
+        self, loaded: _Loaded, caller: Caller, port: Any = None, activity: Any = None
+    ) -> tuple[Session, Callable[..., Any]]:
+        loader, key = self._worker.loader, (self._worker.id, loaded.digest)
+        isolate = await loader.acquire(key, loaded)
+        session = Session(isolate, loaded.bindings, caller, port, activity)
+
+        async def release(*, clean: bool) -> None:
+            session.close()
+            if clean and isolate.is_usable:
+                loader.release(key, isolate)
+            else:
+                await loader.discard(isolate)
+
+        return session, release
+
+
+def code_digest(main_module: str, modules: Mapping[str, str]) -> str:
+    """Return `sha256:…` of a worker's code."""
+    text = json.dumps([main_module, sorted(modules.items())])
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(props: Any) -> Any:
+    try:
+        pack(props)
+    except UnserializableError:
+        return None
+    return props
+
+
+def _ignore(answer: asyncio.Future[Any]) -> None:
+    if not answer.cancelled():
+        answer.exception()
+
+
+def _log_output(caller: Caller, text: str) -> None:
+    if text.strip():
+        _output.info("%s: %s", caller.worker_id, text.rstrip("\n"))
+
+
+__all__ = ["DynflowError", "ProcessLoader", "code_digest"]

@@ -1,0 +1,253 @@
+"""The host's hold on zygotes: start one, have it fork, keep a few isolates ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from dynflow.errors import IsolateCrashedError, IsolateError
+
+_START = (
+    "import json, sys\n"
+    "options = json.loads(sys.argv[1])\n"
+    "sys.path += options['path']\n"
+    "from dynflow.isolates import zygote\n"
+    "zygote.main(options['fd'], options)\n"
+)
+# Seconds for a zygote to come up: 0.2 on an idle machine; a loaded CI host may take long.
+_START_TIMEOUT = 60
+
+
+class IsolateProcess:
+    """One forked child: the socket to it, and a hold on its life."""
+
+    def __init__(self, sock: socket.socket, pidfd: int) -> None:
+        self.socket, self._pidfd = sock, pidfd
+        self.status: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+        self.gone = asyncio.Event()
+        asyncio.get_running_loop().add_reader(pidfd, self._ended)
+
+    def kill(self) -> None:
+        """Kill it, and all that it may have started: it is pid 1 of its namespace."""
+        if not self.gone.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def ended_with(self, status: int | None) -> None:
+        """Say how it ended: an exit code, minus the signal, or None where nobody knows."""
+        if not self.status.done():
+            self.status.set_result(status)
+
+    def _ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self.gone.set()
+
+
+class Zygote:
+    """One zygote process, seen from the host."""
+
+    def __init__(self, walls: Collection[str], preload: Collection[str]) -> None:
+        self._walls, self._preload = walls, preload
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self._asked: deque[tuple[socket.socket, asyncio.Future[IsolateProcess]]] = deque()
+        self._children: dict[int, IsolateProcess] = {}
+        self.ended = False
+
+    async def start(self) -> list[str]:
+        """Start it; return the names of the walls. Raises IsolateError where they cannot be put up."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        options = {
+            "fd": theirs.fileno(),
+            "path": _import_path(("dynflow", *self._preload)),
+            "preload": list(self._preload),
+            "walls": sorted(self._walls),
+        }
+        self._process = subprocess.Popen(  # noqa: ASYNC220 - a spawn takes a millisecond, and happens once
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START, json.dumps(options)],
+            env={},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=None if os.environ.get("DYNFLOW_DEBUG_ZYGOTE") else subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        ours.setblocking(False)
+        self._control = ours
+        asyncio.get_running_loop().add_reader(ours, self._read)
+        try:
+            async with asyncio.timeout(_START_TIMEOUT):
+                return await self._ready
+        except TimeoutError:
+            await self.close()
+            raise IsolateError(f"the zygote did not come up within {_START_TIMEOUT} seconds") from None
+
+    async def fork(self) -> IsolateProcess:
+        """Return a new child. Raises IsolateCrashedError where the zygote is gone."""
+        if self.ended or self._control is None:
+            raise IsolateCrashedError("the zygote has ended")
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        answer: asyncio.Future[IsolateProcess] = asyncio.get_running_loop().create_future()
+        self._asked.append((ours, answer))
+        try:
+            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+        except BlockingIOError:  # some hundred forks are under way already
+            self._asked.pop()
+            ours.close()
+            raise IsolateError("too many isolates are being started at once") from None
+        except OSError:
+            self._end()
+        finally:
+            theirs.close()
+        return await answer
+
+    async def close(self) -> None:
+        """End it and all of its children; returns when the kernel has done so."""
+        self._end()
+        if self._process is not None:
+            process, self._process = self._process, None
+            await asyncio.get_running_loop().run_in_executor(None, _wait, process)
+        for child in list(self._children.values()):
+            await child.gone.wait()
+
+    def _read(self) -> None:
+        try:
+            message, fds, _, _ = socket.recv_fds(self._control_socket(), 65536, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, fds = b"", []
+        if not message:
+            self._end()
+            return
+        self._act(json.loads(message), fds)
+
+    def _act(self, message: dict[str, Any], fds: list[int]) -> None:
+        if "forked" in message:
+            sock, answer = self._asked.popleft()
+            child = IsolateProcess(sock, fds[0])
+            self._children[message["forked"]] = child
+            if answer.done():  # nobody waits any more
+                child.kill()
+                sock.close()
+            else:
+                answer.set_result(child)
+        elif "exited" in message:
+            child_or_none = self._children.pop(message["exited"], None)
+            if child_or_none is not None:
+                child_or_none.ended_with(message["status"])
+        elif "refused" in message:
+            if not self._ready.done():
+                self._ready.set_exception(IsolateError(message["refused"]))
+        elif not self._ready.done():
+            self._ready.set_result(message["walls"])
+
+    def _control_socket(self) -> socket.socket:
+        if self._control is None:
+            raise IsolateCrashedError("the zygote has ended")
+        return self._control
+
+    def _end(self) -> None:
+        self.ended = True
+        if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+            self._control = None
+        error = IsolateCrashedError("the zygote has ended")
+        if not self._ready.done():
+            self._ready.set_exception(IsolateError("the zygote ended while it was starting"))
+        for sock, answer in self._asked:
+            sock.close()
+            if not answer.done():
+                answer.set_exception(error)
+        self._asked.clear()
+        for child in self._children.values():
+            child.ended_with(None)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()  # its child, the zygote, dies with it
+        process.wait()
+
+
+def _import_path(packages: Collection[str]) -> list[str]:
+    """Return the folders in which the packages are."""
+    found: dict[str, None] = {}
+    for name in packages:
+        spec = importlib.util.find_spec(name)
+        for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+            found[str(Path(location).resolve().parent)] = None
+    return list(found)
+
+
+class IsolatePool:
+    """Keeps `size` forked children ready, all from one zygote; starts another where it ends."""
+
+    def __init__(self, walls: Collection[str], preload: Collection[str], size: int) -> None:
+        self._walls, self._preload, self._size = walls, preload, size
+        self._zygote: Zygote | None = None
+        self._starting = asyncio.Lock()
+        self._ready: deque[asyncio.Task[IsolateProcess]] = deque()
+        self.walls: list[str] = []
+
+    async def start(self) -> None:
+        """Start the zygote. Raises IsolateError where the walls cannot be put up."""
+        await self._live_zygote()
+        self._fill()
+
+    async def take(self) -> IsolateProcess:
+        """Return a fresh child."""
+        while self._ready:
+            task = self._ready.popleft()
+            self._fill()
+            try:
+                child = await task
+            except IsolateCrashedError:
+                continue
+            if not child.gone.is_set():
+                return child
+            child.socket.close()
+        return await (await self._live_zygote()).fork()
+
+    async def close(self) -> None:
+        """End everything."""
+        for task in self._ready:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, IsolateError):
+                (await task).socket.close()
+        self._ready.clear()
+        if self._zygote is not None:
+            await self._zygote.close()
+            self._zygote = None
+
+    def _fill(self) -> None:
+        zygote = self._zygote
+        while zygote is not None and not zygote.ended and len(self._ready) < self._size:
+            self._ready.append(asyncio.get_running_loop().create_task(zygote.fork()))
+
+    async def _live_zygote(self) -> Zygote:
+        async with self._starting:
+            if self._zygote is None or self._zygote.ended:
+                if self._zygote is not None:
+                    await self._zygote.close()
+                self._zygote = Zygote(self._walls, self._preload)
+                self.walls = await self._zygote.start()
+            return self._zygote

@@ -1,0 +1,371 @@
+"""Messages and framing between an isolate and its host. Stdlib only: both sides run this.
+
+A frame is four bytes of length (big endian) and a JSON array whose first item is its kind:
+
+    ["call", id, target, method, args, kwargs, scope]     ids are the caller's own, counted up from 1
+    ["return", id, value]                                 answers a call of the receiver
+    ["error", id, failure, step, attempts]                likewise; the last two where a step failed for good
+    ["cancel", id]                                        the caller wants no answer any more; one still comes
+    ["idle", seen, quiet, due]                            guest only: it waits, having read `seen` frames
+    ["output", text]                                      guest only: it printed
+
+Values are packed by dynflow.serialization. Whatever else arrives raises ProtocolError: the bytes are hostile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dynflow.errors import IsolateLimitError, UnserializableError, ValueTooLargeError
+from dynflow.failure import Failure, RemoteError
+from dynflow.serialization import MEBIBYTE, pack, unpack
+
+_HEADER = struct.Struct(">I")
+# A parsed list or object takes 64 bytes and more where the JSON took three: this bounds what 8 MiB can become.
+_MAX_ITEMS = 500_000
+
+
+class ProtocolError(Exception):
+    """The other side sent what it never may send."""
+
+
+class OversizeError(ProtocolError):
+    """The other side sent a frame over the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call as the side that performs it gets it. `scope` is the id of the receiver's own call that it is part of."""
+
+    id: int
+    target: str
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    scope: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class WireLimits:
+    """What is accepted from the other side: bytes of one frame, calls unanswered at a time."""
+
+    message: int = 8 * MEBIBYTE
+    outstanding: int = 20_000
+
+
+def encode_frame(frame: list[Any], limit: int | None = None) -> bytes:
+    """Return `frame`, which holds packed values, as bytes. Raises ValueTooLargeError above `limit` bytes."""
+    data = json.dumps(frame, separators=(",", ":"), allow_nan=False).encode()
+    if limit is not None and len(data) > limit:
+        raise ValueTooLargeError(f"the message is {len(data):,} bytes; the limit is {limit:,} bytes")
+    if _items(data) > _MAX_ITEMS:
+        raise ValueTooLargeError(f"the message has more than {_MAX_ITEMS:,} items")
+    return _HEADER.pack(len(data)) + data
+
+
+def decode_frame(data: bytes) -> list[Any]:
+    """Return the frame, its values still packed. Raises ProtocolError."""
+    if _items(data) > _MAX_ITEMS:
+        raise OversizeError(f"the message has more than {_MAX_ITEMS:,} items")
+    try:
+        frame = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a frame is not JSON: {type(error).__name__}") from None
+    if type(frame) is not list or not frame or type(frame[0]) is not str:
+        raise ProtocolError("a frame is not an array that starts with its kind")
+    return frame
+
+
+def _items(data: bytes) -> int:
+    # Commas and brackets inside of strings count too: cheap and on the safe side.
+    return data.count(b",") + data.count(b"[") + data.count(b"{") if len(data) > _MAX_ITEMS else 0
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(text)
+
+
+class FrameReader:
+    """Cuts a stream into frames."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[list[Any]]:
+        """Add `data`; yield the frames that are complete. Raises ProtocolError."""
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        while len(buffer) - start >= _HEADER.size:
+            (size,) = _HEADER.unpack_from(buffer, start)
+            if size > self.limit:
+                raise OversizeError(f"a message of {size:,} bytes came; the limit is {self.limit:,} bytes")
+            end = start + _HEADER.size + size
+            if len(buffer) < end:
+                break
+            body = bytes(buffer[start + _HEADER.size : end])
+            start = end
+            yield decode_frame(body)
+        del buffer[:start]
+
+
+Perform = Callable[[Call], Awaitable[Any]]
+
+
+class Peer:
+    """One end of the wire: makes calls, performs those of the other side, cancels both ways.
+
+    `perform` is called as soon as a call has been read; what it returns is awaited in a task.
+
+    *Order of calls*: `feed` what arrives; `call` any time until `close`. *Concurrency*: one event loop; every
+    incoming call runs in a task of its own. *Cancellation*: cancelling the future of a call sends a cancel;
+    the other side answers in any case. *Errors*: `feed` raises ProtocolError or IsolateLimitError, and the
+    owner must close; a call's future gets RemoteError, or what `close` was given.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[bytes], None],
+        perform: Perform,
+        limits: WireLimits,
+        *,
+        on_idle: Callable[[int, bool, float | None], None] | None = None,
+        on_output: Callable[[str], None] | None = None,
+        incoming: int | None = None,
+    ) -> None:
+        self._write, self._perform, self.limits = write, perform, limits
+        self._incoming = incoming
+        self._on_idle, self._on_output = on_idle, on_output
+        self._reader = FrameReader(incoming or limits.message)
+        self._next_id = 0
+        self._calls: dict[int, CallFuture] = {}
+        self.performing: dict[int, asyncio.Task[None]] = {}
+        self.seen = 0
+        self.sent = 0
+        self.closed: BaseException | None = None
+
+    def set_limits(self, limits: WireLimits) -> None:
+        """Use other limits from now on."""
+        self.limits = limits
+        self._reader.limit = self._incoming or limits.message
+
+    # --- out ---
+
+    def call(
+        self, target: str, method: str, args: Any = (), kwargs: Any = None, scope: int | None = None
+    ) -> CallFuture:
+        """Send a call; the future finishes with its result or RemoteError, and has the call's `id`.
+
+        Raises UnserializableError or ValueTooLargeError where the arguments cannot be sent.
+        """
+        if self.closed is not None:
+            raise self.closed
+        self._next_id += 1
+        number = self._next_id
+        packed_kwargs = {key: pack(value) for key, value in kwargs.items()} if kwargs else {}
+        frame = ["call", number, target, method, [pack(value) for value in args], packed_kwargs, scope]
+        data = encode_frame(frame, self.limits.message)
+        future = CallFuture(number, asyncio.get_running_loop())
+        self._calls[number] = future
+        future.add_done_callback(self._call_done)
+        self._send(data)
+        return future
+
+    def send(self, *frame: Any) -> None:
+        """Send a frame without values: idle or output."""
+        self._send(encode_frame(list(frame)))
+
+    def unanswered(self) -> int:
+        """Return how many own calls have no answer, cancelled ones included."""
+        return len(self._calls)
+
+    def close(self, reason: BaseException) -> None:
+        """Cancel what is performed here; fail what was called there with `reason`."""
+        if self.closed is not None:
+            return
+        self.closed = reason
+        for task in self.performing.values():
+            task.cancel()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(reason)
+                future.exception()  # the caller may be gone: then nobody retrieves it
+            if not future.answered.done():
+                future.answered.set_result(None)
+        self._calls.clear()
+
+    def _call_done(self, future: asyncio.Future[Any]) -> None:
+        if future.cancelled() and self.closed is None and isinstance(future, CallFuture):
+            self._send(encode_frame(["cancel", future.id]))
+
+    def _send(self, data: bytes) -> None:
+        if self.closed is None:
+            self.sent += 1
+            self._write(data)
+
+    # --- in ---
+
+    def feed(self, data: bytes) -> None:
+        """Act on the frames in `data`. Raises ProtocolError for any other bytes, IsolateLimitError over a limit."""
+        for frame in self._reader.feed(data):
+            if self.closed is not None:
+                return
+            self.seen += 1
+            handler = _HANDLERS.get(frame[0])
+            if handler is None:
+                raise ProtocolError(f"unknown kind of frame: {frame[0]!r:.40}")
+            try:
+                handler(self, *frame[1:])
+            except (
+                TypeError,
+                ValueError,
+                AttributeError,
+                LookupError,
+                ArithmeticError,
+                RecursionError,
+            ) as error:
+                raise ProtocolError(f"a frame {frame[0]!r} is malformed: {error!s:.200}") from None
+
+    def _on_call(self, number: Any, target: Any, method: Any, args: Any, kwargs: Any, scope: Any) -> None:
+        given = (type(number), type(target), type(method), type(args), type(kwargs))
+        if given != (int, str, str, list, dict) or type(scope) not in (int, type(None)):
+            raise ValueError("wrong types")
+        if number in self.performing:
+            raise ValueError(f"call {number} is running already")
+        if len(self.performing) >= self.limits.outstanding:
+            raise IsolateLimitError(f"more than {self.limits.outstanding:,} calls wait for an answer")
+        values = {key: unpack(value) for key, value in kwargs.items()}
+        call = Call(number, target, method, tuple([unpack(value) for value in args]), values, scope)
+        try:
+            result = self._perform(call)
+        except Exception as error:  # noqa: BLE001 - whatever a call raises is its answer
+            result = _raise(error)
+        task = asyncio.get_running_loop().create_task(self._answer(call.id, result))
+        self.performing[call.id] = task
+        task.add_done_callback(functools.partial(self._performed, call.id, result))
+
+    async def _answer(self, number: int, result: Awaitable[Any]) -> None:
+        try:
+            data = encode_frame(["return", number, pack(await result)], self.limits.message)
+        except Exception as error:  # noqa: BLE001 - likewise its answer
+            data = _error_frame(number, error)
+        self._send(data)
+
+    def _performed(self, number: int, result: Awaitable[Any], task: asyncio.Task[None]) -> None:
+        self.performing.pop(number, None)
+        if not task.cancelled():
+            return
+        # It may have been cancelled before it began to await.
+        if isinstance(result, asyncio.Future):
+            result.cancel()
+        elif inspect.iscoroutine(result):
+            result.close()
+        self._send(_error_frame(number, Failure("CancelledError", "cancelled", "asyncio.exceptions:CancelledError")))
+
+    def _on_return(self, number: Any, value: Any) -> None:
+        result = unpack(value)
+        future = self._answered(number)
+        if not future.done():
+            future.set_result(result)
+
+    def _on_error(self, number: Any, packed: Any, step: Any, attempts: Any) -> None:
+        failure = unpack(packed)
+        if not _is_failure(failure) or not isinstance(step, (str, type(None))):
+            raise ValueError("not a failure")
+        future = self._answered(number)
+        if not future.done():
+            future.set_exception(RemoteError(failure, step, attempts if type(attempts) is int else None))
+
+    def _answered(self, number: Any) -> CallFuture:
+        future = self._calls.pop(number)
+        if not future.answered.done():
+            future.answered.set_result(None)
+        return future
+
+    def _on_cancel(self, number: Any) -> None:
+        task = self.performing.get(number)
+        if task is not None:  # else it was answered while the cancel was on its way
+            task.cancel()
+
+    def _on_idle_frame(self, seen: Any, quiet: Any, due: Any) -> None:
+        if type(seen) is not int or type(quiet) is not bool or type(due) not in (int, float, type(None)):
+            raise ValueError("wrong types")
+        if self._on_idle is None:
+            raise ValueError("only guests are idle")
+        self._on_idle(seen, quiet, due)
+
+    def _on_output_frame(self, text: Any) -> None:
+        if type(text) is not str or self._on_output is None:
+            raise ValueError("only guests print text")
+        self._on_output(text)
+
+
+class CallFuture(asyncio.Future[Any]):
+    """The answer to come of a call; `id` is the call's, `answered` is done once the other side has finished.
+
+    The two differ for a call that was cancelled: its other side may still be at it.
+    """
+
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self.id = number
+        self.answered: asyncio.Future[None] = loop.create_future()
+
+
+_HANDLERS: dict[str, Callable[..., None]] = {
+    "call": Peer._on_call,  # noqa: SLF001 - the table is part of the class
+    "return": Peer._on_return,  # noqa: SLF001
+    "error": Peer._on_error,  # noqa: SLF001
+    "cancel": Peer._on_cancel,  # noqa: SLF001
+    "idle": Peer._on_idle_frame,  # noqa: SLF001
+    "output": Peer._on_output_frame,  # noqa: SLF001
+}
+
+
+async def _raise(error: Exception) -> Any:
+    raise error
+
+
+def _error_frame(number: int, error: Failure | Exception) -> bytes:
+    failure = error if isinstance(error, Failure) else getattr(error, "failure", None)
+    if not isinstance(failure, Failure):
+        failure = Failure.of(error)  # type: ignore[arg-type]  # a Failure has been dealt with
+    step, attempts = getattr(error, "step", None), getattr(error, "attempts", None)
+    step = step if isinstance(step, str) else None
+    return encode_frame(["error", number, pack(failure), step, attempts if type(attempts) is int else None])
+
+
+def _is_failure(value: Any) -> bool:
+    # The dataclass checks no types; these are all that is read of it.
+    return (
+        type(value) is Failure
+        and all(type(text) is str for text in (value.name, value.message, value.type, value.traceback))
+        and type(value.args) in (tuple, type(None))
+        and value.retry in ("yes", "no", "when_configured")
+    )
+
+
+INSTANCE_METHODS = frozenset({"status", "pause", "resume", "terminate", "restart", "send_event", "delete", "result"})
+"""What can be called of an instance's handle; `instance.<method>` of its binding on the wire."""
+
+__all__ = [
+    "INSTANCE_METHODS",
+    "Call",
+    "CallFuture",
+    "FrameReader",
+    "OversizeError",
+    "Peer",
+    "ProtocolError",
+    "UnserializableError",
+    "WireLimits",
+    "decode_frame",
+    "encode_frame",
+]

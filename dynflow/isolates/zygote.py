@@ -1,0 +1,206 @@
+"""The preloaded parent of the isolates: a clean process that forks one confined child per request.
+
+Started by `pool.py` with an empty environment, no site-packages and one file descriptor, the control socket.
+What a zygote ever held, each of its children holds: so it never sees a secret, and no tenant's code.
+
+The process that is started puts up the outer walls and waits; its child is the zygote, which is pid 1 of its
+own pid namespace: when it ends the kernel ends every isolate. It ends when the host closes the control socket,
+which a killed host does too.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import signal
+import socket
+import sys
+from typing import Any
+
+from dynflow.isolates import confinement, guest, wire
+
+# In a fork of a preloaded interpreter these cost nothing; loading C extensions is not possible later, because
+# the system-call filter refuses executable mappings.
+PRELOADED = (
+    "abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs collections collections.abc "
+    "concurrent.futures configparser contextlib contextvars copy csv ctypes dataclasses datetime decimal difflib "
+    "email.message enum fnmatch fractions functools gettext glob graphlib gzip hashlib heapq hmac html "
+    "html.parser http importlib.metadata importlib.resources inspect io ipaddress itertools json keyword "
+    "linecache locale logging lzma math mimetypes numbers operator pathlib pickle posixpath pprint queue random re "
+    "secrets select shlex shutil signal socket statistics string struct tempfile textwrap threading time token "
+    "tokenize tomllib traceback types typing unicodedata unittest.mock urllib.parse uuid warnings weakref "
+    "xml.etree.ElementTree zipfile zlib zoneinfo "
+    "_asyncio _bisect _blake2 _contextvars _csv _datetime _decimal _elementtree _hashlib _heapq _json _lsprof "
+    "_md5 _opcode _pickle _posixsubprocess _queue _random _sha1 _sha2 _sha256 _sha3 _sha512 _statistics _struct "
+    "_uuid _zoneinfo fcntl grp mmap pyexpat termios"
+).split()
+
+_WARM_UP = """
+import asyncio, dataclasses
+from dynflow import WorkflowEntrypoint, WorkerEntrypoint
+
+@dataclasses.dataclass
+class Thing:
+    name: str
+
+class Flow(WorkflowEntrypoint):
+    async def run(self, event, step):
+        async def work():
+            return Thing("x").name
+        await asyncio.gather(work(), asyncio.ensure_future(work()))
+        return event
+
+async def fetch(request, env):
+    return request.json()
+"""
+
+
+def main(control_fd: int, options: dict[str, Any]) -> None:
+    """Run as the process that the host has started."""
+    control = socket.socket(fileno=control_fd)
+    control.set_inheritable(False)
+    confinement.die_with_parent()
+    preload(options.get("preload", ()))
+    walls = frozenset(options["walls"])
+    try:
+        own_uids = confinement.raise_outer_walls(walls)
+        pid = os.fork()
+    except confinement.WallError as error:
+        _tell(control, {"refused": str(error)})
+        return
+    if pid:
+        control.close()
+        os._exit(_wait(pid))
+    confinement.die_with_parent()
+    try:
+        child_walls = confinement.raise_inner_walls(walls, own_uids=own_uids)
+    except confinement.WallError as error:
+        _tell(control, {"refused": str(error)})
+        os._exit(1)
+    sys.path[:] = [entry for entry in sys.path if os.path.isdir(entry)]  # noqa: PTH112 - no pathlib here
+    _warm_up()
+    Zygote(control, child_walls).serve()
+    os._exit(0)
+
+
+def preload(extra: Any) -> None:
+    """Import what tenants may use."""
+    for name in (*PRELOADED, *extra):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue  # not in this build of Python
+        if name in extra and hasattr(module, "__path__"):
+            for found in pkgutil.walk_packages(module.__path__, f"{name}."):
+                importlib.import_module(found.name)
+
+
+def _warm_up() -> None:
+    # Five times, so that the interpreter has specialised the bytecode that every isolate runs first.
+    modules = {"index.py": _WARM_UP}
+    load = [
+        "call",
+        1,
+        "load",
+        "",
+        ["index.py", modules, {"X": ["value", 1]}, {"tenant": "t"}, None, 1 << 20],
+        {},
+        None,
+    ]
+    fetch = ["call", 2, "call", "fetch", [None, None, [{"name": "x"}], {}], {}, None]
+    run = ["call", 3, "run", "", ["Flow", None, {}], {}, None]
+    stdout, stderr = sys.stdout, sys.stderr
+    for _ in range(5):
+        ours, theirs = socket.socketpair()
+        ours.sendall(b"".join(wire.encode_frame(frame) for frame in (load, fetch, run)))
+        guest.serve(theirs, guest.GuestLoop(), until_idle=True)
+        ours.close()
+        theirs.close()
+    sys.stdout, sys.stderr = stdout, stderr
+    sys.modules.pop("index", None)
+
+
+class Zygote:
+    """Forks a child for every control message, tells its pid and how it ended."""
+
+    def __init__(self, control: socket.socket, walls: confinement.ChildWalls) -> None:
+        self._control, self._walls = control, walls
+
+    def serve(self) -> None:
+        """Serve until the host closes the control socket."""
+        gc.collect()
+        gc.freeze()  # collections in the children shall not touch, and so copy, what they share
+        gc.disable()
+        signal.signal(signal.SIGCHLD, self._reap)
+        _tell(self._control, {"ready": True, "walls": self._walls.names})
+        while True:
+            message, fds = _receive(self._control)
+            if not message:
+                return
+            self._fork(fds[0])
+
+    def _fork(self, fd: int) -> None:
+        loop = guest.GuestLoop()  # before the fork: its pages are then shared
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        uid = self._walls.prepare()
+        pid = os.fork()
+        if pid == 0:
+            _be_guest(fd, loop, self._walls, uid)
+        self._walls.restore(pid, uid)
+        os.close(fd)
+        pidfd = os.pidfd_open(pid)
+        _tell(self._control, {"forked": pid}, [pidfd])
+        os.close(pidfd)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+    def _reap(self, *_: Any) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            self._walls.release(pid)
+            _tell(self._control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
+
+
+def _be_guest(fd: int, loop: guest.GuestLoop, walls: confinement.ChildWalls, uid: int) -> None:
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        confinement.keep_only_descriptors(fd)
+        walls.confine(uid)
+        gc.enable()
+        guest.serve(socket.socket(fileno=3), loop)
+        code = 0
+    except BaseException as error:  # noqa: BLE001 - nothing may get from here into the zygote's code
+        os.write(3, wire.encode_frame(["output", f"isolate: {type(error).__name__}: {error}\n"]))
+    finally:
+        os._exit(code)
+
+
+def _tell(control: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    try:
+        control.sendmsg([json.dumps(message).encode()], ancillary)
+    except OSError:  # the host is gone
+        os._exit(0)
+
+
+def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
+    try:
+        message, fds, _, _ = socket.recv_fds(control, 1024, 1)
+    except OSError:
+        return b"", []
+    return message, fds
+
+
+def _wait(pid: int) -> int:
+    _, status = os.waitpid(pid, 0)
+    return 0 if status == 0 else 1
