@@ -19,6 +19,7 @@ import pkgutil
 import signal
 import socket
 import sys
+import traceback
 from typing import Any
 
 from dynflow.isolates import confinement, guest, wire
@@ -175,12 +176,13 @@ def _be_guest(fd: int, loop: guest.GuestLoop, walls: confinement.ChildWalls, uid
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         confinement.keep_only_descriptors(fd)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=3)  # asks the kernel nothing, later
         walls.confine(uid)
         gc.enable()
-        guest.serve(socket.socket(fileno=3), loop)
+        guest.serve(sock, loop)
         code = 0
     except BaseException as error:  # noqa: BLE001 - nothing may get from here into the zygote's code
-        os.write(3, wire.encode_frame(["output", f"isolate: {type(error).__name__}: {error}\n"]))
+        os.write(3, wire.encode_frame(["output", "isolate: " + traceback.format_exc()]))
     finally:
         os._exit(code)
 
