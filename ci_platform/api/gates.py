@@ -1,0 +1,57 @@
+"""Gates: list those that wait, decide one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from litestar import get, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath, FromQuery, JSONBody
+
+from ci_platform.access import Actor
+from ci_platform.gates import Decision, Gates, GateView
+
+
+@dataclass(frozen=True, slots=True)
+class GateList:
+    """Gates, the one that waits longest first."""
+
+    items: list[GateView]
+
+
+@dataclass(frozen=True, slots=True)
+class GateDecision:
+    """What is decided. Who decides is the bearer of the token."""
+
+    decision: Decision
+    comment: str | None = None
+
+
+@get("/gates", opt={"scope": "read"}, tags=["gates"], summary="List open gates")
+async def list_gates(
+    gates: NamedDependency[Gates],
+    state: FromQuery[Literal["open"]] = "open",
+    repo: FromQuery[str | None] = None,
+) -> GateList:
+    """Return the open gates of all runs, or of one repository's."""
+    del state  # there is one value today; the parameter is part of the address
+    return GateList(await gates.open(repo=repo))
+
+
+@post(
+    "/runs/{run_id:str}/gates/{name:str}",
+    status_code=200,
+    opt={"scope": "write"},
+    tags=["gates"],
+    summary="Approve or reject",
+)
+async def decide_gate(
+    run_id: FromPath[str],
+    name: FromPath[str],
+    data: JSONBody[GateDecision],
+    gates: NamedDependency[Gates],
+    actor: NamedDependency[Actor],
+) -> GateView:
+    """Decide a gate. The first decision wins; a later one gets 409 with who was first."""
+    return await gates.decide(run_id, name, data.decision, by=actor.name, comment=data.comment)
