@@ -27,12 +27,23 @@ class Parents:
         """Remove the folders, if no group is left in them."""
         for folder in self.folders:
             with contextlib.suppress(OSError):
-                os.rmdir(folder)
+                Path(folder).rmdir()
+
+
+def platform_name() -> str:
+    """Return a name of this process that no later one gets: its pid and when it began."""
+    return f"{os.getpid()}-{_start_time(os.getpid())}"
+
+
+def is_alive(name: str) -> bool:
+    """Whether the process with that `platform_name` is still there."""
+    pid, _, started = name.partition("-")
+    return pid.isdecimal() and _start_time(int(pid)) == started
 
 
 def find() -> Parents | None:
     """Make and return the folders for this process's groups; None where it may not limit anything."""
-    name = f"{_PREFIX}{os.getpid()}-{_start_time(os.getpid())}"
+    name = _PREFIX + platform_name()
     for version, homes in ((2, _homes_v2()), (1, _homes_v1())):
         made: list[str] = []
         try:
@@ -54,8 +65,7 @@ def sweep() -> int:
     swept = 0
     for home in (*_homes_v2(), *_homes_v1()):
         for folder in Path(home).glob(f"{_PREFIX}*-*"):
-            pid, _, started = folder.name.removeprefix(_PREFIX).partition("-")
-            if pid.isdecimal() and _start_time(int(pid)) != started:
+            if not is_alive(folder.name.removeprefix(_PREFIX)):
                 swept += _remove_all(folder)
     return swept
 
@@ -129,8 +139,8 @@ def _own_path(controller: str) -> str:
 def _below(mount_point: str, root: str, own: str) -> str:
     """Return our own group's folder, or the mount point where a namespace hides the way to it."""
     relative = own.removeprefix(root.rstrip("/")).strip("/")
-    folder = os.path.join(mount_point, relative)
-    return folder if os.path.isdir(folder) else mount_point
+    folder = Path(mount_point, relative)
+    return str(folder) if folder.is_dir() else mount_point
 
 
 class Group:

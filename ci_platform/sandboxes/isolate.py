@@ -22,6 +22,7 @@ from ci_platform.sandboxes import (
     Output,
     Sandbox,
     SandboxJob,
+    SandboxLimits,
     SandboxOutcome,
     StopReason,
     cgroups,
@@ -129,7 +130,7 @@ class IsolateSandbox(Sandbox):
             stream = _Stream(berth.start(message), job.limits.output, output)
             self._refill()
             try:
-                reason = await _follow(berth, stream, job.limits.timeout)
+                reason = await _follow(berth, stream, job.limits)
             finally:
                 berth.kill()
                 verdict = await berth.end()
@@ -359,8 +360,8 @@ class _Stream:
         return not piece
 
 
-async def _follow(berth: _Berth, stream: _Stream, timeout: timedelta) -> StopReason:
-    with anyio.move_on_after(timeout.total_seconds()):
+async def _follow(berth: _Berth, stream: _Stream, limits: SandboxLimits) -> StopReason:
+    with anyio.move_on_after(limits.timeout.total_seconds()):
         if not await stream.drain():
             return "output"
         # A command may close its output and go on.

@@ -51,7 +51,7 @@ def main(channel_fd: int) -> None:
         if os.fork() == 0:
             channel.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _run_to_exit(lambda: Berth(config, socket.socket(fileno=files[0])).serve())
+            _run_to_exit(Berth(config, socket.socket(fileno=files[0])).serve)
         for file in files:
             os.close(file)
     # The platform is gone, so every supervisor is on its way out; leaving before them would kill them midway.
@@ -319,7 +319,7 @@ def _stand_apart() -> None:
 def _enter(cwd: str) -> None:
     if Path(_HOST).exists():
         raise OSError("the host's tree is still there")
-    place = os.path.realpath(os.path.join(rootfs.WORKSPACE, cwd))
+    place = os.path.realpath(f"{rootfs.WORKSPACE}/{cwd}")
     if place != rootfs.WORKSPACE and not place.startswith(rootfs.WORKSPACE + "/"):
         raise OSError(f"cwd {cwd!r} leaves the workspace")
     try:
@@ -342,7 +342,7 @@ def _become(argv: list[str], env: dict[bytes, bytes]) -> int:
     for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvpe(argv[0], argv, env)
+        os.execvpe(argv[0], argv, env)  # noqa: S606 - no shell is the point
     except FileNotFoundError:
         os.write(2, f"{argv[0]}: not found\n".encode(errors="replace"))
         return _NOT_FOUND
@@ -355,15 +355,14 @@ def _memory_used() -> int:
     """Return the bytes that all processes of this sandbox hold, its private files included."""
     private = os.statvfs(rootfs.SCRATCH)
     used = (private.f_blocks - private.f_bfree) * private.f_frsize
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            with contextlib.suppress(OSError):
-                used += _proportional_size(entry)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            used += _proportional_size(process)
     return used
 
 
-def _proportional_size(pid: str) -> int:
-    for line in Path("/proc", pid, "smaps_rollup").read_text().splitlines():
+def _proportional_size(process: Path) -> int:
+    for line in (process / "smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
     return 0

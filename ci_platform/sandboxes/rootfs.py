@@ -134,8 +134,8 @@ def _take(source: str, target: str) -> None:
         mode = os.lstat(source).st_mode
     except OSError:
         return
-    if stat.S_ISLNK(mode) and not Path(target).parent.name == "etc":
-        Path(target).symlink_to(os.readlink(source))
+    if stat.S_ISLNK(mode):
+        Path(target).symlink_to(Path(source).readlink())
         return
     _mount_point(target, directory=Path(source).is_dir())
     linux.bind(source, target, _READ_ONLY)
@@ -170,10 +170,10 @@ def _settings(host: str, root: str, uid: int, *, network: bool) -> None:
 def _inside(host: str, path: str) -> str | None:
     """Follow links of the host as the host does, although its root is at `host`; None where nothing is."""
     for _ in range(10):
-        full = host + path
-        if not os.path.islink(full):
-            return full if os.path.exists(full) else None
-        path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(full)))
+        full = Path(host + path)
+        if not full.is_symlink():
+            return str(full) if full.exists() else None
+        path = os.path.normpath(Path(path).parent / full.readlink())
     return None
 
 

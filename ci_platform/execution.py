@@ -1,0 +1,201 @@
+"""One command: workspace -> sandbox -> redact -> log -> layer."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import anyio
+
+from ci_platform.errors import (
+    FailedError,
+    InvalidInputError,
+    LimitExceededError,
+    PlatformError,
+    UnavailableError,
+)
+from ci_platform.logs import LogKey, Logs, LogWriter
+from ci_platform.redaction import Redactor, redact_text
+from ci_platform.sandboxes import MEBIBYTE, Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, Tree
+from ci_platform.workspaces import LayerAuthor, Workspaces, describe
+from pipelines.contract import Command, CommandResult, SandboxKind
+
+KEPT_OUTPUT = 8 * 1024
+"""Bytes of output that a CommandResult carries: it is stored with the step, so it has to stay small."""
+
+_LARGEST_ARGUMENTS = MEBIBYTE
+"""Bytes of argv and env together; Linux takes 2 MiB by default and the platform adds a little."""
+
+
+class Execution:
+    """Runs commands of pipelines.
+
+    *Order of calls*: any. *Concurrency*: one event loop; any number of commands, also of one workspace and step.
+    *Idempotency*: a repeated attempt starts from a clean tree, see `Workspaces.prepare`. *Cancellation*: kills the
+    command and drops its layer. *Errors*: FailedError and LimitExceededError are the command's matter,
+    UnavailableError is ours; a command that exits non-zero is a result.
+    """
+
+    def __init__(
+        self,
+        workspaces: Workspaces,
+        logs: Logs,
+        sandboxes: Mapping[SandboxKind, Sandbox],
+        *,
+        limits: SandboxLimits | None = None,
+    ) -> None:
+        self._workspaces, self._logs, self._sandboxes = workspaces, logs, sandboxes
+        self._limits = limits or SandboxLimits()
+        self._started = 0
+
+    async def run(
+        self,
+        command: Command,
+        *,
+        run_id: str,
+        author: LayerAuthor,
+        limits: SandboxLimits | None = None,
+        redact: Collection[str] = (),
+    ) -> CommandResult:
+        """Run one command over its workspace; its layer is kept if it exits with 0 and dropped otherwise.
+
+        `redact` are the secrets that may turn up in its output. Everything goes to the log of the author's step.
+        """
+        _check(command)
+        sandbox = self._sandboxes.get(command.sandbox)
+        if sandbox is None:
+            raise FailedError(f"this platform has no sandbox of kind {command.sandbox!r}")
+        printer = _Printer(self._logs.writer(LogKey(run_id, author.step, author.count)), redact)
+        printer.say("command", shlex.join(command.argv))
+        with printer.report_failure():
+            tree = await self._workspaces.prepare(command.workspace.id, author)
+            try:
+                job = self._job(command, run_id, tree, limits or self._limits)
+                outcome = await _guarded(sandbox, job, printer)
+                return await self._conclude(command, job, outcome, printer)
+            finally:
+                # Nothing to drop after a commit. Shielded, or a cancelled command would leave its files.
+                with anyio.CancelScope(shield=True):
+                    await self._workspaces.drop(tree, keep=True)
+
+    def _job(self, command: Command, run_id: str, tree: Tree, limits: SandboxLimits) -> SandboxJob:
+        self._started += 1
+        timeout = limits.timeout if command.timeout is None else min(command.timeout, limits.timeout)
+        return SandboxJob(
+            id=f"{run_id}-{self._started}",
+            argv=command.argv,
+            tree=tree,
+            env=command.env,
+            cwd=command.cwd,
+            image=command.image,
+            network=command.network,
+            limits=replace(limits, timeout=timeout),
+        )
+
+    async def _conclude(
+        self, command: Command, job: SandboxJob, outcome: SandboxOutcome, printer: _Printer
+    ) -> CommandResult:
+        _raise_over_limit(job, outcome)
+        if outcome.exit_code == 0:
+            report = await self._workspaces.commit(job.tree)
+            if conflicts := describe(report):
+                printer.say("notice", conflicts)
+        printer.say("result", f"exited with {outcome.exit_code} after {_seconds(outcome.duration)}")
+        return CommandResult(command.argv, outcome.exit_code, printer.tail(), outcome.duration)
+
+
+class _Printer:
+    """Redacts what a command prints, logs it and remembers its end."""
+
+    def __init__(self, log: LogWriter, secrets: Collection[str]) -> None:
+        self._log, self._secrets = log, secrets
+        self._redactor = Redactor(secrets)
+        self._end = bytearray()
+
+    def output(self, piece: bytes) -> None:
+        """Take a piece of output."""
+        self._pass_on(self._redactor.feed(piece))
+
+    def finish(self) -> None:
+        """Pass on what redaction held back."""
+        self._pass_on(self._redactor.flush())
+
+    def _pass_on(self, clean: bytes) -> None:
+        if clean:
+            self._log.write(clean)
+            self._end += clean[-KEPT_OUTPUT:]
+            del self._end[:-KEPT_OUTPUT]
+
+    def tail(self) -> str:
+        """Return the end of the output, at most KEPT_OUTPUT bytes of UTF-8."""
+        text = self._end.decode("utf-8", "replace").lstrip("\ufffd").replace("\0", "\ufffd")
+        return text.encode()[-KEPT_OUTPUT:].decode("utf-8", "ignore")
+
+    def say(self, kind: Literal["command", "result", "notice"], text: str) -> None:
+        """Log a line of the platform's own."""
+        self._log.note(kind, redact_text(text, self._secrets))
+
+    @contextmanager
+    def report_failure(self) -> Iterator[None]:
+        """Log why a command ends without a result; close the log in any case."""
+        started = time.monotonic()
+        try:
+            yield
+        except PlatformError as error:
+            self.say("notice", str(error))
+            raise
+        except anyio.get_cancelled_exc_class():
+            self.say("notice", f"stopped after {_seconds(timedelta(seconds=time.monotonic() - started))}")
+            raise
+        finally:
+            self._log.finish()
+
+
+async def _guarded(sandbox: Sandbox, job: SandboxJob, printer: _Printer) -> SandboxOutcome:
+    """Run a job; what a sandbox did not mean to raise is our failure, never the tenant's."""
+    try:
+        return await sandbox.run(job, printer.output)
+    except PlatformError:
+        raise
+    except Exception as error:
+        raise UnavailableError(f"the sandbox failed: {error!r}") from error
+    finally:
+        printer.finish()
+
+
+def _raise_over_limit(job: SandboxJob, outcome: SandboxOutcome) -> None:
+    limits = job.limits
+    over = {
+        "timeout": f"timed out: it ran longer than its limit (timeout) of {_seconds(limits.timeout)}",
+        "memory": f"ran out of memory: its limit (memory) is {limits.memory // MEBIBYTE} MiB",
+        "output": f"printed too much: its limit (output) is {limits.output // MEBIBYTE} MiB",
+    }
+    if outcome.reason != "exited":
+        raise LimitExceededError(f"{shlex.join(job.argv)!r:.200} {over[outcome.reason]}")
+
+
+def _seconds(duration: timedelta) -> str:
+    return f"{duration.total_seconds():.3g} s"
+
+
+def _check(command: Command) -> None:
+    """Refuse values of wrong types: they come out of an isolate, so annotations promise nothing."""
+    argv: Any = command.argv
+    env: Any = command.env
+    timeout: Any = command.timeout
+    if not isinstance(argv, tuple) or not argv or not isinstance(env, dict):
+        raise InvalidInputError("argv must be a list of text that is not empty, env a dict")
+    texts: list[Any] = [*argv, *env, *env.values(), command.cwd, command.image or "", command.sandbox]
+    if not all(isinstance(text, str) and "\0" not in text for text in texts):
+        raise InvalidInputError("argv, env, cwd and image must be text without NUL characters")
+    if sum(map(len, texts)) > _LARGEST_ARGUMENTS:
+        raise InvalidInputError(f"argv and env together are larger than {_LARGEST_ARGUMENTS // MEBIBYTE} MiB")
+    if any(not name or "=" in name for name in env):
+        raise InvalidInputError("names in env must not be empty nor contain '='")
+    if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta()):
+        raise InvalidInputError(f"timeout must be longer than zero, not {timeout!r:.100}")
