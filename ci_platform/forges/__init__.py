@@ -15,8 +15,8 @@ class Change:
     """What a delivery says happened, in the platform's own words.
 
     `sha` is the commit to build, `ref` the full ref (`refs/heads/main`), `branch` its short name (a pull
-    request's is its head branch), `base_branch` where a pull request wants to go, `pr` its number. `trusted` is
-    false for what comes from a fork. `action` is GitHub's for pull requests, `"push"` for pushes.
+    request's is its head branch), `base_branch` where a pull request wants to go, `pr` its number. `trusted`
+    is false for what comes from a fork. `action` is GitHub's for pull requests, `"push"` for pushes.
     """
 
     event: Literal["push", "pull_request", "manual"]
@@ -102,4 +102,4 @@ class Forge(ABC):
 
     @abstractmethod
     def credentials(self, repo: str) -> tuple[str, str] | None:
-        """Return user and token for fetching `repo`, None where it needs none. Never put into a URL or a log."""
+        """Return user and token for fetching `repo`, None where it needs none. Never for a URL or a log."""

@@ -1,0 +1,44 @@
+"""What the platform asks of an engine's binding. The embedded engine and Temporal's both answer this."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection
+from typing import Any, Protocol
+
+from dynflow.types import HistoryEvent, InstanceStatus
+
+
+class InstanceHandle(Protocol):
+    """One instance. Errors are those of `dynflow.errors`."""
+
+    async def status(self) -> InstanceStatus:
+        """Return what is known of it."""
+
+    async def terminate(self) -> None:
+        """End it. IllegalMoveError if it ended already."""
+
+    async def restart(self, from_step: tuple[str, int] | None = None) -> None:
+        """Run it again, keeping the results from before `from_step`."""
+
+    async def send_event(self, *, type: str, payload: Any = None) -> None:  # noqa: A002 - dynflow's public name
+        """Send it an event."""
+
+    def subscribe(self, cursor: int | None = None) -> AsyncIterator[HistoryEvent]:
+        """Yield its history after `cursor`, then what happens, until it has ended."""
+
+
+class WorkflowsBinding(Protocol):
+    """The binding of the workflow that all runs are instances of."""
+
+    async def create(self, *, id: str, params: Any) -> Any:  # noqa: A002 - dynflow's public name
+        """Create an instance, durably queued. InstanceExistsError if the id is taken."""
+
+    async def get(self, id: str) -> Any:  # noqa: A002 - dynflow's public name
+        """Return the InstanceHandle. InstanceNotFoundError if there is none."""
+
+
+class Layers(Protocol):
+    """The workspaces of runs, as far as a rerun touches them."""
+
+    async def rewind(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
+        """Forget what these steps (name, count) changed in the run's workspaces."""
