@@ -11,7 +11,7 @@ from typing import Any
 from dynflow.errors import DynflowError, InvalidArgumentError
 from dynflow.failure import Failure, RemoteError
 from dynflow.isolates import Caller, Capability, WrappedBinding, current_caller
-from dynflow.isolates.wire import INSTANCE_METHODS
+from dynflow.isolates.proxies import INSTANCE_METHODS
 from dynflow.serialization import pack
 
 _log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import os
 import resource
@@ -14,13 +15,14 @@ import select
 import socket
 import sys
 from asyncio.base_events import BaseEventLoop
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from dynflow.errors import StepFailedError, UnserializableError, WorkerLoadError, WorkflowFatalError
 from dynflow.failure import Failure, RemoteError
-from dynflow.isolates.wire import INSTANCE_METHODS, Call, Peer, ProtocolError, WireLimits
+from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
+from dynflow.isolates.wire import Call, Peer, ProtocolError, WireLimits
 from dynflow.serialization import pack
 from dynflow.types import StepContext
 from dynflow.workflow import (
@@ -175,7 +177,15 @@ class Guest:
     def _binding(self, name: str, kind: str, value: Any) -> Any:
         if kind == "value":
             return value
-        return WorkflowsProxy(self._peer, name) if kind == "workflows" else CapabilityProxy(self._peer, name)
+        proxy = WorkflowsProxy if kind == "workflows" else CapabilityProxy
+        return proxy(functools.partial(self._ask, name))
+
+    async def _ask(self, name: str, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        future = self._peer.call("env:" + name, method, args, kwargs, _scope.get())
+        try:
+            return await future
+        except RemoteError as error:
+            raise error.failure.rebuild(only_loaded=True) or error from None
 
     def _loaded(self) -> Worker:
         if self._worker is None:
@@ -301,74 +311,6 @@ def _step_error(error: RemoteError) -> BaseException:
     if error.step is not None and error.attempts is not None:
         return error.failure.as_step_error(error.step, error.attempts)
     return error.failure.rebuild(only_loaded=True) or error
-
-
-async def _ask(peer: Peer, name: str, method: str, args: Any, kwargs: Any) -> Any:
-    future = peer.call("env:" + name, method, args, kwargs, _scope.get())
-    try:
-        return await future
-    except RemoteError as error:
-        raise error.failure.rebuild(only_loaded=True) or error from None
-
-
-class CapabilityProxy:
-    """`env.NAME`: every public method is a call to the host."""
-
-    def __init__(self, peer: Peer, name: str) -> None:
-        self._peer, self._name = peer, name
-
-    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
-        if method.startswith("_"):
-            raise AttributeError(method)
-        return lambda *args, **kwargs: _ask(self._peer, self._name, method, args, kwargs)
-
-
-class WorkflowsProxy:
-    """`env.WORKFLOWS`: the tenant's workflow binding."""
-
-    def __init__(self, peer: Peer, name: str) -> None:
-        self._peer, self._name = peer, name
-
-    async def create(self, id: str | None = None, params: Any = None, retention: Any = None) -> InstanceProxy:  # noqa: A002 - the contract's name
-        """Create an instance; returns its handle."""
-        given = {"id": id, "params": params, "retention": retention}
-        return self._handle(await _ask(self._peer, self._name, "create", (), given))
-
-    async def create_batch(self, batch: Any) -> list[InstanceProxy]:
-        """Create 1 to 100 instances; existing ids are left out of the result."""
-        return [
-            self._handle(found) for found in await _ask(self._peer, self._name, "create_batch", (batch,), {})
-        ]
-
-    async def get(self, id: str) -> InstanceProxy:  # noqa: A002 - the contract's name
-        """Return the handle of an instance."""
-        return self._handle(await _ask(self._peer, self._name, "get", (id,), {}))
-
-    async def delete_batch(self, ids: Any) -> Any:
-        """Delete instances."""
-        return await _ask(self._peer, self._name, "delete_batch", (ids,), {})
-
-    def _handle(self, instance_id: str) -> InstanceProxy:
-        return InstanceProxy(self._peer, self._name, instance_id)
-
-
-class InstanceProxy:
-    """The handle of an instance."""
-
-    def __init__(self, peer: Peer, binding: str, instance_id: str) -> None:
-        self._peer, self._binding, self.id = peer, binding, instance_id
-
-    def __repr__(self) -> str:
-        return f"<instance {self.id!r}>"
-
-    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
-        if method not in INSTANCE_METHODS:
-            raise AttributeError(
-                f"an instance has no {method!r}; it has: id, {', '.join(sorted(INSTANCE_METHODS))}"
-            )
-        return lambda *args, **kwargs: _ask(
-            self._peer, self._binding, "instance." + method, (self.id, *args), kwargs
-        )
 
 
 class Output(io.TextIOBase):

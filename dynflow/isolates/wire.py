@@ -353,11 +353,7 @@ def _is_failure(value: Any) -> bool:
     )
 
 
-INSTANCE_METHODS = frozenset({"status", "pause", "resume", "terminate", "restart", "send_event", "delete", "result"})
-"""What can be called of an instance's handle; `instance.<method>` of its binding on the wire."""
-
 __all__ = [
-    "INSTANCE_METHODS",
     "Call",
     "CallFuture",
     "FrameReader",
