@@ -20,7 +20,6 @@ import anyio.to_thread
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import LogConfig
-from requests.exceptions import RequestException
 
 from ci_platform.errors import FailedError, UnavailableError
 from ci_platform.sandboxes import (
@@ -103,7 +102,7 @@ class ContainerSandbox(Sandbox):
             with contextlib.closing(self._connect()) as engine:
                 version = engine.version()
                 have = {tag for image in engine.images.list() for tag in image.tags}
-        except (DockerException, RequestException) as error:
+        except (DockerException, OSError) as error:
             return {"engine": f"none answers ({error}); scripts/docker_engine starts one"}
         return {
             "engine": f"Docker {version['Version']}",
@@ -124,17 +123,22 @@ class ContainerSandbox(Sandbox):
         return self._opened
 
     async def _call(self, function: Callable[[], T]) -> T:
-        """Make a blocking call to the engine in a thread, to its end once it has begun."""
+        """Make a blocking call to the engine in a thread, to its end once it has begun.
+
+        OSError covers what the HTTP library below docker raises.
+        """
         try:
             return await anyio.to_thread.run_sync(function, limiter=self._calls)
         except (NotFound, ImageNotFound):
             raise
-        except (DockerException, RequestException) as error:
+        except (DockerException, OSError) as error:
             raise UnavailableError(f"container sandbox: Docker does not do its part: {error}") from error
 
     async def _shielded(self, function: Callable[[], T]) -> T:
-        with anyio.CancelScope(shield=True):
-            return await self._call(function)
+        scope = anyio.CancelScope(shield=True)
+        with scope:
+            result = await self._call(function)
+        return result
 
     async def _create(self, engine: docker.DockerClient, job: SandboxJob, folder: Path) -> str:
         image = job.image or self._image

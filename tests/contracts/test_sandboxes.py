@@ -1,0 +1,444 @@
+"""What every sandbox promises: one suite over the isolate sandbox and the container sandbox."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from ci_platform.errors import FailedError, UnavailableError
+from ci_platform.sandboxes import MEBIBYTE, SANDBOX_UID, Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, Tree
+from ci_platform.sandboxes.container import ContainerSandbox
+from ci_platform.sandboxes.isolate import IsolateSandbox
+from tests.docker_engine import IMAGE, require_image
+
+KINDS = ["isolate", pytest.param("container", marks=pytest.mark.docker)]
+SOON = 20.0
+"""Seconds that something which happens at once may take on a busy machine."""
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "container":
+        require_image()
+    return str(request.param)
+
+
+@pytest.fixture
+async def sandbox(kind: str) -> AsyncIterator[Sandbox]:
+    made = IsolateSandbox() if kind == "isolate" else ContainerSandbox(image=IMAGE)
+    yield made
+    await made.close()
+
+
+class Run:
+    """Runs shell commands over trees of its own and keeps what they print."""
+
+    def __init__(self, sandbox: Sandbox, home: Path) -> None:
+        self.sandbox, self.home = sandbox, home
+        self.printed = b""
+        self.pieces: list[bytes] = []
+        self.on_output: Callable[[], None] = lambda: None
+        self._count = 0
+
+    def layer(self, name: str, files: dict[str, str] | None = None) -> Path:
+        folder = self.home / name
+        folder.mkdir()
+        for path, text in (files or {}).items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        if os.geteuid() == 0:
+            for path in [folder, *folder.rglob("*")]:
+                os.chown(path, SANDBOX_UID, SANDBOX_UID)
+        return folder
+
+    def tree(self, *lowers: Path) -> Tree:
+        self._count += 1
+        below = lowers or (self.layer(f"lower{self._count}"),)
+        return Tree(self.layer(f"upper{self._count}"), self.layer(f"work{self._count}"), tuple(below))
+
+    def job(self, script: str | tuple[str, ...], tree: Tree | None = None, **options: object) -> SandboxJob:
+        argv = ("sh", "-c", script) if isinstance(script, str) else script
+        return SandboxJob(id=f"test-{self._count}", argv=argv, tree=tree or self.tree(), **options)  # type: ignore[arg-type]
+
+    async def __call__(self, script: str | tuple[str, ...], tree: Tree | None = None, **options: object) -> SandboxOutcome:
+        self.printed, self.pieces = b"", []
+        return await self.sandbox.run(self.job(script, tree, **options), self._take)
+
+    def _take(self, piece: bytes) -> None:
+        self.pieces.append(piece)
+        self.printed += piece
+        self.on_output()
+
+    @property
+    def text(self) -> str:
+        return self.printed.decode()
+
+
+@pytest.fixture
+def run(sandbox: Sandbox, tmp_path: Path) -> Run:
+    return Run(sandbox, tmp_path)
+
+
+def limits(**values: object) -> SandboxLimits:
+    return SandboxLimits(**values)  # type: ignore[arg-type]
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(SOON):
+        while not condition():
+            await anyio.sleep(0.01)
+
+
+# --- how commands end ---
+
+
+async def test_a_command_that_succeeds_exits_with_0(run: Run) -> None:
+    outcome = await run("echo hello")
+    assert (outcome.exit_code, outcome.reason, run.text) == (0, "exited", "hello\n")
+    assert timedelta() < outcome.duration < timedelta(seconds=SOON)
+
+
+@pytest.mark.parametrize("code", [1, 42, 255])
+async def test_an_exit_code_is_passed_on(run: Run, code: int) -> None:
+    outcome = await run(f"exit {code}")
+    assert (outcome.exit_code, outcome.reason) == (code, "exited")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+async def test_a_command_ended_by_a_signal_exits_with_128_and_its_number(run: Run, number: int) -> None:
+    outcome = await run(f"kill -{number} $$; sleep 60")
+    assert (outcome.exit_code, outcome.reason) == (128 + number, "exited")
+
+
+async def test_a_program_that_is_not_there_exits_with_127_and_is_named(run: Run) -> None:
+    assert (await run(("no-such-program",))).exit_code == 127
+    assert "no-such-program: not found" in run.text
+
+
+async def test_a_file_that_cannot_be_executed_exits_with_126(run: Run) -> None:
+    assert (await run(("/workspace/data",), run.tree(run.layer("data", {"data": "x"})))).exit_code == 126
+    assert "/workspace/data:" in run.text
+
+
+async def test_arguments_arrive_as_they_are(run: Run) -> None:
+    odd = ("a b", "$HOME", "'\"", "*", "", "ünïcödé", "new\nline", "--", "-x")
+    await run(("printf", "<%s>", *odd))
+    assert run.text == "".join(f"<{argument}>" for argument in odd)
+
+
+# --- output ---
+
+
+async def test_output_comes_before_the_command_ends(run: Run) -> None:
+    tree = run.tree(run.layer("gate"))
+    run.on_output = lambda: (tree.upper / "seen").touch() if tree.lowers == () else None
+    started = anyio.Event()
+    run.on_output = started.set
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run, "echo first; sleep 600", tree)
+        with anyio.fail_after(SOON):
+            await started.wait()
+        assert run.text == "first\n"
+        tasks.cancel_scope.cancel()
+
+
+async def test_stdout_and_stderr_come_together_in_order(run: Run) -> None:
+    await run("for n in 1 2 3 4 5; do echo out$n; echo err$n >&2; done")
+    assert run.text == "".join(f"out{n}\nerr{n}\n" for n in range(1, 6))
+
+
+async def test_output_may_be_any_bytes_and_long(run: Run) -> None:
+    await run("head -c 1000000 /dev/zero; printf '\\377\\376\\0\\n'")
+    assert run.printed == bytes(1_000_000) + b"\xff\xfe\0\n"
+
+
+async def test_standard_streams_can_be_opened_by_name(run: Run, kind: str) -> None:
+    if kind == "container":
+        pytest.skip("the engine's pipes belong to root: a program in a container has to use descriptor 1")
+    await run("echo one >/dev/stdout; echo two >/dev/stderr")
+    assert run.text == "one\ntwo\n"
+
+
+async def test_standard_input_is_empty(run: Run) -> None:
+    assert (await run("cat; echo end")).exit_code == 0
+    assert run.text == "end\n"
+
+
+async def test_a_command_that_closes_its_output_is_still_waited_for(run: Run, kind: str) -> None:
+    if kind == "container":
+        pytest.skip("the engine keeps the stream open until the container ends")
+    outcome = await run("exec >&- 2>&-; sleep 0.2; exit 7")
+    assert outcome.exit_code == 7
+
+
+# --- environment ---
+
+
+async def test_the_environment_is_the_jobs_and_a_few_names_more(run: Run) -> None:
+    os.environ["PLATFORM_SECRET"] = "do-not-tell"
+    try:
+        await run("env", env={"GREETING": "hi there", "CI": "yes"})
+    finally:
+        del os.environ["PLATFORM_SECRET"]
+    found = dict(line.split("=", 1) for line in run.text.splitlines())
+    assert (found["GREETING"], found["CI"], found["DYNFLOW"], found["HOME"]) == ("hi there", "yes", "true", "/home/ci")
+    names = {"CI", "DYNFLOW", "GREETING", "HOME", "HOSTNAME", "LANG", "PATH", "PWD", "SHLVL", "USER", "_", "OLDPWD"}
+    assert set(found) <= names
+
+
+async def test_a_command_is_an_ordinary_user_without_privileges(run: Run) -> None:
+    await run("id -u; grep -E '^(CapEff|CapPrm|CapBnd|NoNewPrivs|Seccomp):' /proc/self/status")
+    uid, *status = run.text.splitlines()
+    fields = dict(line.split(":\t") for line in status)
+    assert uid == str(SANDBOX_UID)
+    assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == int(fields["CapBnd"], 16) == 0
+    assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+
+
+async def test_home_and_tmp_can_be_written_and_are_empty_each_time(run: Run) -> None:
+    script = 'ls -A "$HOME" /tmp /var/tmp /dev/shm; for d in "$HOME" /tmp /var/tmp /dev/shm; do echo x >$d/f; done'
+    assert (await run(script)).exit_code == 0
+    first = run.text
+    assert (await run(script)).exit_code == 0
+    assert run.text == first
+    assert "f\n" not in first.replace("/f", "")
+
+
+async def test_a_server_on_loopback_can_be_reached_by_its_own_command(run: Run, kind: str) -> None:
+    if kind == "container":
+        pytest.skip("the image has no program to serve with; the loopback of a container is the engine's matter")
+    script = (
+        "import socket, threading; s = socket.create_server(('127.0.0.1', 8000));"
+        "threading.Thread(target=lambda: s.accept()[0].sendall(b'served')).start();"
+        "print(socket.create_connection(('localhost', 8000)).recv(9))"
+    )
+    assert (await run(("python3", "-c", script))).exit_code == 0, run.text
+    assert "served" in run.text
+
+
+# --- the workspace ---
+
+
+async def test_a_command_starts_in_the_workspace_or_below(run: Run) -> None:
+    base = run.layer("base", {"sub/dir/file": "x"})
+    await run("pwd", run.tree(base))
+    assert run.text == "/workspace\n"
+    await run("pwd; ls", run.tree(base), cwd="sub/dir")
+    assert run.text == "/workspace/sub/dir\nfile\n"
+
+
+@pytest.mark.parametrize("cwd", ["..", "../..", "a/../../b", "/", "/etc", "link", "nowhere"])
+async def test_a_cwd_outside_of_the_workspace_is_refused(run: Run, cwd: str) -> None:
+    base = run.layer("base", {"a/file": "x"})
+    (base / "link").symlink_to("/etc")
+    with pytest.raises(FailedError, match="cwd"):
+        await run("echo ran", run.tree(base), cwd=cwd)
+    assert run.printed == b""
+
+
+async def test_the_workspace_is_all_layers_seen_as_one(run: Run) -> None:
+    top = run.layer("top", {"both": "top", "new": "new"})
+    base = run.layer("bottom", {"both": "bottom", "old": "old"})
+    await run("cat both new old", run.tree(top, base))
+    assert run.text == "topnewold"
+
+
+async def test_changes_go_to_the_upper_folder_alone(run: Run) -> None:
+    base = run.layer("base", {"kept": "kept", "changed": "before", "gone": "gone"})
+    tree = run.tree(base)
+    assert (await run("echo after >changed; rm gone; mkdir -p d; echo new >d/new", tree)).exit_code == 0
+    assert (base / "changed").read_text() == "before"
+    assert (base / "gone").exists()
+    assert (tree.upper / "changed").read_text() == "after\n"
+    assert (tree.upper / "d/new").read_text() == "new\n"
+    assert not (tree.upper / "kept").exists()
+    await run("ls; cat changed d/new", run.tree(tree.upper, base))
+    assert run.text == "changed\nd\nkept\nafter\nnew\n"
+
+
+async def test_a_plain_folder_serves_as_a_tree_too(run: Run) -> None:
+    folder = run.layer("plain", {"file": "text"})
+    assert (await run("cat file; echo more >made", Tree(folder, run.layer("unused")))).exit_code == 0
+    assert (folder / "made").read_text() == "more\n"
+
+
+async def test_a_hundred_layers_with_long_names_are_no_problem(run: Run) -> None:
+    layers = [run.layer(f"layer-{n:03}-{'x' * 120}", {f"file{n}": ""}) for n in range(100)]
+    await run("ls | wc -l", run.tree(*layers))
+    assert run.text.strip() == "100"
+
+
+async def test_commands_run_side_by_side_without_seeing_each_other(run: Run, tmp_path: Path) -> None:
+    base = run.layer("base")
+    printed: dict[int, bytes] = {}
+
+    async def one(number: int) -> None:
+        printed[number] = b""
+
+        def take(piece: bytes) -> None:
+            printed[number] += piece
+
+        script = f"echo {number} >mine; echo {number} >/tmp/mine; cat mine /tmp/mine; ls; ls /tmp"
+        outcome = await run.sandbox.run(run.job(script, run.tree(base)), take)
+        assert outcome.exit_code == 0
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(6):
+            tasks.start_soon(one, number)
+    assert printed == {number: f"{number}\n{number}\nmine\nmine\n".encode() for number in range(6)}
+
+
+# --- limits ---
+
+
+async def test_a_timeout_kills_grandchildren_too(run: Run) -> None:
+    started = time.monotonic()
+    outcome = await run("(setsid sleep 4711 &) ; (sleep 4711 & wait) & echo up; wait", limits=limits(timeout=timedelta(seconds=1)))
+    assert (outcome.reason, run.text) == ("timeout", "up\n")
+    assert 1 <= time.monotonic() - started < SOON
+    assert sleepers() == []
+
+
+async def test_processes_left_in_the_background_end_with_the_command(run: Run) -> None:
+    outcome = await run("setsid sleep 4711 & exit 3")
+    assert outcome.exit_code == 3
+    assert sleepers() == []
+
+
+async def test_cancelling_kills_everything_first(run: Run) -> None:
+    up = anyio.Event()
+    run.on_output = up.set
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run, "trap '' TERM INT; sleep 4711 & echo up; wait; sleep 4711")
+        with anyio.fail_after(SOON):
+            await up.wait()
+        assert len(sleepers()) == 1
+        tasks.cancel_scope.cancel()
+    assert sleepers() == []
+
+
+async def test_a_command_that_prints_too_much_is_killed(run: Run) -> None:
+    outcome = await run("yes", limits=limits(output=100_000, timeout=timedelta(minutes=1)))
+    assert outcome.reason == "output"
+    assert len(run.printed) == 100_000
+
+
+async def test_printing_exactly_the_limit_is_allowed(run: Run) -> None:
+    outcome = await run("head -c 1000 /dev/zero", limits=limits(output=1000))
+    assert (outcome.reason, outcome.exit_code, len(run.printed)) == ("exited", 0, 1000)
+
+
+async def test_a_command_that_takes_too_much_memory_is_killed(run: Run) -> None:
+    outcome = await run("tail /dev/zero", limits=limits(memory=64 * MEBIBYTE, timeout=timedelta(minutes=1)))
+    assert outcome.exit_code != 0
+    if os.geteuid() == 0:
+        assert outcome.reason == "memory"
+
+
+async def test_private_files_count_as_memory(run: Run) -> None:
+    script = "head -c 200000000 /dev/zero >/tmp/big"
+    outcome = await run(script, limits=limits(memory=64 * MEBIBYTE, timeout=timedelta(minutes=1)))
+    assert outcome.exit_code != 0
+
+
+async def test_a_fork_bomb_stays_within_its_limit(run: Run) -> None:
+    bomb = "b() { b | b & }; b; sleep 2; echo alive"
+    outcome = await run(bomb, limits=limits(processes=40, timeout=timedelta(seconds=4)))
+    assert outcome.reason in {"exited", "timeout"}
+    # The host is well, and so is the next command.
+    assert (await run("echo fine")).exit_code == 0
+
+
+# --- what is left ---
+
+
+async def test_nothing_is_left_of_a_command(run: Run) -> None:
+    await run("true")
+    mounts, groups = Path("/proc/self/mountinfo").read_text(), control_groups()
+    for script in ("sleep 4711 & exit 0", "exit 1", "kill -9 $$"):
+        await run(script)
+    assert sleepers() == []
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert len(control_groups()) <= len(groups)
+    assert containers() == []
+
+
+async def test_a_tree_can_be_removed_when_the_command_is_over(run: Run) -> None:
+    tree = run.tree()
+    await run("mkdir d; echo x >d/f", tree)
+    if os.geteuid() == 0:
+        shutil.rmtree(tree.work)
+    shutil.rmtree(tree.upper)
+
+
+async def test_a_sandbox_says_which_walls_it_has(sandbox: Sandbox) -> None:
+    told = await anyio.to_thread.run_sync(sandbox.describe)
+    assert all(isinstance(text, str) and text for pair in told.items() for text in pair)
+    assert "network" in told
+
+
+async def test_a_job_that_may_have_no_network_is_refused_one(run: Run) -> None:
+    with pytest.raises(FailedError, match="network"):
+        await run("true", network=True)
+
+
+async def test_without_a_network_the_hosts_loopback_is_out_of_reach(run: Run, kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        probe = f"bash -c 'exec 3<>/dev/tcp/127.0.0.1/{port}'"
+        assert subprocess.run(["sh", "-c", probe], check=False).returncode == 0
+        assert (await run(probe)).exit_code != 0
+
+
+async def test_sweeping_with_nothing_left_over_finds_nothing(sandbox: Sandbox) -> None:
+    await sandbox.sweep()
+    assert await sandbox.sweep() == 0
+
+
+# --- one kind only ---
+
+
+@pytest.mark.docker
+async def test_an_image_that_is_missing_fails_and_says_how_to_get_it(tmp_path: Path) -> None:
+    require_image()
+    sandbox = ContainerSandbox()
+    run = Run(sandbox, tmp_path)
+    with pytest.raises(FailedError, match="'dynflow/nothing:latest' is not on this machine.*scripts/build_images"):
+        await run("true", image="dynflow/nothing:latest")
+    await sandbox.close()
+
+
+async def test_without_an_engine_the_container_sandbox_is_unavailable(tmp_path: Path) -> None:
+    sandbox = ContainerSandbox(url=f"unix://{tmp_path}/no.sock")
+    with pytest.raises(UnavailableError, match="Docker"):
+        await Run(sandbox, tmp_path)("true")
+    assert await sandbox.sweep() == 0
+    assert "none answers" in sandbox.describe()["engine"]
+    await sandbox.close()
+
+
+def sleepers() -> list[int]:
+    """Return the processes that tests have left: `sleep 4711`."""
+    return [found.pid for found in psutil.process_iter(["cmdline"]) if found.info["cmdline"] == ["sleep", "4711"]]
+
+
+def containers() -> list[str]:
+    if shutil.which("docker") is None:
+        return []
+    command = ["docker", "ps", "--all", "--quiet", "--filter", "label=dynflow.platform"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+
+
+def control_groups() -> list[Path]:
+    return [path for path in Path("/sys/fs/cgroup").glob("**/dynflow-*/*") if path.is_dir()]
