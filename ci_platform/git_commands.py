@@ -1,0 +1,171 @@
+"""The `git` program, in an environment in which no repository and no user's configuration runs anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import IO
+from urllib.parse import urlsplit
+
+import anyio
+import anyio.abc
+
+from ci_platform.errors import InvalidInputError, UnavailableError
+
+_PASSED_ON = ("PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "GIT_SSL_CAINFO", "GIT_EXEC_PATH", "TMPDIR")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+_ERROR_BYTES = 16 * 1024
+_OUTPUT_BYTES = 16 * 1024 * 1024
+
+_SETTINGS = {
+    # Nothing in a repository may run: no hooks, no monitors, no helpers of ours beyond the one below.
+    "core.hooksPath": "/dev/null",
+    "core.fsmonitor": "false",
+    "credential.helper": "",
+    # Repositories may belong to another uid than ours, when the platform once ran as somebody else.
+    "safe.directory": "*",
+    # Deleting objects while another process reads them is `Source.maintain`'s decision alone.
+    "gc.auto": "0",
+    "maintenance.auto": "false",
+    "receive.autogc": "false",
+    # A dead connection ends; a slow one may go on for as long as the caller waits.
+    "http.lowSpeedLimit": "1000",
+    "http.lowSpeedTime": "60",
+    "submodule.recurse": "false",
+    "core.fsync": "committed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """User and password (or token) for one server."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+class GitError(Exception):
+    """`git` exited with `exit_code`; `stderr` is what it said, without credentials."""
+
+    def __init__(self, exit_code: int, stderr: str) -> None:
+        super().__init__(exit_code, stderr)
+        self.exit_code, self.stderr = exit_code, stderr
+
+    def __str__(self) -> str:
+        return self.stderr.strip()[-500:] or f"git exited with {self.exit_code}"
+
+
+def redact(text: str, *secrets: str) -> str:
+    """Take credentials out of what git printed."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return _USERINFO.sub("***@", text)
+
+
+def environment(
+    settings: Mapping[str, str] | None = None,
+    *,
+    protocols: str = "",
+    url: str | None = None,
+    credentials: Credentials | None = None,
+) -> dict[str, str]:
+    """Return the whole environment of a git process.
+
+    `protocols` names the transports it may use, separated by colons. `credentials` are for the server of
+    `url` alone: a redirect to another one gets none. They are in the environment, which only our own uid can
+    read, not in argv, a URL or a file.
+    """
+    configuration = {**_SETTINGS, **(settings or {})}
+    result = {name: os.environ[name] for name in (*_PASSED_ON, *_PROXIES) if name in os.environ}
+    result |= {
+        "HOME": "/nonexistent",
+        "LC_ALL": "C",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_ASKPASS": "true",
+        "GIT_ALLOW_PROTOCOL": protocols,
+        "GIT_NO_REPLACE_OBJECTS": "1",
+    }
+    if credentials is not None and url is not None:
+        parts = urlsplit(url)
+        helper = '!f() { printf "username=%s\\npassword=%s\\n" "$DYNFLOW_GIT_USER" "$DYNFLOW_GIT_TOKEN"; }; f'
+        configuration[f"credential.{parts.scheme}://{parts.netloc}.helper"] = helper
+        result |= {"DYNFLOW_GIT_USER": credentials.username, "DYNFLOW_GIT_TOKEN": credentials.password}
+    result["GIT_CONFIG_COUNT"] = str(len(configuration))
+    for number, (key, value) in enumerate(configuration.items()):
+        result |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
+    return result
+
+
+def check_url(url: str, *, allow_file: bool) -> None:
+    """Refuse what is not a plain address of a repository. InvalidInputError says why."""
+    parts = urlsplit(url)
+    allowed = {"https", "http", "file"} if allow_file else {"https", "http"}
+    if parts.scheme not in allowed:
+        raise InvalidInputError(f"a clone URL starts with one of {sorted(allowed)}, got {redact(url)!r}")
+    if parts.username or parts.password:
+        raise InvalidInputError(f"a clone URL has no credentials in it: {redact(url)!r}")
+
+
+@asynccontextmanager
+async def process(
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stderr: int = subprocess.PIPE,
+) -> AsyncIterator[anyio.abc.Process]:
+    """Run git for the time of the block; however that ends, the process and its children are gone then."""
+    try:
+        started = await anyio.open_process(
+            ["git", *arguments], stdin=stdin, stderr=stderr, env=env, cwd="/", start_new_session=True
+        )
+    except OSError as error:
+        raise UnavailableError(f"git cannot be started: {error}") from error
+    try:
+        yield started
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        with anyio.CancelScope(shield=True):
+            await started.aclose()
+
+
+async def run(
+    arguments: Sequence[str], env: Mapping[str, str], *, within: timedelta, secrets: Sequence[str] = ()
+) -> bytes:
+    """Run git to its end and return what it printed.
+
+    Raises GitError where it fails, UnavailableError where it does not end in time. `secrets` are taken out of
+    what it says.
+    """
+    output, errors = bytearray(), bytearray()
+    try:
+        with anyio.fail_after(within.total_seconds()):
+            async with process(arguments, env) as git, anyio.create_task_group() as tasks:
+                tasks.start_soon(_collect, git.stdout, output, _OUTPUT_BYTES)
+                tasks.start_soon(_collect, git.stderr, errors, _ERROR_BYTES)
+                exit_code = await git.wait()
+    except TimeoutError:
+        raise UnavailableError(f"git {arguments[0]} did not end within {within}") from None
+    if exit_code:
+        raise GitError(exit_code, redact(errors.decode(errors="replace"), *secrets))
+    return bytes(output)
+
+
+async def _collect(stream: anyio.abc.ByteReceiveStream | None, into: bytearray, limit: int) -> None:
+    if stream is None:
+        return
+    async for chunk in stream:
+        into += chunk
+        del into[: max(0, len(into) - limit)]

@@ -1,0 +1,176 @@
+"""The layers of one workspace on disk: which there are, in which order, merged where there are many."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ci_platform import layers
+from ci_platform.errors import NotFoundError
+
+SQUASH_ABOVE = 16
+"""Layers above which they are merged. The kernel mounts 500, but mount(2) takes one page of paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAuthor:
+    """Whose changes a layer holds: the step's name, its count among steps of that name, the attempt."""
+
+    step: str
+    count: int
+    attempt: int
+
+    def same_step(self, other: LayerAuthor) -> bool:
+        """Whether both are attempts of one step."""
+        return (self.step, self.count) == (other.step, other.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A committed layer. Later ones have greater orders."""
+
+    folder: Path
+    author: LayerAuthor
+
+    @property
+    def order(self) -> int:
+        """Its place among the workspace's layers."""
+        return int(self.folder.name)
+
+    @property
+    def tree(self) -> Path:
+        """Where its files are."""
+        return self.folder / "tree"
+
+    def forget(self) -> None:
+        """Take it out of the workspace. Its files stay for commands that stand on them."""
+        (self.folder / "forgotten").touch()
+        flush(self.folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One workspace's folder. Callers hold the workspace's lock for everything that writes."""
+
+    folder: Path
+
+    def exists(self) -> bool:
+        """Whether the workspace has been made."""
+        return (self.folder / "workspace.json").exists()
+
+    def create(self, scratch: Path, described: dict[str, str], *, durable: bool) -> None:
+        """Make the folder beside and rename it into place; somebody else's is left alone."""
+        for name in ("layers", "pending"):
+            (scratch / name).mkdir(parents=True)
+        write(scratch / "workspace.json", described, durable=durable)
+        try:
+            scratch.rename(self.folder)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+            layers.remove_tree(scratch)
+        if durable:
+            flush(self.folder, self.folder.parent)
+
+    def describe(self) -> dict[str, str]:
+        """Return repository and commit; NotFoundError where there is no workspace."""
+        try:
+            found: dict[str, str] = json.loads((self.folder / "workspace.json").read_bytes())
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no workspace {self.folder.name!r}") from None
+        return found
+
+    def layers(self) -> list[Layer]:
+        """Return the layers in force, oldest first."""
+        folders = sorted((self.folder / "layers").iterdir())
+        return [_layer(path) for path in folders if not (path / "forgotten").exists()]
+
+    def newest_order(self) -> int:
+        """Return the greatest order ever given to a layer that is on disk, 0 without any."""
+        return max((int(path.name) for path in (self.folder / "layers").iterdir()), default=0)
+
+    def publish(self, pending: Path, order: int, author: LayerAuthor, *, durable: bool) -> None:
+        """Turn a pending folder into a layer: the rename is the commit."""
+        write(pending / "layer.json", asdict(author), durable=durable)
+        if durable:
+            flush(pending)
+        pending.rename(self.folder / "layers" / f"{order:08d}")
+        if durable:
+            flush(self.folder / "layers")
+
+    def keep(self, pending: Path, author: LayerAuthor, count: int) -> list[Path]:
+        """Set a failed command's folder aside; returns older ones to remove, so that `count` stay."""
+        kept = self.folder / "kept"
+        kept.mkdir(exist_ok=True)
+        write(pending / "layer.json", asdict(author), durable=False)
+        pending.rename(kept / f"{time.time_ns():020d}")
+        return sorted(kept.iterdir())[:-count]
+
+    def live_trees(self) -> list[Path]:
+        """Return the trees of the layers in force, topmost first."""
+        return [layer.tree for layer in reversed(self.layers())]
+
+    def lowers(self, live: Sequence[Layer], in_use: Collection[Path]) -> list[Path]:
+        """Return trees that show the same as the layers `live`, topmost first, at most `SQUASH_ABOVE` + 1."""
+        merged, covered = self._merged(live)
+        rest = live[covered:]
+        if len(rest) > SQUASH_ABOVE:
+            merged, rest = self._merge(merged, live, rest), []
+            for path in self._outdated(merged, in_use):
+                layers.remove_tree(path)
+        return [layer.tree for layer in reversed(rest)] + ([merged / "tree"] if merged else [])
+
+    def _merged(self, live: Sequence[Layer]) -> tuple[Path | None, int]:
+        """Return the merged tree that stands for most of the oldest layers, and for how many."""
+        best: Path | None = None
+        covered, orders = 0, [layer.order for layer in live]
+        for path in (self.folder / "squashed").glob("[!.]*"):
+            theirs = json.loads((path / "orders.json").read_bytes())
+            if len(theirs) > covered and orders[: len(theirs)] == theirs:
+                best, covered = path, len(theirs)
+        return best, covered
+
+    def _merge(self, below: Path | None, live: Sequence[Layer], rest: Sequence[Layer]) -> Path:
+        """Merge by hard links: a merged tree costs names, not bytes, and the layers stay for `rewind`."""
+        name = secrets.token_hex(8)
+        scratch, apply = self.folder / "squashed" / f".{name}", layers.Apply(link=True, merge=True)
+        (scratch / "tree").mkdir(parents=True)
+        for tree in [*([below / "tree"] if below else []), *(layer.tree for layer in rest)]:
+            apply(tree, scratch / "tree")
+        write(scratch / "orders.json", [layer.order for layer in live], durable=False)
+        return scratch.rename(self.folder / "squashed" / name)
+
+    def _outdated(self, current: Path, in_use: Collection[Path]) -> list[Path]:
+        others = (self.folder / "squashed").iterdir()
+        return [path for path in others if path != current and path / "tree" not in in_use]
+
+    def garbage(self, in_use: Collection[Path]) -> list[Path]:
+        """Return the folders of forgotten layers that no open tree stands on."""
+        found = [path.parent for path in self.folder.glob("layers/*/forgotten")]
+        return [path for path in found if path / "tree" not in in_use]
+
+
+def _layer(folder: Path) -> Layer:
+    return Layer(folder, LayerAuthor(**json.loads((folder / "layer.json").read_bytes())))
+
+
+def write(path: Path, value: object, *, durable: bool) -> None:
+    """Write a small JSON file that nobody reads yet."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def flush(*folders: Path) -> None:
+    """Write directories to disk."""
+    for folder in folders:
+        with layers.directory(folder) as descriptor:
+            os.fsync(descriptor)

@@ -1,0 +1,363 @@
+"""Workspaces: a commit's files, and on top of them one layer for each command that succeeded.
+
+On disk, below the root: `<workspace id>/workspace.json`, `layers/<order>/` (files under `tree`, their author in
+`layer.json`), `pending/` (commands that run), `kept/` (what failed commands left), `squashed/` (layers merged
+for speed, made again when missing). Each step from one state to the next is one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+
+from ci_platform import copy_on_write, layer_conflicts, layers, sealing
+from ci_platform.copy_on_write import Method
+from ci_platform.errors import ConflictError, InvalidInputError, LimitExceededError, NotFoundError
+from ci_platform.sandboxes import SANDBOX_UID, Tree
+from ci_platform.source import Source, check_repo, check_sha
+from ci_platform.stacks import Layer, LayerAuthor, Stack
+from ci_platform.trees import Owner
+from pipelines.contract import Workspace
+
+T = TypeVar("T")
+
+__all__ = ["CommitReport", "Conflict", "LayerAuthor", "Workspaces"]
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_KEPT_FAILURES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A path that a command left different from another one (`other`) which started from the same files."""
+
+    path: str
+    other: LayerAuthor
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReport:
+    """What a command changed: number of paths, bytes, and where it overruled a parallel command.
+
+    The later commit wins; the log should say so. `order` is None where nothing changed and no layer was made.
+    """
+
+    order: int | None
+    paths: int = 0
+    size: int = 0
+    conflicts: tuple[Conflict, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A tree that a command is using. `seen` is the order of the newest layer below it."""
+
+    workspace_id: str
+    folder: Path
+    author: LayerAuthor
+    seen: int
+    lowers: tuple[Path, ...]
+    stamps: copy_on_write.Stamps | None
+
+
+@dataclass(slots=True)
+class _State:
+    """What this process knows of a workspace beyond its files."""
+
+    lock: anyio.Lock = field(default_factory=anyio.Lock)
+    last_order: int = 0
+    started: set[LayerAuthor] = field(default_factory=set)
+
+
+class Workspaces:
+    """All workspaces of a platform.
+
+    *Order of calls*: `sweep` once at start; `fork`, then any number of `prepare` -> `commit` or `drop`.
+    *Concurrency*: one event loop, one process; trees of one workspace may be open side by side, and stack in the
+    order of their commits. *Idempotency*: `fork`, `rewind`, `delete`, `drop`. *Cancellation*: a call in progress
+    ends its work on disk first. *Errors*: NotFoundError for a workspace that is not there, LimitExceededError
+    where a command left what cannot be kept.
+
+    With `durable`, a layer is flushed before `commit` returns, so it survives a power cut.
+    """
+
+    def __init__(
+        self, root: Path, source: Source, method: Method, *, durable: bool = True, threads: int = 4
+    ) -> None:
+        self._root, self._source, self._method, self._durable = root, source, method, durable
+        self._owner = Owner.of_sandboxes(SANDBOX_UID)
+        self._limiter = anyio.CapacityLimiter(threads)
+        self._states: dict[str, _State] = {}
+        self._open: dict[Path, _Open] = {}
+        for name in (".new", ".trash"):
+            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.chmod(0o700)
+
+    async def _thread(self, function: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(function, limiter=self._limiter)
+
+    def _state(self, workspace_id: str) -> _State:
+        return self._states.setdefault(workspace_id, _State())
+
+    def _stack(self, workspace_id: str) -> Stack:
+        if not _ID.fullmatch(workspace_id):
+            raise InvalidInputError(f"a workspace id has letters, digits and _.-, got {workspace_id[:140]!r}")
+        return Stack(self._root / workspace_id)
+
+    async def fork(self, workspace_id: str, repo: str, sha: str) -> Workspace:
+        """Make a workspace of a commit that `source` has; a millisecond or two where its tree is on disk.
+
+        Forking again with the same commit changes nothing; with another one it is a ConflictError.
+        """
+        stack, wanted = self._stack(workspace_id), {"repo": check_repo(repo), "sha": check_sha(sha)}
+        if not await self._thread(stack.exists):
+            await self._source.materialise(repo, sha)
+            await self._thread(lambda: self._create(stack, wanted))
+        found = await self._thread(stack.describe)
+        if found != wanted:
+            raise ConflictError(f"the workspace {workspace_id!r} is of {found}, not of {wanted}")
+        return Workspace(workspace_id, repo, sha)
+
+    def _create(self, stack: Stack, wanted: dict[str, str]) -> None:
+        stack.create(self._root / ".new" / secrets.token_hex(8), wanted, durable=self._durable)
+
+    async def prepare(self, workspace_id: str, author: LayerAuthor) -> Tree:
+        """Return a tree for one command: the workspace as it stands, with changes going to a layer of its own.
+
+        Forgets first what earlier attempts of the same step left, and what the same attempt left in a process
+        that died before its step was recorded.
+        """
+        stack, state = self._stack(workspace_id), self._state(workspace_id)
+        async with state.lock:
+            commit = await self._thread(stack.describe)
+            base = await self._source.materialise(commit["repo"], commit["sha"])
+            first, in_use = author not in state.started, self._in_use()
+            opened = await self._thread(lambda: self._prepare(stack, author, base, in_use, first=first))
+            state.started.add(author)
+            opened = replace(opened, seen=max(opened.seen, state.last_order))
+            state.last_order = opened.seen
+            self._open[opened.folder] = opened
+        if self._method.mounts:
+            return Tree(opened.folder / "tree", opened.folder / "work", opened.lowers)
+        return await self._copy(opened)
+
+    def _prepare(
+        self, stack: Stack, author: LayerAuthor, base: tuple[Path, ...], in_use: set[Path], *, first: bool
+    ) -> _Open:
+        for layer in stack.layers():
+            if layer.author.same_step(author) and (first or layer.author.attempt < author.attempt):
+                layer.forget()
+        lowers = (*stack.lowers(stack.layers(), in_use), *base)
+        folder = stack.folder / "pending" / secrets.token_hex(8)
+        (folder / "work").mkdir(parents=True)
+        if self._method.mounts:
+            self._own(folder / "tree")
+        return _Open(stack.folder.name, folder, author, stack.newest_order(), lowers, None)
+
+    def _own(self, path: Path) -> None:
+        """Make the root of an overlay, which the sandbox's uid may write to."""
+        path.mkdir()
+        if os.geteuid() == 0:
+            os.chown(path, self._owner.uid, self._owner.gid)
+        path.chmod(0o755)
+
+    def _in_use(self) -> set[Path]:
+        return {lower for opened in self._open.values() for lower in opened.lowers}
+
+    async def _copy(self, opened: _Open) -> Tree:
+        """Copy the merged view, for machines without overlayfs."""
+        copy, clone = opened.folder / "copy", self._method.name == "reflink"
+        try:
+            stamps = await self._thread(lambda: copy_on_write.copy_view(opened.lowers, copy, clone=clone))
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._discard(opened)
+            raise
+        self._open[opened.folder] = replace(opened, stamps=stamps)
+        return Tree(copy, opened.folder / "work")
+
+    def _opened(self, tree: Tree) -> _Open:
+        try:
+            return self._open[tree.upper.parent]
+        except KeyError:
+            raise ConflictError(f"the tree {tree.upper} is not open (any more)") from None
+
+    async def commit(self, tree: Tree) -> CommitReport:
+        """Make what the command changed part of the workspace, by one rename. Nothing may use the tree any more.
+
+        Where it cannot be kept (LimitExceededError) the tree is dropped.
+        """
+        opened = self._opened(tree)
+        with anyio.CancelScope(shield=True):
+            try:
+                report = await self._commit(opened)
+            finally:
+                await self._discard(opened)
+        return report
+
+    async def _commit(self, opened: _Open) -> CommitReport:
+        sealed = await self._thread(lambda: self._seal(opened))
+        if sealed.paths == 0:
+            return CommitReport(None)
+        state = self._state(opened.workspace_id)
+        async with state.lock:
+            order = state.last_order + 1
+            conflicts = await self._thread(lambda: self._publish(opened, order))
+            state.last_order = order
+        return CommitReport(order, sealed.paths, sealed.size, conflicts)
+
+    def _seal(self, opened: _Open) -> sealing.Sealed:
+        upper = opened.folder / "tree"
+        if opened.stamps is not None:
+            copy_on_write.capture(opened.folder / "copy", opened.stamps, upper)
+            layers.remove_tree(opened.folder / "copy")
+        layers.remove_tree(opened.folder / "work")
+        return sealing.seal(upper, self._owner, durable=self._durable)
+
+    def _publish(self, opened: _Open, order: int) -> tuple[Conflict, ...]:
+        stack, upper = self._stack(opened.workspace_id), opened.folder / "tree"
+        siblings = [layer for layer in stack.layers() if layer.order > opened.seen]
+        conflicts = _conflicts(upper, siblings)
+        if siblings:
+            sealing.let_siblings_through(upper, opened.lowers)
+        stack.publish(opened.folder, order, opened.author, durable=self._durable)
+        return conflicts
+
+    async def drop(self, tree: Tree, *, keep: bool = False) -> None:
+        """Forget what a command changed; with `keep` set it aside for a post-mortem (the last three are kept)."""
+        opened = self._open.get(tree.upper.parent)
+        if opened is None:
+            return
+        with anyio.CancelScope(shield=True):
+            if keep:
+                await self._thread(lambda: self._keep(opened))
+            await self._discard(opened)
+
+    def _keep(self, opened: _Open) -> None:
+        layers.remove_tree(opened.folder / "work")
+        for path in self._stack(opened.workspace_id).keep(opened.folder, opened.author, _KEPT_FAILURES):
+            self._remove(path)
+
+    async def _discard(self, opened: _Open) -> None:
+        """Let go of a tree and of everything that only it still needed."""
+        stack = self._stack(opened.workspace_id)
+        async with self._state(opened.workspace_id).lock:
+            self._open.pop(opened.folder, None)
+            in_use = self._in_use()
+            unused = await self._thread(lambda: [self._trash(path) for path in stack.garbage(in_use)])
+        await self._thread(lambda: self._remove(opened.folder, *unused))
+
+    def _trash(self, path: Path) -> Path:
+        """Take a folder out of sight by a rename; removing it may take long."""
+        trash = self._root / ".trash" / secrets.token_hex(8)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(trash)
+        return trash
+
+    def _remove(self, *paths: Path) -> None:
+        for path in paths:
+            layers.remove_tree(self._trash(path))
+
+    async def rewind(self, workspace_id: str, steps: Collection[tuple[str, int]]) -> int:
+        """Forget the layers of these (step, count); returns how many there were. The files go when unused."""
+        stack, state = self._stack(workspace_id), self._state(workspace_id)
+        async with state.lock:
+            return await self._thread(lambda: _rewind(stack, steps))
+
+    async def read(self, workspace_id: str, path: str, *, limit: int = 1 << 20) -> bytes | None:
+        """Return a regular file as the workspace stands, None where there is none or it is a link."""
+        stack = self._stack(workspace_id)
+        commit = await self._thread(stack.describe)
+        async with self._state(workspace_id).lock:
+            base = await self._source.materialise(commit["repo"], commit["sha"])
+            return await self._thread(lambda: _read((*stack.live_trees(), *base), path, limit))
+
+    async def delete(self, workspace_id: str) -> None:
+        """Remove a workspace; nothing where there is none. ConflictError while a command uses it."""
+        stack, state = self._stack(workspace_id), self._state(workspace_id)
+        async with state.lock:
+            if any(opened.workspace_id == workspace_id for opened in self._open.values()):
+                raise ConflictError(f"the workspace {workspace_id!r} is in use")
+            await self._thread(lambda: self._remove(stack.folder))
+        self._states.pop(workspace_id, None)
+
+    async def sweep(self, live: Collection[str] | None = None) -> int:
+        """Remove what a killed process left half done; call once at start. Returns the workspaces removed.
+
+        `live` names runs or workspaces (a run's have ids that start with its id and a dot); others are removed.
+        None keeps all.
+        """
+        return await self._thread(lambda: self._sweep(live))
+
+    def _sweep(self, live: Collection[str] | None) -> int:
+        for folder in (self._root / ".new", self._root / ".trash"):
+            for path in folder.iterdir():
+                layers.remove_tree(path)
+        removed = 0
+        for path in self._root.glob("[!.]*"):
+            if live is None or path.name in live or path.name.partition(".")[0] in live:
+                for leftover in (*path.glob("pending/*"), *Stack(path).garbage(set())):
+                    self._remove(leftover)
+            else:
+                self._remove(path)
+                removed += 1
+        return removed
+
+    async def evict(self, budget: int) -> int:
+        """Remove commits' trees that no workspace stands on, down to `budget` bytes; returns the bytes freed."""
+        return await self._source.evict(budget, self._in_use())
+
+
+def _rewind(stack: Stack, steps: Collection[tuple[str, int]]) -> int:
+    forgotten = [layer for layer in stack.layers() if (layer.author.step, layer.author.count) in steps]
+    for layer in forgotten:
+        layer.forget()
+    return len(forgotten)
+
+
+def _conflicts(upper: Path, siblings: Sequence[Layer]) -> tuple[Conflict, ...]:
+    if not siblings:
+        return ()
+    mine = layer_conflicts.scan(upper)
+    return tuple(
+        Conflict(path, sibling.author)
+        for sibling in siblings
+        for path in layer_conflicts.find(upper, mine, sibling.tree, layer_conflicts.scan(sibling.tree))
+    )
+
+
+def _read(lowers: Sequence[Path], path: str, limit: int) -> bytes | None:
+    if layers.locate(lowers, path) is None:
+        return None
+    for lower in lowers:
+        if layers.locate([lower], path) is not None:
+            try:
+                with layers.open_file(lower, path) as file:
+                    content = file.read(limit + 1)
+            except OSError:
+                return None
+            if len(content) > limit:
+                raise LimitExceededError(f"{path} has more than {limit} bytes")
+            return content
+    raise NotFoundError(path)
+
+
+def describe(report: CommitReport) -> str:
+    """Return a line for the log that says where a command overruled parallel ones; empty where it did not."""
+    if not report.conflicts:
+        return ""
+    shown = ", ".join(sorted({conflict.path for conflict in report.conflicts})[:10])
+    others = ", ".join(sorted({conflict.other.step for conflict in report.conflicts}))
+    more = len({conflict.path for conflict in report.conflicts}) - 10
+    return f"changed differently by {others}; this command's version stays: {shown}" + (
+        f" and {more} more" if more > 0 else ""
+    )
