@@ -40,5 +40,5 @@ class WorkflowsBinding(Protocol):
 class Layers(Protocol):
     """The workspaces of runs, as far as a rerun touches them."""
 
-    async def rewind(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
+    async def rewind_run(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
         """Forget what these steps (name, count) changed in the run's workspaces."""

@@ -136,6 +136,10 @@ class Settings(BaseModel):
         "auto", description="How workspaces are layered. auto takes the first that works here."
     )
     allow_network: bool = Field(default=True, description="Whether commands that ask for a network get one.")
+    allow_file_remotes: bool = Field(
+        default=False,
+        description="Whether repositories may be cloned from file:// URLs, that is from this machine.",
+    )
     allow_containers: bool = Field(
         default=True, description='Whether commands may ask for sandbox="container".'
     )

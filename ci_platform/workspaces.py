@@ -273,6 +273,11 @@ class Workspaces:
         async with state.lock:
             return await self._thread(lambda: _rewind(stack, steps))
 
+    async def rewind_run(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
+        """Forget the layers of these (step, count) in all workspaces of a run."""
+        for path in await self._thread(lambda: sorted(self._root.glob(f"{run_id}.*"))):
+            await self.rewind(path.name, steps)
+
     async def read(self, workspace_id: str, path: str, *, limit: int = 1 << 20) -> bytes | None:
         """Return a regular file as the workspace stands, None where there is none or it is a link."""
         stack = self._stack(workspace_id)

@@ -34,7 +34,7 @@ _COMMENT_PAGES = 10
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-class GithubForge(Forge):
+class GitHubForge(Forge):
     """GitHub.com or an Enterprise Server, by its base URLs.
 
     Without a `webhook_secret` no delivery is accepted; without a `token` nothing can be shown there.

@@ -98,6 +98,8 @@ def change_of_push(payload: Fields) -> tuple[Change, str]:
     """Return the change in a `push`, and its head commit's message."""
     repository, head = payload.object("repository"), payload.optional("head_commit")
     ref, after = payload.exact("ref"), payload.exact("after", limit=64)
+    if head is not None and ref.startswith("refs/tags/"):
+        after = head.exact("id", limit=64)  # of an annotated tag, `after` is the tag itself, not its commit
     pusher, sender = payload.optional("pusher"), payload.optional("sender")
     message = head.text("message", default="", limit=_MAX_MESSAGE) if head else ""
     change = Change(

@@ -1,0 +1,152 @@
+"""Runs as the API, the pages and the command line show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import cast
+
+from ci_platform.errors import Conclusion
+from ci_platform.gates import GateView, gate_view
+from ci_platform.model import DeliveryRow, Gate, Run
+from ci_platform.outcomes import Phase, phase_of, waiting_for
+from dynflow.types import AttemptInfo, ErrorInfo, InstanceStatus, StepKind, StepStatus
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """A step; times are aware UTC. `status` is `running`, `waiting`, `complete` or `errored`."""
+
+    name: str
+    count: int
+    kind: StepKind
+    status: str
+    started_at: datetime
+    ended_at: datetime | None
+    attempts: tuple[AttemptInfo, ...]
+    error: ErrorInfo | None
+    event_type: str | None
+    deadline: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a run exists: the delivery that asked for it."""
+
+    delivery: int
+    forge: str
+    delivery_id: str
+    event: str
+    received_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A run. Lists leave `steps`, `gates` and `cause` empty.
+
+    `status` is `queued`, `running`, `waiting`, `paused` or `finished`; `waiting_for` says for what. A finished
+    run has a `conclusion` and its `reason`. `stopping` is true from a cancellation, a rejection or the run's
+    time limit until the run has ended.
+    """
+
+    id: str
+    number: int
+    repo: str
+    sha: str
+    ref: str
+    branch: str
+    base_branch: str | None
+    pr: int | None
+    event: str
+    action: str
+    actor: str
+    title: str
+    trusted: bool
+    attempt: int
+    pipeline_digest: str | None
+    status: Phase
+    waiting_for: str | None
+    stopping: bool
+    conclusion: Conclusion | None
+    reason: str | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    cause: Cause | None = None
+    steps: tuple[StepView, ...] = ()
+    gates: tuple[GateView, ...] = ()
+
+
+def run_view(
+    run: Run,
+    *,
+    status: InstanceStatus | None = None,
+    gates: Sequence[Gate] = (),
+    delivery: DeliveryRow | None = None,
+) -> RunView:
+    """Return the row as the API shows it, with what the engine says where it was asked."""
+    live = status if run.conclusion is None else None
+    return RunView(
+        id=run.id,
+        number=run.number,
+        repo=run.repo,
+        sha=run.sha,
+        ref=run.ref,
+        branch=run.branch,
+        base_branch=run.base_branch,
+        pr=run.pr,
+        event=run.event,
+        action=run.action,
+        actor=run.actor,
+        title=run.title,
+        trusted=run.trusted,
+        attempt=run.attempt,
+        pipeline_digest=run.pipeline_digest,
+        status=_phase(run, live),
+        waiting_for=waiting_for(live) if live is not None else run.waiting_for,
+        stopping=run.stop_conclusion is not None and run.conclusion is None,
+        conclusion=cast("Conclusion | None", run.conclusion),
+        reason=run.conclusion_reason or (run.stop_reason if run.conclusion is None else None),
+        created_at=run.created_at,
+        started_at=run.started_at,
+        ended_at=run.ended_at,
+        cause=None if delivery is None else _cause(delivery),
+        steps=() if status is None else tuple(_step_view(step) for step in status.steps),
+        gates=tuple(gate_view(gate) for gate in gates),
+    )
+
+
+def _phase(run: Run, live: InstanceStatus | None) -> Phase:
+    if run.conclusion is not None:
+        return "finished"
+    if live is None or run.rerun_pending:
+        return cast("Phase", run.phase)
+    phase = phase_of(live)
+    # Ended, and not concluded yet: a moment's matter. "finished" without a conclusion would be a riddle.
+    return "running" if phase == "finished" else phase
+
+
+def _step_view(step: StepStatus) -> StepView:
+    return StepView(
+        name=step.name,
+        count=step.count,
+        kind=step.kind,
+        status=step.status,
+        started_at=step.started_at,
+        ended_at=step.ended_at,
+        attempts=tuple(step.attempts),
+        error=step.error,
+        event_type=step.event_type,
+        deadline=step.deadline,
+    )
+
+
+def _cause(delivery: DeliveryRow) -> Cause:
+    return Cause(
+        delivery=cast("int", delivery.id),
+        forge=delivery.forge,
+        delivery_id=delivery.delivery_id,
+        event=delivery.event,
+        received_at=delivery.received_at,
+    )

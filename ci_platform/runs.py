@@ -1,0 +1,533 @@
+"""Runs: started once per cause, cancelled, rerun, concluded.
+
+A run is a row and an instance of one id. Whatever is decided about it is a row first; `project` then looks at
+the instance and makes both agree: it creates an instance that is missing, carries out a rerun, ends what is to
+be stopped, sends approvals, and writes down gates, phase and conclusion. It can be repeated at any point, so a
+crash between two of its steps loses nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+import anyio
+
+from ci_platform.backoff import backoff
+from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
+from ci_platform.gates import Gates, gates_of_run
+from ci_platform.instances import InstanceHandle, Layers, WorkflowsBinding
+from ci_platform.model import DeliveryRow, Gate, OutboxRow, Repository, Run
+from ci_platform.notices import Notices
+from ci_platform.outcomes import (
+    Outcome,
+    Stop,
+    in_words,
+    outcome_of,
+    phase_of,
+    shown,
+    started_at,
+    state_of,
+    waiting_for,
+)
+from ci_platform.reports import Reports
+from ci_platform.run_views import RunView, run_view
+from ci_platform.store import Store, Transaction, col, decode_cursor, encode_cursor, or_
+from ci_platform.triggers import RunRequest
+from dynflow.clock import Clock
+from dynflow.errors import IllegalMoveError, InstanceExistsError, InstanceNotFoundError
+from dynflow.types import HistoryEvent, InstanceStatus
+
+_log = logging.getLogger(__name__)
+
+_AT_ONCE = 16
+_PHASES = frozenset({"queued", "running", "waiting", "paused", "finished"})
+_CONCLUSIONS = frozenset({"success", "failure", "error", "cancelled", "timed_out"})
+
+
+@dataclass(frozen=True, slots=True)
+class RunPage:
+    """Some runs, the newest first; `cursor` leads to the next ones, None where there are none."""
+
+    runs: tuple[RunView, ...]
+    cursor: str | None
+
+
+class Runs:
+    """Starts runs and sees them to their conclusions. `serve` runs beside the server, in the same event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        notices: Notices,
+        *,
+        workflows: WorkflowsBinding,
+        gates: Gates,
+        reports: Reports,
+        layers: Layers,
+        run_timeout: timedelta = timedelta(hours=6),
+    ) -> None:
+        self._store, self._clock, self._notices = store, clock, notices
+        self._workflows, self._gates, self._reports = workflows, gates, reports
+        self._layers, self._run_timeout = layers, run_timeout
+        self._busy: set[str] = set()
+        self._failures: dict[str, int] = {}
+        self._retry_at: dict[str, datetime] = {}
+        self._concluded = anyio.Event()
+
+    # --- decisions -----------------------------------------------------------------------------
+
+    async def start(
+        self, request: RunRequest, *, delivery: int | None = None, pipeline_digest: str | None = None
+    ) -> RunView:
+        """Start the run of a cause. The same cause again gives the same run, whatever became of it."""
+        row = await self._store.write(lambda tx: self._insert(tx, request, delivery, pipeline_digest))
+        if row.conclusion is None:
+            await self._instance(row)
+            self._notices.add(row.id)
+            self._reports.wake()
+        return run_view(row)
+
+    def _insert(
+        self, tx: Transaction, request: RunRequest, delivery: int | None, pipeline_digest: str | None
+    ) -> Run:
+        held = tx.first(Run, col(Run.id) == request.run_id)
+        if held is not None:
+            return held
+        change = request.change
+        tx.change(
+            Repository, {"last_number": Repository.last_number + 1}, col(Repository.name) == change.repo
+        )
+        repository = tx.get(Repository, change.repo)
+        if repository is None:
+            raise NotFoundError(f"repository {change.repo!r} is not registered here")
+        row = Run(
+            id=request.run_id,
+            repo=change.repo,
+            number=repository.last_number,
+            event=change.event,
+            action=change.action[:40],
+            sha=change.sha,
+            ref=change.ref,
+            branch=change.branch,
+            base_branch=change.base_branch,
+            before=change.before,
+            pr=change.pr,
+            actor=change.actor[:200],
+            title=change.title[:500],
+            trusted=change.trusted,
+            pipeline_digest=pipeline_digest,
+            delivery=delivery,
+            created_at=self._clock.now(),
+        )
+        tx.add(row)
+        self._reports.put_status(tx, row, "pending", "queued")
+        return row
+
+    async def cancel(self, run_id: str, *, by: str, reason: str = "") -> RunView:
+        """Have a run end now, whatever it is doing. Durable when this returns; once is enough.
+
+        Raises NotFoundError, or ConflictError if the run has ended.
+        """
+        why = f"cancelled by {by}" + (f": {reason[:500]}" if reason else "")
+
+        def mark(tx: Transaction) -> Run:
+            run = _existing(tx, run_id)
+            if run.conclusion is not None:
+                raise ConflictError(f"the run has ended already: {run.conclusion}")
+            stop = {"stop_conclusion": "cancelled", "stop_reason": why}
+            tx.change(Run, stop, col(Run.id) == run_id, col(Run.stop_conclusion).is_(None))
+            return _existing(tx, run_id)
+
+        run = await self._store.write(mark)
+        self._notices.add(run_id)
+        return run_view(run)
+
+    async def rerun(self, run_id: str, *, from_step: tuple[str, int] | None = None) -> RunView:
+        """Run a run that has ended once more, under its id: all of it, or from the step (name, count) on.
+
+        What came before that step is kept, files too. Durable when this returns. Raises NotFoundError (also
+        for the step), or ConflictError while the run has not ended.
+        """
+        run = await self._store.read(lambda tx: _existing(tx, run_id))
+        if run.conclusion is None:
+            raise ConflictError("the run has not ended: cancel it first, or wait")
+        if from_step is not None:
+            await self._check_step(run, from_step)
+        values: dict[str, Any] = {
+            "attempt": run.attempt + 1,
+            "phase": "queued",
+            "waiting_for": None,
+            "started_at": None,
+            "active_since": None,
+            "ended_at": None,
+            "conclusion": None,
+            "conclusion_reason": None,
+            "stop_conclusion": None,
+            "stop_reason": None,
+            "rerun_pending": True,
+            "rerun_from": None if from_step is None else list(from_step),
+        }
+
+        def mark(tx: Transaction) -> Run:
+            if not tx.change(Run, values, col(Run.id) == run_id, col(Run.conclusion).is_not(None)):
+                raise ConflictError("the run is being rerun already")
+            again = _existing(tx, run_id)
+            self._reports.put_status(tx, again, "pending", "queued")
+            return again
+
+        again = await self._store.write(mark)
+        self._reports.wake()
+        self._notices.add(run_id)
+        return run_view(again)
+
+    async def _check_step(self, run: Run, step: tuple[str, int]) -> None:
+        name, count = step
+        try:
+            status = await (await self._workflows.get(run.id)).status()
+        except InstanceNotFoundError:
+            raise ConflictError("the run's history is gone: rerun all of it") from None
+        if not any((one.kind, one.name, one.count) == ("do", name, count) for one in status.steps):
+            raise NotFoundError(f"the run has no step {name[:256]!r} number {count} to rerun from")
+
+    # --- questions -----------------------------------------------------------------------------
+
+    async def get(self, run_id: str) -> RunView:
+        """Return a run with its steps, gates and cause. Raises NotFoundError."""
+
+        def find(tx: Transaction) -> tuple[Run, Sequence[Gate], DeliveryRow | None]:
+            run = _existing(tx, run_id)
+            cause = None if run.delivery is None else tx.get(DeliveryRow, run.delivery)
+            return run, gates_of_run(tx, run_id), cause
+
+        run, gates, delivery = await self._store.read(find)
+        try:
+            status = await (await self._workflows.get(run_id)).status()
+        except InstanceNotFoundError:
+            status = None
+        return run_view(run, status=status, gates=gates, delivery=delivery)
+
+    async def summary(self, run_id: str) -> RunView:
+        """Return a run as the database knows it, without asking the engine. Raises NotFoundError."""
+        return run_view(await self._store.read(lambda tx: _existing(tx, run_id)))
+
+    async def list(
+        self,
+        *,
+        repo: str | None = None,
+        ref: str | None = None,
+        status: str | None = None,
+        sha: str | None = None,
+        pr: int | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> RunPage:
+        """Return runs, the newest first.
+
+        `ref` is a full ref or a branch's name; `status` a status or a conclusion. Raises InvalidInputError.
+        """
+        if not 1 <= limit <= 200:
+            raise InvalidInputError(f"limit is 1 to 200, not {limit}")
+        where = _conditions(repo=repo, ref=ref, status=status, sha=sha, pr=pr)
+        if cursor is not None:
+            where.append(col(Run.seq) < decode_cursor(cursor))
+        rows = await self._store.read(
+            lambda tx: tx.all(Run, *where, order=col(Run.seq).desc(), limit=limit + 1)
+        )
+        more = encode_cursor(cast("int", rows[limit - 1].seq)) if len(rows) > limit else None
+        return RunPage(tuple(run_view(row) for row in rows[:limit]), more)
+
+    async def events(self, run_id: str, cursor: int | None = None) -> AsyncIterator[HistoryEvent]:
+        """Yield the run's history after `cursor`, then what happens, until it has ended. Raises NotFoundError."""
+        try:
+            handle: InstanceHandle = await self._workflows.get(run_id)
+        except InstanceNotFoundError:
+            raise NotFoundError(f"there is no run {run_id[:100]}, or its history is gone") from None
+        async for event in handle.subscribe(cursor):
+            yield event
+
+    async def concluded(self, run_id: str) -> RunView:
+        """Wait until a run has ended, and return it. Raises NotFoundError."""
+        while True:
+            changed = self._concluded
+            view = await self.summary(run_id)
+            if view.conclusion is not None:
+                return await self.get(run_id)
+            await changed.wait()
+
+    async def live_ids(self) -> set[str]:
+        """Return the ids of all runs that are kept, whose workspaces and logs must be kept too."""
+        return {run.id for run in await self._store.read(lambda tx: tx.all(Run))}
+
+    async def expired(self, retention: timedelta, *, limit: int = 100) -> Sequence[str]:
+        """Return runs that ended longer ago than `retention`, the oldest first."""
+        before = self._clock.now() - retention
+        rows = await self._store.read(
+            lambda tx: tx.all(
+                Run,
+                col(Run.conclusion).is_not(None),
+                col(Run.ended_at) < before,
+                order=col(Run.seq),
+                limit=limit,
+            )
+        )
+        return [row.id for row in rows]
+
+    async def forget(self, run_id: str) -> None:
+        """Delete a run that has ended from the database: the last thing, after its files and instance."""
+
+        def delete(tx: Transaction) -> None:
+            if _existing(tx, run_id).conclusion is None:
+                raise ConflictError("the run has not ended")
+            for table in (Gate, OutboxRow):
+                tx.remove(table, col(table.run_id) == run_id)
+            tx.remove(Run, col(Run.id) == run_id)
+
+        await self._store.write(delete)
+
+    # --- seeing to it --------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Look at every unfinished run once, then at each that something happens to, for ever."""
+        for run_id in await self._unfinished():
+            self._notices.add(run_id)
+        limiter = anyio.CapacityLimiter(_AT_ONCE)
+        async with anyio.create_task_group() as group:
+            while True:
+                await self._note_what_is_due()
+                for run_id in self._notices.take(but=self._busy):
+                    self._busy.add(run_id)
+                    group.start_soon(self._project_in_lane, run_id, limiter)
+                await self._notices.wait(await self._next_deadline())
+
+    async def sweep(self) -> int:
+        """Look at every unfinished run, one after the other, and return how many there were."""
+        run_ids = await self._unfinished()
+        for run_id in run_ids:
+            await self.project(run_id)
+        return len(run_ids)
+
+    async def _project_in_lane(self, run_id: str, limiter: anyio.CapacityLimiter) -> None:
+        try:
+            async with limiter:
+                await self.project(run_id)
+        except Exception as error:  # noqa: BLE001 - one run's trouble must not keep the others from concluding
+            self._try_later(run_id, error)
+        else:
+            self._failures.pop(run_id, None)
+        finally:
+            self._busy.discard(run_id)
+            self._notices.wake()
+
+    def _try_later(self, run_id: str, error: Exception) -> None:
+        failures = self._failures[run_id] = self._failures.get(run_id, 0) + 1
+        self._retry_at[run_id] = self._clock.now() + backoff(failures)
+        known = isinstance(error, UnavailableError)
+        _log.warning("run %s could not be looked at: %s", run_id, error, exc_info=None if known else error)
+
+    async def project(self, run_id: str) -> None:
+        """Make row and instance of a run agree; see the module's docstring. One caller per run at a time."""
+        run = await self._store.read(lambda tx: tx.first(Run, col(Run.id) == run_id))
+        if run is None or run.conclusion is not None:
+            return
+        handle = await self._instance(run)
+        if handle is None:
+            return
+        if run.rerun_pending:
+            await self._carry_out_rerun(run, handle)
+        status = await handle.status()
+        if run.stop_conclusion is not None and phase_of(status) != "finished":
+            with suppress(IllegalMoveError):  # it ended meanwhile
+                await handle.terminate()
+            status = await handle.status()
+        if await self._gates.send_approvals(run_id, handle, status):
+            status = await handle.status()
+        if await self._store.write(lambda tx: self._write_down(tx, run_id, run.attempt, status)):
+            concluded, self._concluded = self._concluded, anyio.Event()
+            concluded.set()
+        self._reports.wake()
+
+    async def _instance(self, run: Run) -> InstanceHandle | None:
+        """Return the run's instance, created if it is not yet; None where the run was concluded without."""
+        try:
+            return cast("InstanceHandle", await self._workflows.get(run.id))
+        except InstanceNotFoundError:
+            pass
+        if run.stop_conclusion is not None:
+            await self._conclude_without_instance(
+                run, Stop(cast("Any", run.stop_conclusion), run.stop_reason or "")
+            )
+            return None
+        if run.started_at is not None:
+            await self._conclude_without_instance(
+                run, Stop("error", "the engine has no record of this run any more")
+            )
+            return None
+        with suppress(InstanceExistsError):
+            await self._workflows.create(id=run.id, params=_params(run))
+        return cast("InstanceHandle", await self._workflows.get(run.id))
+
+    async def _conclude_without_instance(self, run: Run, stop: Stop) -> None:
+        outcome = Outcome(stop.conclusion, stop.reason)
+        await self._store.write(lambda tx: self._conclude(tx, run, outcome, self._clock.now()))
+        self._concluded.set()
+        self._concluded = anyio.Event()
+        self._reports.wake()
+
+    async def _carry_out_rerun(self, run: Run, handle: InstanceHandle) -> None:
+        """Restart the instance, its workspaces first. An unfinished instance has been restarted already."""
+        status = await handle.status()
+        if phase_of(status) == "finished":
+            from_step = None if run.rerun_from is None else (str(run.rerun_from[0]), int(run.rerun_from[1]))
+            await self._layers.rewind_run(run.id, _steps_from(status, from_step))
+            await handle.restart(from_step)
+        done = {"rerun_pending": False, "rerun_from": None}
+        await self._store.write(lambda tx: tx.change(Run, done, col(Run.id) == run.id))
+
+    # --- writing down --------------------------------------------------------------------------
+
+    def _write_down(self, tx: Transaction, run_id: str, attempt: int, status: InstanceStatus) -> bool:
+        """Store what `status` says of attempt `attempt`; return whether the run has concluded."""
+        run = tx.first(Run, col(Run.id) == run_id)
+        if run is None or run.attempt != attempt or run.conclusion is not None or run.rerun_pending:
+            return False  # the status is of an earlier attempt
+        self._gates.project(tx, run_id, status)
+        now, phase = self._clock.now(), phase_of(status)
+        run.started_at = run.started_at or started_at(status) or (now if phase != "queued" else None)
+        stop = Stop(cast("Any", run.stop_conclusion), run.stop_reason or "") if run.stop_conclusion else None
+        outcome = outcome_of(status, stop, run.started_at)
+        if outcome is not None:
+            self._conclude(tx, run, outcome, status.ended_at or now)
+            return True
+        active = phase == "running"
+        values = {
+            "phase": phase,
+            "waiting_for": waiting_for(status),
+            "started_at": run.started_at,
+            "active_since": (run.active_since or now) if active else None,
+        }
+        tx.change(Run, values, col(Run.id) == run_id)
+        if stop is None:
+            self._reports.put_status(tx, run, *shown(status))
+        return False
+
+    def _conclude(self, tx: Transaction, run: Run, outcome: Outcome, ended_at: datetime) -> None:
+        values = {
+            "phase": "finished",
+            "waiting_for": None,
+            "started_at": run.started_at,
+            "active_since": None,
+            "ended_at": ended_at,
+            "conclusion": outcome.conclusion,
+            "conclusion_reason": outcome.reason,
+            "rerun_pending": False,
+        }
+        if tx.change(Run, values, col(Run.id) == run.id, col(Run.conclusion).is_(None)):
+            first_line = outcome.reason.partition("\n")[0]
+            self._reports.put_status(tx, run, state_of(outcome.conclusion), first_line)
+
+    # --- time ----------------------------------------------------------------------------------
+
+    async def _unfinished(self) -> Sequence[str]:
+        rows = await self._store.read(
+            lambda tx: tx.all(Run, col(Run.conclusion).is_(None), order=col(Run.seq))
+        )
+        return [row.id for row in rows]
+
+    async def _note_what_is_due(self) -> None:
+        now = self._clock.now()
+        for run_id in [run_id for run_id, when in self._retry_at.items() if when <= now]:
+            del self._retry_at[run_id]
+            self._notices.add(run_id)
+        for run_id in await self._store.write(self._stop_those_out_of_time):
+            self._notices.add(run_id)
+
+    def _stop_those_out_of_time(self, tx: Transaction) -> Sequence[str]:
+        reason = f"the run worked for more than {in_words(self._run_timeout)} without waiting"
+        late = tx.all(Run, *_ACTIVE, col(Run.active_since) <= self._clock.now() - self._run_timeout)
+        for run in late:
+            stop = {"stop_conclusion": "timed_out", "stop_reason": reason}
+            tx.change(Run, stop, col(Run.id) == run.id, *_ACTIVE)
+        return [run.id for run in late]
+
+    async def _next_deadline(self) -> datetime | None:
+        first = await self._store.read(lambda tx: tx.first(Run, *_ACTIVE, order=col(Run.active_since)))
+        moments = list(self._retry_at.values())
+        if first is not None and first.active_since is not None:
+            moments.append(first.active_since + self._run_timeout)
+        return min(moments, default=None)
+
+
+_ACTIVE = (
+    col(Run.active_since).is_not(None),
+    col(Run.stop_conclusion).is_(None),
+    col(Run.conclusion).is_(None),
+)
+
+
+def _existing(tx: Transaction, run_id: str) -> Run:
+    run = tx.first(Run, col(Run.id) == run_id)
+    if run is None:
+        raise NotFoundError(f"there is no run {run_id[:100]}")
+    return run
+
+
+def _conditions(
+    *, repo: str | None, ref: str | None, status: str | None, sha: str | None, pr: int | None
+) -> list[Any]:
+    where: list[Any] = []
+    if repo is not None:
+        where.append(col(Run.repo) == repo)
+    if ref is not None:
+        where.append(or_(col(Run.ref) == ref, col(Run.branch) == ref))
+    if sha is not None:
+        where.append(col(Run.sha) == sha)
+    if pr is not None:
+        where.append(col(Run.pr) == pr)
+    if status in _CONCLUSIONS:
+        where.append(col(Run.conclusion) == status)
+    elif status in _PHASES:
+        where.append(col(Run.phase) == status)
+    elif status is not None:
+        known = ", ".join(sorted(_PHASES | _CONCLUSIONS))
+        raise InvalidInputError(f"there is no status {status[:50]!r}: {known}")
+    return where
+
+
+def _params(run: Run) -> dict[str, Any]:
+    """Return what the pipeline gets as `event.payload`."""
+    return {
+        "repo": run.repo,
+        "sha": run.sha,
+        "ref": run.ref,
+        "branch": run.branch,
+        "base_branch": run.base_branch,
+        "before": run.before,
+        "pr": run.pr,
+        "event": run.event,
+        "action": run.action,
+        "actor": run.actor,
+        "title": run.title,
+        "trusted": run.trusted,
+        "number": run.number,
+    }
+
+
+def _steps_from(status: InstanceStatus, from_step: tuple[str, int] | None) -> list[tuple[str, int]]:
+    """Return the steps that a rerun forgets: that one and all that started after it; all without one."""
+    steps = [step for step in status.steps if step.kind == "do"]
+    if from_step is not None:
+        first = next((step for step in steps if (step.name, step.count) == from_step), None)
+        position = len(steps) if first is None else steps.index(first)
+        # Those listed later started later; a tie in time is theirs as well, as it is the engine's.
+        steps = [
+            step
+            for index, step in enumerate(steps)
+            if index >= position or step.started_at > steps[position].started_at
+        ]
+    return [(step.name, step.count) for step in steps]
