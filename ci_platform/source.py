@@ -7,12 +7,10 @@ libgit2 is the wrong tool (fetching, serving) the `git` program is used through 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -72,15 +70,6 @@ class CommitInfo:
     committed_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class RefUpdate:
-    """A ref that a push moved. `before` is None where it is new, `after` None where it is gone."""
-
-    ref: str
-    before: str | None
-    after: str | None
-
-
 def check_repo(repo: str) -> str:
     """Return the name if it is `owner/name` and safe as a path; InvalidInputError otherwise."""
     if not _REPO.fullmatch(repo) or repo.endswith((".git", ".lock", "/.", "/..")):
@@ -120,7 +109,6 @@ class Source:
         self._limiter = anyio.CapacityLimiter(threads)
         self._fetches: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         self._builds: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
-        self._unlocked: set[Path] = set()
         _isolate_libgit2()
 
     async def _thread(self, function: Callable[[], T]) -> T:
@@ -175,11 +163,6 @@ class Source:
         path = self.path(repo)
         if not path.is_dir():
             _initialise(path, "main")
-        if path not in self._unlocked:
-            # One process owns the data folder: a lock that is older than this process is nobody's.
-            for lock in (*path.glob("*.lock"), *path.glob("refs/**/*.lock")):
-                lock.unlink(missing_ok=True)
-            self._unlocked.add(path)
 
     async def _fetch(self, repo: str, sha: str, remote: Remote, ref: str | None) -> None:
         said = ""
@@ -248,34 +231,8 @@ class Source:
         return {ref.removeprefix(prefix): sha for ref, sha in refs.items() if ref.startswith(prefix)}
 
     async def ref_snapshot(self, repo: str) -> dict[str, str]:
-        """Return branch and tag refs by full name -> id of what they point at."""
+        """Return branch and tag refs by full name, with the commits they lead to."""
         return await self._thread(lambda: _refs(self._open(repo)))
-
-    async def undispatched(self, repo: str) -> list[RefUpdate]:
-        """Return how the refs differ from those last given to `record_dispatched`.
-
-        After a kill between a push and its delivery this is what is left to deliver.
-        """
-        before, after = await self._thread(lambda: (self._dispatched(repo), _refs(self._open(repo))))
-        names = sorted(before.keys() | after.keys())
-        updates = (RefUpdate(name, before.get(name), after.get(name)) for name in names)
-        return [update for update in updates if update.before != update.after]
-
-    async def record_dispatched(self, repo: str, updates: Collection[RefUpdate]) -> None:
-        """Note durably that these updates have been delivered."""
-        await self._thread(lambda: self._record_dispatched(repo, updates))
-
-    def _record_dispatched(self, repo: str, updates: Collection[RefUpdate]) -> None:
-        known = {**self._dispatched(repo), **{update.ref: update.after for update in updates}}
-        content = json.dumps({ref: sha for ref, sha in known.items() if sha}, indent=0)
-        _replace(self.path(repo) / "dynflow-dispatched.json", content)
-
-    def _dispatched(self, repo: str) -> Mapping[str, str]:
-        try:
-            found: dict[str, str] = json.loads((self.path(repo) / "dynflow-dispatched.json").read_bytes())
-        except FileNotFoundError:
-            return {}
-        return found
 
     async def settle_default_branch(self, repo: str) -> None:
         """Let HEAD name the only branch, where the one it names does not exist."""
@@ -391,13 +348,21 @@ class Source:
         await self._thread(self._sweep)
 
     def _sweep(self) -> None:
-        for folder in ("git", "mirrors"):
-            for path in (self._root / folder).glob("*/.new-*"):
+        for folder in (self._root / "git", self._root / "mirrors"):
+            for path in folder.glob("*/.new-*"):
                 layers.remove_tree(path)
-            for path in (self._root / folder).glob("*/*.git/objects/pack/tmp_*"):
-                path.unlink(missing_ok=True)
-            for path in (self._root / folder).glob("*/*.git/objects/*tmp_objdir-*"):
-                layers.remove_tree(path)
+            for path in folder.glob("*/*.git"):
+                _unlock(path)
+
+
+def _unlock(repository: Path) -> None:
+    """Remove what git processes left that died with an earlier process of ours: nobody else works here."""
+    for lock in (*repository.glob("*.lock"), *repository.glob("refs/**/*.lock")):
+        lock.unlink(missing_ok=True)
+    for path in repository.glob("objects/pack/tmp_*"):
+        path.unlink(missing_ok=True)
+    for path in (*repository.glob("objects/tmp_objdir-*"), *repository.glob("objects/incoming-*")):
+        layers.remove_tree(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,26 +413,20 @@ def _ways(sha: str, ref: str | None) -> list[tuple[str, str]]:
     return [*ways, ("+refs/heads/*:refs/dynflow/heads/*", _INFINITE)]
 
 
-def _replace(path: Path, content: str) -> None:
-    scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _refs(opened: pygit2.Repository) -> dict[str, str]:
     found = {}
     for reference in opened.references.iterator():
         if reference.name.startswith(("refs/heads/", "refs/tags/")):
-            found[reference.name] = str(reference.resolve().target)
+            found[reference.name] = _peeled(reference)
     return found
+
+
+def _peeled(reference: pygit2.Reference) -> str:
+    """Return the commit behind a ref; of a tag of something else, what it names itself."""
+    try:
+        return str(reference.peel(pygit2.Commit).id)
+    except (pygit2.GitError, ValueError):
+        return str(reference.target)
 
 
 def _head(opened: pygit2.Repository) -> str:
