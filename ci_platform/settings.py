@@ -110,6 +110,11 @@ class Settings(BaseModel):
         timedelta(hours=6),
         description="How long a run may work without waiting; then it is stopped, timed out.",
     )
+    pipeline_compute: Duration = Field(
+        timedelta(seconds=30),
+        description="How long a pipeline's own code may compute without waiting for anything.",
+    )
+    pipeline_memory: Size = Field(256 * _MEBIBYTE, description="Memory that a pipeline's own code may use.")
     command_timeout: Duration = Field(
         timedelta(hours=1), description="Longest time one command may run, whatever its pipeline says."
     )

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import sys
 import types
 from collections.abc import Generator, Iterable
 from typing import Any
@@ -24,6 +25,7 @@ _COMPLETED = 1
 _RESUMABLE = range(-3, 0)
 _GENERATORS = (types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType)
 _OBJECT_HEADER = 16
+_OWN_REFERENCES = 3
 
 
 def discard_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -43,6 +45,7 @@ def discard(coroutine: Any) -> None:
 
 
 def _suspended_chain(root: Any) -> list[Any]:
+    """Return `root`, what it awaits, and the suspended generators and `with` blocks that its frames alone hold."""
     found: dict[int, Any] = {}
     todo = [root]
     while todo:
@@ -56,10 +59,22 @@ def _suspended_chain(root: Any) -> list[Any]:
         if isinstance(item, _GENERATORS):
             if _STATE_OFFSET is not None and _state(item, _STATE_OFFSET).value in _RESUMABLE:
                 found[id(item)] = item
-                todo.extend(gc.get_referents(item))
+                todo.extend(_held_by(item))
         elif type(item).__name__ in {"async_generator_asend", "async_generator_athrow", "coroutine_wrapper"}:
             todo.extend(gc.get_referents(item))
     return list(found.values())
+
+
+def _held_by(generator: Any) -> list[Any]:
+    """Return what goes when the frame of `generator` goes: a coroutine that somebody else drives stays whole."""
+    referents = gc.get_referents(generator)
+    held = []
+    while referents:
+        referent = referents.pop()
+        # Referred to by the frame, by `referent` and by getrefcount's argument, and by nobody else.
+        if sys.getrefcount(referent) <= _OWN_REFERENCES or isinstance(referent, types.MethodType):
+            held.append(referent)
+    return held
 
 
 def _state(generator: Any, offset: int) -> ctypes.c_int8:

@@ -248,9 +248,19 @@ class Peer:
             result = self._perform(call)
         except Exception as error:  # noqa: BLE001 - whatever a call raises is its answer
             result = _raise(error)
+        if isinstance(result, asyncio.Future) and result.done() and not result.cancelled():
+            # At once, before the next frame is looked at: an answer that is due must not pass for idleness.
+            self._send(self._settled(call.id, result))
+            return
         task = asyncio.get_running_loop().create_task(self._answer(call.id, result))
         self.performing[call.id] = task
         task.add_done_callback(functools.partial(self._performed, call.id, result))
+
+    def _settled(self, number: int, result: asyncio.Future[Any]) -> bytes:
+        try:
+            return encode_frame(["return", number, pack(result.result())], self.limits.message)
+        except Exception as error:  # noqa: BLE001 - likewise its answer
+            return _error_frame(number, error)
 
     async def _answer(self, number: int, result: Awaitable[Any]) -> None:
         try:
@@ -268,7 +278,9 @@ class Peer:
             result.cancel()
         elif inspect.iscoroutine(result):
             result.close()
-        self._send(_error_frame(number, Failure("CancelledError", "cancelled", "asyncio.exceptions:CancelledError")))
+        self._send(
+            _error_frame(number, Failure("CancelledError", "cancelled", "asyncio.exceptions:CancelledError"))
+        )
 
     def _on_return(self, number: Any, value: Any) -> None:
         result = unpack(value)

@@ -1,0 +1,242 @@
+"""The composition root: settings in, a running platform out. The only importer of implementations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from ci_platform import copy_on_write
+from ci_platform.access import Access
+from ci_platform.capabilities import ArtifactsCapability, ForgeCapability, RunIdentity, SandboxCapability
+from ci_platform.deliveries import Deliveries
+from ci_platform.errors import NotFoundError, UnavailableError
+from ci_platform.execution import Execution
+from ci_platform.forges import Forge
+from ci_platform.forges.github import GitHubForge
+from ci_platform.forges.local import LocalForge
+from ci_platform.gates import Gates
+from ci_platform.logs import Logs
+from ci_platform.model import Run
+from ci_platform.notices import Notices
+from ci_platform.pipeline_code import PipelineCode
+from ci_platform.reports import Reports
+from ci_platform.repositories import Repositories
+from ci_platform.runs import Runs
+from ci_platform.sandboxes import Sandbox, SandboxLimits
+from ci_platform.sandboxes.container import ContainerSandbox
+from ci_platform.sandboxes.isolate import IsolateSandbox
+from ci_platform.settings import Settings, make_data_folder
+from ci_platform.source import Source
+from ci_platform.store import Store, Transaction, col
+from ci_platform.workspaces import Workspaces
+from dynflow.clock import Clock, SystemClock
+from dynflow.engines import InstanceRef
+from dynflow.engines.embedded import EmbeddedEngine
+from dynflow.isolates import IsolateLimits, ProcessLoader
+from dynflow.router import DynamicWorkflowBinding, create_dynamic_workflow_entrypoint
+from dynflow.types import HistoryEvent
+from pipelines.contract import SandboxKind
+
+_log = logging.getLogger(__name__)
+
+WORKFLOW = "ci"
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Everything that runs, for the API, the pages and the command line."""
+
+    settings: Settings
+    clock: Clock
+    store: Store
+    access: Access
+    repositories: Repositories
+    deliveries: Deliveries
+    runs: Runs
+    gates: Gates
+    reports: Reports
+    logs: Logs
+    source: Source
+    workspaces: Workspaces
+    sandboxes: Mapping[SandboxKind, Sandbox]
+    engine: EmbeddedEngine
+    forges: Mapping[str, Forge]
+
+
+class RunInstances:
+    """The instances of runs: each is created in the envelope and the scope of its repository."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self._binding = engine.binding(WORKFLOW)
+
+    async def create(self, *, id: str, params: Any) -> Any:  # noqa: A002 - the binding's name
+        """Create a run's instance. `params["repo"]` is the tenant that it counts for."""
+        metadata = {"tenant_id": params["repo"], "run_id": id}
+        return await DynamicWorkflowBinding(self._binding, metadata).create(id=id, params=params)
+
+    async def get(self, id: str) -> Any:  # noqa: A002 - the binding's name
+        """Return a run's instance."""
+        return await self._binding.get(id)
+
+
+class StoredIdentities:
+    """What runs may be taken for, from the rows that their deliveries made."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def identity(self, run_id: str) -> RunIdentity:
+        """Return what the run was started as. Raises NotFoundError."""
+
+        def find(tx: Transaction) -> RunIdentity:
+            run = tx.first(Run, col(Run.id) == run_id)
+            if run is None:
+                raise NotFoundError(f"there is no run {run_id:.100}")
+            return RunIdentity(run.id, run.repo, run.sha, run.pr, run.trusted)
+
+        return await self._store.read(find)
+
+
+@asynccontextmanager
+async def open_platform(settings: Settings) -> AsyncIterator[Platform]:
+    """Open the data folder, recover what was running, and run the platform as long as the block does."""
+    make_data_folder(settings)
+    clock = SystemClock()
+    store = Store(settings.store_url)
+    await store.open()
+    try:
+        async with _assembled(settings, clock, store) as platform, anyio.create_task_group() as services:
+            for serve in (platform.deliveries.serve, platform.reports.serve, platform.runs.serve):
+                services.start_soon(serve)
+            for sandbox in platform.sandboxes.values():
+                services.start_soon(_sweep, sandbox)
+            yield platform
+            services.cancel_scope.cancel()
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[Platform]:
+    source = Source(settings.data / "source", allow_file=settings.allow_file_remotes)
+    forced = None if settings.copy_on_write == "auto" else settings.copy_on_write
+    method = await anyio.to_thread.run_sync(lambda: copy_on_write.probe(settings.workspaces_path, forced))
+    workspaces = Workspaces(settings.workspaces_path, source, method)
+    logs = Logs(settings.logs_path, clock=clock, largest=settings.max_log)
+    sandboxes = _sandboxes(settings)
+    forges = _forges(settings, clock, store)
+    notices = Notices(clock)
+    reports = Reports(
+        store,
+        clock,
+        forges=forges,
+        public_url=settings.base_url,
+        context=settings.status_context,
+        give_up_after=settings.report_for,
+    )
+    gates = Gates(store, clock, notices)
+    engine = EmbeddedEngine(settings.engine_path, clock=clock, concurrency=settings.concurrency)
+    loader = ProcessLoader(allow_unconfined=settings.allow_unconfined)
+    execution = Execution(workspaces, logs, sandboxes, limits=_limits(settings))
+    env = {
+        "ARTIFACTS": ArtifactsCapability(workspaces),
+        "SANDBOX": SandboxCapability(execution, settings),
+        "GITHUB": ForgeCapability(reports),
+        "FORGE": ForgeCapability(reports),
+    }
+    limits = IsolateLimits(memory=settings.pipeline_memory, busy=settings.pipeline_compute)
+    code = PipelineCode(source, loader, StoredIdentities(store), env, limits)
+    engine.register(WORKFLOW, create_dynamic_workflow_entrypoint(code.load_runner))
+    engine.add_listener(_noticing(notices))
+    runs = Runs(
+        store,
+        clock,
+        notices,
+        workflows=RunInstances(engine),
+        gates=gates,
+        reports=reports,
+        layers=workspaces,
+        run_timeout=settings.run_timeout,
+    )
+    deliveries = Deliveries(store, clock, forges=forges, runs=runs, commits=code)
+
+    # What a killed process left goes before anything new starts.
+    await source.sweep()
+    await workspaces.sweep(await runs.live_ids())
+    try:
+        async with loader, engine:
+            yield Platform(
+                settings=settings,
+                clock=clock,
+                store=store,
+                access=Access(store, clock),
+                repositories=Repositories(store, forges, clock),
+                deliveries=deliveries,
+                runs=runs,
+                gates=gates,
+                reports=reports,
+                logs=logs,
+                source=source,
+                workspaces=workspaces,
+                sandboxes=sandboxes,
+                engine=engine,
+                forges=forges,
+            )
+    finally:
+        for sandbox in sandboxes.values():
+            await sandbox.close()
+
+
+async def _sweep(sandbox: Sandbox) -> None:
+    # Beside the service: what is swept belongs to platforms that are dead, and Docker may be slow or absent.
+    try:
+        await sandbox.sweep()
+    except UnavailableError as error:
+        _log.warning("leftovers of an earlier process could not be looked for: %s", error)
+
+
+def _sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:
+    sandboxes: dict[SandboxKind, Sandbox] = {"isolate": IsolateSandbox(allow_network=settings.allow_network)}
+    if settings.allow_containers:
+        network = "bridge" if settings.allow_network else None
+        sandboxes["container"] = ContainerSandbox(image=settings.container_image, network=network)
+    return sandboxes
+
+
+def _limits(settings: Settings) -> SandboxLimits:
+    return SandboxLimits(
+        timeout=settings.command_timeout,
+        memory=settings.command_memory,
+        processes=settings.command_processes,
+        output=settings.max_log,
+    )
+
+
+def _forges(settings: Settings, clock: Clock, store: Store) -> dict[str, Forge]:
+    token, secret = settings.github_token, settings.github_webhook_secret
+    github = GitHubForge(
+        api_url=settings.github_api_url,
+        url=settings.github_url,
+        token=token.get_secret_value() if token else None,
+        webhook_secret=secret.get_secret_value() if secret else None,
+        timeout=settings.github_timeout,
+    )
+    return {
+        "github": github,
+        "local": LocalForge(store, clock, lambda repo: f"{settings.base_url}/git/{repo}.git"),
+    }
+
+
+def _noticing(notices: Notices) -> Any:
+    def listener(ref: InstanceRef, event: HistoryEvent) -> None:
+        del event
+        if ref.workflow == WORKFLOW:
+            notices.add(ref.id)
+
+    return listener

@@ -1,0 +1,142 @@
+"""The whole surface that a pipeline can reach. Each method authorises for *this* run, then delegates.
+
+Who calls is `current_caller`, bound by the host when it loaded the run's code: nothing that pipeline code says
+about itself counts. Values out of the isolate are hostile until checked here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError
+from ci_platform.execution import Execution
+from ci_platform.reports import Reports
+from ci_platform.settings import Settings
+from ci_platform.workspaces import LayerAuthor, Workspaces
+from dynflow.isolates import Caller, Capability, current_caller
+from dynflow.types import StepContext
+from pipelines.contract import Command, CommandResult, Workspace
+
+_SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+# A Markdown comment is at most this long at GitHub; the report says where it was cut.
+_LONGEST_COMMENT = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """What a run may be taken for: bound by the platform when it loads the run's pipeline, never told by it.
+
+    `trusted` is false for a pull request from a fork.
+    """
+
+    run_id: str
+    repo: str
+    sha: str
+    pr: int | None
+    trusted: bool
+
+
+def _identity() -> tuple[RunIdentity, Caller]:
+    caller = current_caller.get()
+    if not isinstance(caller.props, RunIdentity):
+        raise ForbiddenError("this capability belongs to runs of pipelines")
+    return caller.props, caller
+
+
+def _in_step(caller: Caller, what: str) -> StepContext:
+    if caller.step is None:
+        raise FailedError(f"{what} belongs into a step: await step.do(name, lambda: …)")
+    return caller.step
+
+
+def _author(step: StepContext) -> LayerAuthor:
+    return LayerAuthor(step=step.step.name, count=step.step.count, attempt=step.attempt)
+
+
+class ArtifactsCapability(Capability):
+    """`env.ARTIFACTS`: workspaces of this run's repository."""
+
+    def __init__(self, workspaces: Workspaces) -> None:
+        self._workspaces = workspaces
+
+    async def fork(self, repo: Any, sha: Any = None) -> Workspace:
+        """Fork a copy-on-write workspace of this run's repository at `sha` (default: the run's commit).
+
+        Repeating it in the same step gives the same workspace. A run of a fork's pull request reaches only its
+        own commit.
+        """
+        identity, caller = _identity()
+        step = _in_step(caller, "ARTIFACTS.fork")
+        if repo != identity.repo:
+            raise ForbiddenError(f"this run belongs to {identity.repo!r} and cannot read {repo!r:.100}")
+        commit = identity.sha if sha is None else sha
+        if not isinstance(commit, str) or not _SHA.fullmatch(commit):
+            raise InvalidInputError(
+                f"sha must be a full commit id of 40 or 64 hexadecimal digits, not {sha!r:.100}"
+            )
+        if commit != identity.sha and not identity.trusted:
+            raise ForbiddenError(f"a pull request from a fork may read its own commit {identity.sha} only")
+        workspace_id = f"{identity.run_id}.{_slug(step)}"
+        return await self._workspaces.fork(workspace_id, identity.repo, commit)
+
+
+class SandboxCapability(Capability):
+    """`env.SANDBOX`: commands over this run's workspaces."""
+
+    def __init__(self, execution: Execution, settings: Settings) -> None:
+        self._execution, self._settings = execution, settings
+
+    async def run(self, command: Any) -> CommandResult:
+        """Run a command to its end and return how it ended; its output goes to the step's log as it comes."""
+        identity, caller = _identity()
+        step = _in_step(caller, "run_in_sandbox")
+        checked = self._checked(command, identity)
+        return await self._execution.run(checked, run_id=identity.run_id, author=_author(step))
+
+    def _checked(self, command: Any, identity: RunIdentity) -> Command:
+        if not isinstance(command, Command) or not isinstance(command.workspace, Workspace):
+            raise InvalidInputError(f"SANDBOX.run takes a Command, not {type(command).__name__}")
+        workspace_id = command.workspace.id
+        if not isinstance(workspace_id, str) or not workspace_id.startswith(f"{identity.run_id}."):
+            raise ForbiddenError(f"workspace {workspace_id!r:.100} does not belong to this run")
+        if command.sandbox == "container" and not self._settings.allow_containers:
+            raise ForbiddenError(
+                'sandbox="container" is switched off on this platform (setting allow_containers)'
+            )
+        if command.network and not (self._settings.allow_network and identity.trusted):
+            why = (
+                "for pull requests from forks" if self._settings.allow_network else "(setting allow_network)"
+            )
+            raise ForbiddenError(f"network=True is not allowed here {why}")
+        return command
+
+
+class ForgeCapability(Capability):
+    """`env.GITHUB` (and `env.FORGE`): what a run may say on its forge."""
+
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
+    async def comment_on_pr(self, repo: Any, pr: Any, body: Any) -> None:
+        """Put `body` (Markdown) into the run's one comment on its pull request, in place of what was there.
+
+        Returns once that is stored; it is delivered in order, exactly once in effect, while the run goes on.
+        """
+        identity, caller = _identity()
+        _in_step(caller, "GITHUB.comment_on_pr")
+        if repo != identity.repo or pr != identity.pr or identity.pr is None:
+            raise ForbiddenError(
+                f"this run may comment on pull request {identity.pr!r} of {identity.repo!r}, not {pr!r:.20} of {repo!r:.100}"
+            )
+        if not isinstance(body, str) or not 1 <= len(body) <= _LONGEST_COMMENT:
+            raise InvalidInputError(
+                f"a comment is text of 1 to {_LONGEST_COMMENT:,} characters, not {body!r:.100}"
+            )
+        await self._reports.comment(identity.run_id, identity.pr, body)
+
+
+def _slug(step: StepContext) -> str:
+    return f"{_UNSAFE.sub('-', step.step.name)[:40]}-{step.step.count}"

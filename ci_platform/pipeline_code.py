@@ -1,0 +1,81 @@
+"""A repository's pipeline at a commit: found in git, made into a worker for its run.
+
+The code of `.dynflow/` at the run's commit is loaded under an id that holds tenant, trust and digest, so that an
+isolate is shared by runs of one repository, one trust and one version of the code alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ci_platform.capabilities import RunIdentity
+from ci_platform.deliveries import CommitInfo
+from ci_platform.errors import FailedError, PipelineInvalidError
+from ci_platform.forges import Change
+from ci_platform.source import Remote, Source
+from dynflow.isolates import EntrypointStub, IsolateLimits, WorkerCode, WorkerLoader
+from dynflow.router import LoadContext
+
+FOLDER = ".dynflow"
+MAIN_MODULE = f"{FOLDER}/ci.py"  # the whole path: it is what errors and tracebacks show
+PIPELINE_CLASS = "CIPipeline"
+
+
+class Identities(Protocol):
+    """Where the platform keeps what a run may be taken for."""
+
+    async def identity(self, run_id: str) -> RunIdentity:
+        """Return what the run was started as. Raises NotFoundError."""
+
+
+class PipelineCode:
+    """Looks pipelines up and loads them for their runs. `env` is what pipelines get as `self.env`."""
+
+    def __init__(
+        self,
+        source: Source,
+        loader: WorkerLoader,
+        identities: Identities,
+        env: Mapping[str, Any],
+        limits: IsolateLimits,
+    ) -> None:
+        self._source, self._loader, self._identities = source, loader, identities
+        self._env, self._limits = env, limits
+
+    async def describe(
+        self, change: Change, *, clone_url: str, credentials: tuple[str, str] | None
+    ) -> CommitInfo:
+        """Fetch the change's commit; return its message and the digest of its pipeline."""
+        if not await self._source.exists(change.repo):
+            await self._source.fetch(change.repo, change.sha, Remote(clone_url, credentials), ref=change.ref)
+        modules = await self._modules(change.repo, change.sha)
+        digest = _digest(modules) if MAIN_MODULE in modules else None
+        return CommitInfo(await self._source.commit_message(change.repo, change.sha), digest)
+
+    async def load_runner(self, context: LoadContext) -> EntrypointStub:
+        """Return the entrypoint of the run that the envelope routes to. The envelope says which run, no more."""
+        identity = await self._identities.identity(str(context.metadata["run_id"]))
+        modules = await self._modules(identity.repo, identity.sha)
+        if MAIN_MODULE not in modules:
+            raise PipelineInvalidError(f"{identity.repo} has no {MAIN_MODULE} at {identity.sha}")
+        trust = "trusted" if identity.trusted else f"pr-{identity.pr}"
+        worker_id = f"{identity.repo}:{trust}:{_digest(modules)}"
+        code = WorkerCode(MAIN_MODULE, modules, self._env, {"repo": identity.repo}, self._limits)
+        return self._loader.get(worker_id, lambda: code).get_entrypoint(PIPELINE_CLASS, props=identity)
+
+    async def _modules(self, repo: str, sha: str) -> dict[str, str]:
+        files = await self._source.read_folder(repo, sha, FOLDER, suffix=".py")
+        try:
+            return {f"{FOLDER}/{name}": content.decode() for name, content in files.items()}
+        except UnicodeDecodeError as error:
+            raise FailedError(f"{FOLDER}/ of {repo} at {sha} is not UTF-8: {error}") from None
+
+
+def _digest(modules: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        for part in (name.encode(), modules[name].encode()):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,119 @@
+"""SIGKILL at any moment: the run goes on from its last finished step, and nothing is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.scenarios.github_server import serve_github
+from tests.scenarios.pipelines import make_repository
+from tests.scenarios.server import Server, at_gate, concluded, running_server, step_named
+from tests.scenarios.test_main_job import REPO, push_to_main
+
+# Each command says that it runs and then takes its time, so that there is a moment to kill it in.
+PIPELINE = """\
+import asyncio
+from dynflow import WorkflowEntrypoint
+from pipelines import run_in_sandbox
+
+SLOW = {slow!r}
+
+def command(name):
+    pause = " && sleep 1.5" if name == SLOW else ""
+    return ["sh", "-c", f"echo {{name}}-started{{pause}} && echo {{name}} >> ran-{{name}}.txt && echo {{name}}-finished"]
+
+class CIPipeline(WorkflowEntrypoint):
+    async def run(self, event, step):
+        repo, sha = event.payload["repo"], event.payload["sha"]
+
+        async def checkout():
+            workspace = await self.env.ARTIFACTS.fork(repo, sha=sha)
+            await run_in_sandbox(workspace, command("checkout"))
+            return workspace
+
+        workspace = await step.do("checkout", checkout)
+        await step.do("install", lambda: run_in_sandbox(workspace, command("install")))
+        await asyncio.gather(
+            step.do("lint", lambda: run_in_sandbox(workspace, command("lint"))),
+            step.do("test", lambda: run_in_sandbox(workspace, command("test"))),
+        )
+        await step.wait_for_event("approval", type="deploy-approval", timeout="24 hours")
+        await step.do("deploy", lambda: run_in_sandbox(workspace, command("deploy")))
+        result = await step.do("count", lambda: run_in_sandbox(workspace, ["sh", "-c", "cat ran-*.txt"]))
+        return result.output.split()
+"""
+STEPS = ["checkout", "install", "lint", "test", "deploy"]
+
+
+def log_of(server: Server, run: dict[str, Any], step: str) -> str:
+    response = httpx.get(
+        f"{server.url}/api/v1/runs/{run['id']}/steps/{step}/log", headers=server.headers, timeout=30
+    )
+    return response.text if response.is_success else ""
+
+
+def run_is_in(server: Server, step: str) -> None:
+    """Wait until the command of `step` is running."""
+
+    def look() -> bool:
+        runs = server.api("GET", "/runs")["items"]
+        return bool(runs) and f"{step}-started\n" in log_of(server, runs[0], step)
+
+    server.wait_until(look, f"step {step} to run")
+
+
+def kill_and_check(server: Server) -> None:
+    """SIGKILL the server; every process below it must go too."""
+    assert server.process is not None
+    below = psutil.Process(server.process.pid).children(recursive=True)
+    server.kill()
+    _, alive = psutil.wait_procs(below, timeout=10)
+    assert alive == []
+
+
+def approve(server: Server, run: dict[str, Any]) -> None:
+    server.api("POST", f"/runs/{run['id']}/gates/approval", json={"decision": "approve"})
+
+
+@pytest.mark.parametrize("moment", ["checkout", "lint", "gate", "deploy"])
+def test_a_killed_run_goes_on_and_repeats_no_finished_step(tmp_path: Path, moment: str) -> None:
+    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow=moment))
+    data = tmp_path / "data"
+    with (
+        serve_github() as github,
+        running_server(data, github_api_url=github.url, allow_file_remotes="true") as server,
+    ):
+        server.register(REPO, bare)
+        server.deliver("push", push_to_main(sha))
+        if moment in {"checkout", "lint"}:
+            run_is_in(server, moment)
+            kill_and_check(server)
+            server.start()
+        run = server.wait_for_run(at_gate, "the gate to open")
+        if moment == "gate":
+            kill_and_check(server)
+            server.start()
+            run = server.wait_for_run(at_gate, "the gate to be open again")
+        approve(server, run)
+        if moment == "deploy":
+            run_is_in(server, "deploy")
+            kill_and_check(server)
+            server.start()
+        run = server.wait_for_run(concluded, "the run to conclude")
+
+        assert run["conclusion"] == "success", run
+        # Each step's files are there once: no layer of a killed attempt was kept, none of a finished one is lost.
+        assert step_named(run, "count")["status"] == "complete"
+        for step in STEPS:
+            text = log_of(server, run, step)
+            assert text.count(f"{step}-finished\n") == 1, (step, text)
+            attempts = len(step_named(run, step)["attempts"])
+            assert attempts == (2 if step == moment else 1), (step, attempts)
+        counted = log_of(server, run, "count")
+        assert [counted.count(f"{step}\n") for step in STEPS] == [1] * len(STEPS), counted
+        assert list(data.glob("workspaces/*/pending/*")) == []
+        github.wait_for(lambda: github.statuses(sha)[-1]["state"] == "success")
