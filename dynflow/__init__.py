@@ -1,9 +1,12 @@
-"""Durable dynamic workflows. Public names, each imported when it is first used."""
+"""Durable dynamic workflows. Public names, each imported when it is first used.
+
+Type checkers read `__init__.pyi`.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Lazy, because the same package is loaded inside isolates, where only stdlib-based modules may be imported.
 _HOME = {
@@ -35,13 +38,6 @@ _HOME = {
     "WorkflowInternalError": "dynflow.errors",
     "WorkflowTimeoutError": "dynflow.errors",
 }
-
-if TYPE_CHECKING:
-    from dynflow.errors import *  # noqa: F403
-    from dynflow.workflow import (
-        WorkerEntrypoint as WorkerEntrypoint,
-        WorkflowEntrypoint as WorkflowEntrypoint,
-    )
 
 __all__ = sorted(_HOME)  # noqa: PLE0605
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -26,10 +27,13 @@ _STEP_KINDS = ("do", "sleep", "sleep_until", "wait_for_event")
 
 def tenant_of(metadata: Any, key: TenantKey) -> str:
     """Return whose an instance with this metadata is: what `key` says, else a digest of the metadata."""
-    if callable(key):
-        return str(key(metadata))
-    if isinstance(metadata, Mapping) and key in metadata:
-        return str(metadata[key])
+    found = key(metadata) if callable(key) else metadata.get(key) if isinstance(metadata, Mapping) else None
+    if found is not None:
+        if not str(found):  # the empty tenant is the host's own
+            raise InvalidArgumentError(
+                f"{key!r} of the metadata {metadata!r:.200} is empty: it names the tenant"
+            )
+        return str(found)
     return hashlib.sha256(encode(metadata)).hexdigest()[:32]
 
 
@@ -45,8 +49,11 @@ class WorkflowBinding:
         return WorkflowBinding(self._engine, self._workflow, tenant=tenant, tenant_key=self._tenant_key)
 
     async def create(
-        self, id: str | None = None, params: Any = None, retention: Any = None
-    ) -> WorkflowInstance:  # noqa: A002 - the contract's name
+        self,
+        id: str | None = None,  # noqa: A002 - the contract's name
+        params: Any = None,
+        retention: Any = None,
+    ) -> WorkflowInstance:
         """Create an instance; it is queued durably when this returns.
 
         `id`: made up where None. `params`: plain data up to 1 MiB; `{}` where None. `retention`: how long a
@@ -62,7 +69,7 @@ class WorkflowBinding:
     async def create_batch(self, batch: Sequence[Mapping[str, Any]]) -> list[WorkflowInstance]:
         """Create 1 to 100 instances from dicts with create's options; existing ids are left out of the result."""
         limit = self._engine.limits.batch
-        if isinstance(batch, (str, bytes, Mapping)) or not 1 <= len(batch) <= limit:
+        if not _is_list(batch, limit):
             raise InvalidArgumentError(f"a batch is a list of 1 to {limit} dicts, not {batch!r:.100}")
         made: dict[str, list[NewInstance]] = {}
         for options in batch:
@@ -84,7 +91,7 @@ class WorkflowBinding:
     async def delete_batch(self, ids: Sequence[str]) -> list[str]:
         """Delete up to 100 instances; returns the ids that existed."""
         limit = self._engine.limits.batch
-        if isinstance(ids, (str, bytes)) or not 1 <= len(ids) <= limit:
+        if not _is_list(ids, limit):
             raise InvalidArgumentError(f"a batch is a list of 1 to {limit} ids, not {ids!r:.100}")
         refs = [InstanceRef(self._workflow, check_instance_id(id_), self._tenant) for id_ in ids]
         deleted = await self._engine.delete(refs)
@@ -94,7 +101,7 @@ class WorkflowBinding:
         return WorkflowInstance(self._engine, InstanceRef(self._workflow, instance_id, tenant))
 
     def _item(self, options: Mapping[str, Any]) -> tuple[str, NewInstance]:
-        if not isinstance(options, Mapping) or not set(options) <= _OPTIONS:
+        if not _are_options(options):
             raise InvalidArgumentError(f"options are a dict with {sorted(_OPTIONS)}, not {options!r:.100}")
         given_id, params = options.get("id"), options.get("params")
         instance_id = uuid.uuid4().hex if given_id is None else check_instance_id(given_id)
@@ -109,6 +116,14 @@ class WorkflowBinding:
         if isinstance(params, Mapping) and METADATA_KEY in params:
             return tenant_of(params[METADATA_KEY], self._tenant_key)
         return ""
+
+
+def _is_list(given: object, limit: int) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, (str, bytes)) and 1 <= len(given) <= limit
+
+
+def _are_options(given: object) -> bool:
+    return isinstance(given, Mapping) and set(given) <= _OPTIONS
 
 
 def _retention(given: Any) -> dict[str, timedelta] | None:
@@ -172,9 +187,12 @@ class WorkflowInstance:
         self, cursor: int | None = None, types: Collection[str] | None = None
     ) -> AsyncIterator[HistoryEvent]:
         """Yield history after `cursor`, then what happens, up to the terminal event; of these `types` only."""
-        async for event in self._engine.history(self._ref, cursor or 0):
-            if types is None or event.type in types:
-                yield event
+        if cursor is not None and (type(cursor) is not int or cursor < 0):
+            raise InvalidArgumentError(f"a cursor is the event_id of an event, not {cursor!r:.100}")
+        async with contextlib.aclosing(self._engine.history(self._ref, cursor or 0)) as events:
+            async for event in events:
+                if types is None or event.type in types:
+                    yield event
 
     async def result(self, timeout: Any = None) -> Any:  # noqa: ASYNC109 - the contract's name
         """Wait for the end; return the output or raise the instance's error. Raises TimeoutError."""

@@ -5,6 +5,7 @@ Stdlib only: isolates use it too.
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import sys
 import traceback
@@ -77,7 +78,7 @@ class Failure:
         error.add_note(f"step {step!r} failed after {attempts} attempt(s)")
         return error
 
-    def _find_class(self, *, only_loaded: bool) -> type[Exception] | None:
+    def _find_class(self, *, only_loaded: bool) -> builtins.type[Exception] | None:
         module_name, _, qualname = self.type.partition(":")
         try:
             found: Any = sys.modules[module_name] if only_loaded else importlib.import_module(module_name)
@@ -85,7 +86,7 @@ class Failure:
                 found = getattr(found, part)
         except (KeyError, ImportError, AttributeError, ValueError):
             return None
-        return found if isinstance(found, type) and issubclass(found, Exception) else None
+        return found if isinstance(found, builtins.type) and issubclass(found, Exception) else None
 
 
 def _text(error: BaseException) -> str:

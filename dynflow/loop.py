@@ -12,13 +12,18 @@ import asyncio
 import asyncio.events
 import contextlib
 import contextvars
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from dynflow.discard import discard_tasks
 
 T = TypeVar("T")
+_Ts = TypeVarTuple("_Ts")
+
+# How many callbacks one burst runs before the host's loop gets its turn: code that spins must not stop the host.
+_LONGEST_BURST = 1_000
 
 
 class WorkflowLoop(asyncio.AbstractEventLoop):
@@ -37,11 +42,22 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self._closed = False
         self.tasks: set[asyncio.Task[Any]] = set()
 
+    @classmethod
+    def inside(
+        cls,
+        host: asyncio.AbstractEventLoop,
+        *,
+        on_idle: Callable[[], None],
+        on_active: Callable[[], None],
+    ) -> WorkflowLoop:
+        """Return a loop inside `host`. What is abstract of a loop refuses, see the end of this module."""
+        return cls(host, on_idle=on_idle, on_active=on_active)
+
     # --- what tasks and futures ask of a loop ---
 
     def call_soon(
-        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:  # type: ignore[override]
+        self, callback: Callable[[*_Ts], object], *args: *_Ts, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
         """Run `callback` in the next burst."""
         handle = asyncio.Handle(callback, args, self, context)
         if self._closed:
@@ -54,8 +70,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         return handle
 
     def call_soon_threadsafe(
-        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:  # type: ignore[override]
+        self, callback: Callable[[*_Ts], object], *args: *_Ts, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
         """Run `callback` in the next burst, from another thread."""
         handle = asyncio.Handle(callback, args, self, context)
         self.host.call_soon_threadsafe(lambda: self.call_soon(handle._run))  # noqa: SLF001 - Handle has no public run
@@ -64,20 +80,20 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
     def call_later(
         self,
         delay: float,
-        callback: Callable[..., Any],
-        *args: Any,
+        callback: Callable[[*_Ts], object],
+        *args: *_Ts,
         context: contextvars.Context | None = None,
-    ) -> asyncio.TimerHandle:  # type: ignore[override]
+    ) -> asyncio.TimerHandle:
         """Run `callback` after `delay` seconds. A running timer keeps the workflow from hibernating."""
         return self.call_at(self.host.time() + delay, callback, *args, context=context)
 
     def call_at(
         self,
         when: float,
-        callback: Callable[..., Any],
-        *args: Any,
+        callback: Callable[[*_Ts], object],
+        *args: *_Ts,
         context: contextvars.Context | None = None,
-    ) -> asyncio.TimerHandle:  # type: ignore[override]
+    ) -> asyncio.TimerHandle:
         """Run `callback` at `when` of this loop's `time()`."""
         timer = _Timer(when, callback, args, self, context)
         if not self._closed:
@@ -95,18 +111,12 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
     def create_task(
         self, coro: Any, *, name: str | None = None, context: contextvars.Context | None = None
-    ) -> asyncio.Task[Any]:  # type: ignore[override]
+    ) -> asyncio.Task[Any]:
         """Start a task on this loop."""
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=self, name=name, context=context)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
-
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
-        """Refuse: work belongs into a step."""
-        raise RuntimeError(
-            "a workflow's run() cannot use threads: do it inside a step, step.do(name, callback)"
-        )
 
     def get_debug(self) -> bool:
         """Return False: debug mode is the host loop's."""
@@ -139,7 +149,11 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """Whether nothing can happen here until a future is resolved from outside."""
         return not self._ready and not self._timers and not self._outside
 
-    def close(self) -> list[asyncio.Task[Any]]:
+    def close(self) -> None:
+        """Drop everything, see `discard`."""
+        self.discard()
+
+    def discard(self) -> list[asyncio.Task[Any]]:
         """Drop everything, unnoticed by the code that ran here; callbacks that come later are ignored.
 
         Returns the host tasks that were started by `outside`, already cancelled.
@@ -158,17 +172,20 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
 
     def _burst(self) -> None:
         # The host loop's own identity is put back afterwards: this is called from one of its callbacks.
-        asyncio.events._set_running_loop(None)  # type: ignore[attr-defined]  # noqa: SLF001 - meant for loops
-        asyncio.events._set_running_loop(self)  # type: ignore[attr-defined]  # noqa: SLF001
+        asyncio.events._set_running_loop(self)  # noqa: SLF001 - meant for loops
         try:
-            while self._ready:
+            for _ in range(_LONGEST_BURST):
+                if not self._ready:
+                    break
                 handle = self._ready.popleft()
-                if not handle._cancelled:  # type: ignore[attr-defined]  # noqa: SLF001
+                if not handle._cancelled:  # noqa: SLF001
                     with contextlib.suppress(SystemExit):  # its task keeps it; it must not end the host
                         handle._run()  # noqa: SLF001
         finally:
-            asyncio.events._set_running_loop(self.host)  # type: ignore[attr-defined]  # noqa: SLF001
-            self._scheduled = False
+            asyncio.events._set_running_loop(self.host)  # noqa: SLF001
+        self._scheduled = bool(self._ready)
+        if self._scheduled:
+            self.host.call_soon(self._burst)
         if not self._closed and self.is_idle:
             self._on_idle()
 
@@ -221,6 +238,18 @@ async def outside(awaitable: Awaitable[T], *, keeps_awake: bool = True) -> T:
     if isinstance(loop, WorkflowLoop):
         return await loop.outside(awaitable, keeps_awake=keeps_awake)
     return await awaitable
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        f"a workflow's run() cannot use {name} of the event loop (no sockets, threads or processes): "
+        "do it inside a step, step.do(name, callback)"
+    )
+
+
+for _name in dir(asyncio.AbstractEventLoop):
+    if not _name.startswith("_") and _name not in vars(WorkflowLoop):
+        setattr(WorkflowLoop, _name, functools.partial(_refuse, _name))
 
 
 def _nothing() -> None:

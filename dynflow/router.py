@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from dynflow.errors import MissingDispatcherMetadataError
+from dynflow.errors import InvalidArgumentError, MissingDispatcherMetadataError
 from dynflow.isolates import Capability, WrappedBinding
 from dynflow.loop import outside
 from dynflow.types import WorkflowEvent
@@ -56,6 +56,8 @@ class DynamicWorkflowBinding(Capability):
 
     async def create_batch(self, batch: Sequence[Mapping[str, Any]]) -> Any:
         """Create 1 to 100 instances; existing ids are left out of the result."""
+        if isinstance(batch, (str, bytes, Mapping)) or not all(isinstance(item, Mapping) for item in batch):
+            raise InvalidArgumentError(f"a batch is a list of dicts, not {batch!r:.100}")
         return await self._target().create_batch([self._wrap(item) for item in batch])
 
     async def get(self, id: str) -> Any:  # noqa: A002 - the contract's name

@@ -8,7 +8,6 @@ activity (the loop, an isolate's session) is idle, and what is left are waits. T
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +23,15 @@ from dynflow.engines import (
     Outcome,
     Paused,
     StepRecord,
+    Terminated,
 )
 from dynflow.errors import (
+    EngineClosedError,
     IsolateCrashedError,
+    IsolateError,
     IsolateLimitError,
     LeaseLostError,
+    StorageError,
     UnserializableError,
     ValueTooLargeError,
     WorkflowFatalError,
@@ -36,16 +39,21 @@ from dynflow.errors import (
 )
 from dynflow.failure import Failure, RemoteError
 from dynflow.loop import WorkflowLoop
+from dynflow.rollback import Handlers, roll_back
 from dynflow.serialization import encode
 from dynflow.step import perform
 from dynflow.step_config import StepConfig
-from dynflow.types import StepKind, WorkflowEvent
+from dynflow.step_host import final_result
+from dynflow.types import ErrorInfo, RollbackStatus, StepKind, WorkflowEvent
 from dynflow.workflow import StepCall, WorkflowStep
 
 Main = Callable[[WorkflowEvent, WorkflowStep], Awaitable[Any]]
 
+# How long the tasks of a segment that is over may take to end; code that refuses its cancellation is left behind.
+_GRACE = 10.0
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Wait:
     """A durable wait that is outstanding while the segment lives."""
 
@@ -76,56 +84,68 @@ class _Activity:
 
 
 class Segment:
-    """One activation of an instance. It is the port of the `step` object that `run` gets."""
+    """One activation of an instance. It is the port of the `step` object that `run` gets.
+
+    `terminated`: the instance was terminated with a rollback. Steps that have not ended are not performed; once
+    nothing moves any more, the handlers of those that had started run.
+    """
 
     def __init__(
-        self, event: WorkflowEvent, journal: Journal, clock: Clock, limits: Limits, step_defaults: StepConfig
+        self,
+        event: WorkflowEvent,
+        journal: Journal,
+        clock: Clock,
+        limits: Limits,
+        step_defaults: StepConfig,
+        *,
+        terminated: bool = False,
     ) -> None:
         self.journal, self.clock, self.limits, self.step_defaults = journal, clock, limits, step_defaults
         self.instance_id, self.workflow_name = event.instance_id, event.workflow_name
         self.active_parts = 0
         self.do_steps = sum(1 for kind, _, _ in journal.steps if kind == "do")
-        self._event = event
+        self._event, self._terminated = event, terminated
         self._seq = max((record.seq for record in journal.steps.values()), default=0)
         self._host = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Outcome] = self._host.create_future()
+        self._part = _Activity(self)
         self._calls: set[asyncio.Task[None]] = set()
+        self._outstanding: set[tuple[StepKind, Any, int]] = set()
         self._active_calls = 0
         self._waits: dict[int, _Wait] = {}
         self._pausing = False
         self._held: set[asyncio.Future[None]] = set()
         self._isolate_down = False
+        self._handlers = Handlers()
+        self._rolling_back = False
 
     # --- for the engine ---
 
     async def run(self, main: Main) -> Outcome:
-        """Run `main(event, step)`; return how the segment ended. Raises LeaseLostError when aborted.
+        """Run `main(event, step)`; return how the segment ended.
 
-        When it returns, nothing of the segment is left: tasks, isolates and timers are gone.
+        Raises LeaseLostError when aborted, StorageError or EngineClosedError when the journal did. When it
+        returns, nothing of the segment is left: tasks, isolates and timers are gone.
         """
-        part = _Activity(self)
-        loop = WorkflowLoop(self._host, on_idle=part.idle, on_active=part.active)
-        step = WorkflowStep(self)
-        context = contextvars.copy_context()
-        task = loop.create_task(_call_main(main, self._event, step), context=context)
+        loop = WorkflowLoop.inside(self._host, on_idle=self._part.idle, on_active=self._part.active)
+        task = loop.create_task(_call_main(main, self._event, WorkflowStep(self)))
         task.add_done_callback(self._main_done)
         try:
             return await self._outcome
         finally:
             await self._close(loop)
 
-    def deliver(
-        self, seq: int, state: str, output: bytes | None, failure: Failure | None, ended_at: int
-    ) -> None:
-        """Say that the engine has completed the wait `seq` (already durable)."""
-        wait = self._waits.get(seq)
-        if wait is not None:
-            record = wait.record
-            record.state, record.output, record.failure, record.ended_at = state, output, failure, ended_at  # type: ignore[assignment]
-            _resolve(wait.over)
+    def deliver(self, ended: StepRecord) -> None:
+        """Say that the engine has ended this wait (already durable)."""
+        record = self.journal.steps.get(ended.key)
+        if record is not None:
+            record.state, record.output, record.failure = ended.state, ended.output, ended.failure
+            record.ended_at = ended.ended_at
+            if record.seq in self._waits:
+                _resolve(self._waits[record.seq].over)
 
     def pause(self) -> None:
-        """Start no more attempts, end no more waits; the segment ends `Paused` when the running ones are done."""
+        """Start no more steps, end no more waits; the segment ends `Paused` when running attempts are done."""
         self._pausing = True
         self.look()
 
@@ -134,10 +154,13 @@ class Segment:
         self._pausing = False
         for held in self._held:
             _resolve(held)
+        for wait in self._waits.values():
+            if wait.record.deadline is not None and wait.record.deadline <= self.clock.now_us():
+                _resolve(wait.over)
 
     def abort(self) -> None:
-        """End at once: the instance was terminated or restarted."""
-        self._fail_lease(LeaseLostError(f"instance {self.instance_id!r} was taken from this segment"))
+        """End at once: the instance was terminated, restarted or deleted."""
+        self._give_up(LeaseLostError(f"instance {self.instance_id!r} was taken from this segment"))
 
     # --- for isolates (SegmentPort) ---
 
@@ -150,14 +173,39 @@ class Segment:
         return await self.journal.pin(digest, modules)
 
     def call(self, call: StepCall) -> Awaitable[Any]:
-        """Perform a step call in a task on the host's loop; the future belongs to the caller's loop."""
+        """Perform a step call; the future belongs to the caller's loop. It may never be done: a suspension."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._active_calls += 1
-        task = self._host.create_task(self._perform(call, future))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
-        future.add_done_callback(lambda done: task.cancel() if done.cancelled() else None)
+        key = (call.kind, call.name if isinstance(call.name, str) else repr(call.name), call.count)
+        record = self.journal.steps.get(key)
+        if self._rolling_back:
+            future.set_exception(WorkflowFatalError(f"step {key[1]!r:.300} is called while rolling back"))
+            return future
+        self._handlers.note(call)
+        if record is not None and record.state in {"complete", "errored"}:
+            _settle_future(future, record)
+        elif key in self._outstanding:
+            future.set_exception(WorkflowFatalError(f"step {key[1]!r:.300} is being performed already"))
+        elif not self._terminated:
+            self._start(self._perform(call, future), key, future)
         return future
+
+    def _start(self, work: Any, key: Any, future: asyncio.Future[Any] | None = None) -> None:
+        self._active_calls += 1
+        self._outstanding.add(key)
+        task: asyncio.Task[None] = self._host.create_task(work)
+        self._calls.add(task)
+
+        def over(task: asyncio.Task[None]) -> None:
+            # Counted here and not in the coroutine: one that is cancelled before it starts never runs.
+            self._calls.discard(task)
+            self._outstanding.discard(key)
+            self._active_calls -= 1
+            # Later in this turn of the loop: whoever awaited the call goes on first and says that it is active.
+            self._host.call_soon(self.look)
+
+        task.add_done_callback(over)
+        if future is not None:
+            future.add_done_callback(lambda done: task.cancel() if done.cancelled() else None)
 
     # --- for steps (StepHost) ---
 
@@ -168,22 +216,17 @@ class Segment:
         return self._seq
 
     async def may_start(self) -> None:
-        """Return when an attempt may start; never while a pause holds."""
+        """Return when a step may start; never while a pause holds."""
         while self._pausing:
             held: asyncio.Future[None] = self._host.create_future()
             self._held.add(held)
-            self._active_calls -= 1
-            self._look_soon()
-            try:
-                await held
-            finally:
-                self._active_calls += 1
-                self._held.discard(held)
+            await self._inactive(held)
+            self._held.discard(held)
 
     def isolate_down(self) -> None:
         """Say that the isolate ended under an attempt; the segment ends `Interrupted` once that is recorded."""
         self._isolate_down = True
-        self._look_soon()
+        self._host.call_soon(self.look)
 
     async def wait(self, record: StepRecord) -> None:
         """Wait for the record's deadline or its event."""
@@ -193,15 +236,20 @@ class Segment:
         self._waits[record.seq] = wait
         if record.deadline is not None:
             wait.timer = self.clock.call_at(record.deadline, lambda: self._due(wait))
-        self._active_calls -= 1
-        self._look_soon()
         try:
-            await wait.over
+            await self._inactive(wait.over)
         finally:
-            self._active_calls += 1
             del self._waits[record.seq]
             if wait.timer is not None:
                 wait.timer.cancel()
+
+    async def _inactive(self, future: asyncio.Future[None]) -> None:
+        self._active_calls -= 1
+        self._host.call_soon(self.look)
+        try:
+            await future
+        finally:
+            self._active_calls += 1
 
     # --- inside ---
 
@@ -212,21 +260,14 @@ class Segment:
     async def _perform(self, call: StepCall, future: asyncio.Future[Any]) -> None:
         try:
             result = await perform(call, self)
-        except LeaseLostError as error:
-            self._fail_lease(error)
+        except (LeaseLostError, StorageError, EngineClosedError) as error:
+            self._give_up(error)
         except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
             if not future.done():
                 future.set_exception(error)
         else:
             if not future.done():
                 future.set_result(result)
-        finally:
-            self._active_calls -= 1
-            self._look_soon()
-
-    def _look_soon(self) -> None:
-        # Later in this turn of the loop: whoever awaited the call goes on first and says that it is active.
-        self._host.call_soon(self.look)
 
     def look(self) -> None:
         """End the segment if nothing in it can move by itself."""
@@ -241,48 +282,88 @@ class Segment:
                 wait.record.deadline for wait in self._waits.values() if wait.record.deadline is not None
             ]
             self._finish(Blocked(tuple(sorted(self._waits)), min(deadlines, default=None)))
-        else:
-            self._finish(Failed(Failure.of(_stuck())))
+        elif not self._rolling_back:
+            self._fail(Failure.of(_stuck()))
 
     def _main_done(self, task: asyncio.Task[Any]) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is None:
-            self._finish(self._completed(task.result()))
+            self._complete(task.result())
         elif isinstance(error, LeaseLostError):
-            self._fail_lease(error)
+            self._give_up(error)
         elif isinstance(error, (IsolateCrashedError, IsolateLimitError)) and (
             self._active_calls or self._isolate_down
         ):
             # It went down under running attempts: they record that, and a new segment goes on.
             self.isolate_down()
-        elif isinstance(error, asyncio.CancelledError):
-            self._finish(Failed(Failure.of(WorkflowFatalError("run() was cancelled from inside"))))
         else:
-            self._finish(Failed(_failure_of(error)))
+            self._fail(_failure_of(error), reachable=not isinstance(error, IsolateError))
 
-    def _completed(self, output: Any) -> Outcome:
+    def _complete(self, output: Any) -> None:
+        if self._terminated:
+            self._fail(Failure.of(_stuck()))
+            return
         try:
-            return Completed(encode(output, limit=self.limits.payload, what="the output of run()"))
+            self._finish(Completed(encode(output, limit=self.limits.payload, what="the output of run()")))
         except UnserializableError as error:
-            return Failed(Failure.of(error))
+            self._fail(Failure.of(error))
         except ValueTooLargeError as error:
-            return Failed(Failure.of(WorkflowInternalError(str(error))))
+            self._fail(Failure.of(WorkflowInternalError(str(error))))
+
+    def _fail(self, failure: Failure, *, reachable: bool = True) -> None:
+        """End with an error, or as terminated, after the rollback if there is one.
+
+        Where the isolate is gone, its handlers cannot be reached.
+        """
+        if self._outcome.done() or self._rolling_back:
+            return
+        chain = self._handlers.chain(self.journal)
+        if not chain:
+            self._finish(self._failed(failure, None))
+        elif not reachable:
+            gone = ErrorInfo(failure.name, "the isolate with the rollback handlers is gone")
+            self._finish(self._failed(failure, RollbackStatus("failed", gone)))
+        else:
+            self._rolling_back = True
+            self._start(self._roll_back(chain, failure), ("rollback", None, 0))
+
+    async def _roll_back(self, chain: list[StepCall], failure: Failure) -> None:
+        others = self._calls - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others)
+        reason = "the instance was terminated" if self._terminated else str(failure)
+        try:
+            status = await roll_back(chain, reason, self)
+        except (LeaseLostError, StorageError, EngineClosedError) as error:
+            self._give_up(error)
+        else:
+            self._finish(self._failed(failure, status))
+
+    def _failed(self, failure: Failure, rollback: RollbackStatus | None) -> Outcome:
+        return Terminated(rollback) if self._terminated else Failed(failure, rollback)
 
     def _finish(self, outcome: Outcome) -> None:
         if not self._outcome.done():
             self._outcome.set_result(outcome)
 
-    def _fail_lease(self, error: LeaseLostError) -> None:
+    def _give_up(self, error: LeaseLostError | StorageError | EngineClosedError) -> None:
         if not self._outcome.done():
             self._outcome.set_exception(error)
+            self._outcome.exception()  # nobody may have asked for it yet, nor ever will
 
     async def _close(self, loop: WorkflowLoop) -> None:
-        left = [*loop.close(), *self._calls]
+        left = {*loop.discard(), *self._calls}
         for task in left:
             task.cancel()
-        while left:  # sandboxes and isolates end in these tasks; the segment is over when they are gone
-            await asyncio.wait(left)
-            left = [task for task in self._calls if not task.done()]
+        if left:  # sandboxes and isolates end in these tasks; the segment is over when they are gone
+            _, left = await asyncio.wait(left, timeout=_GRACE)
+        if left:
+            message = (
+                f"{len(left)} task(s) of instance {self.instance_id!r} refuse to be cancelled: {left!r:.500}"
+            )
+            self._host.call_exception_handler({"message": message})
 
 
 async def _call_main(main: Main, event: WorkflowEvent, step: WorkflowStep) -> Any:
@@ -294,9 +375,18 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+def _settle_future(future: asyncio.Future[Any], record: StepRecord) -> None:
+    try:
+        future.set_result(final_result(record))
+    except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
+        future.set_exception(error)
+
+
 def _failure_of(error: BaseException) -> Failure:
     if isinstance(error, RemoteError):
         return error.failure
+    if isinstance(error, asyncio.CancelledError):
+        return Failure.of(WorkflowFatalError("run() was cancelled from inside"))
     if isinstance(error, SystemExit):
         return Failure.of(WorkflowFatalError(f"run() called sys.exit({error.code!r})"))
     return Failure.of(error)

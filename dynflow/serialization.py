@@ -94,6 +94,10 @@ def _pack(value: Any, path: str, depth: int) -> Any:
         return _pack_dict(value, path, depth)
     if kind is list:
         return [_pack(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+    return _pack_tagged(value, kind, path, depth)
+
+
+def _pack_tagged(value: Any, kind: type, path: str, depth: int) -> Any:
     pack_leaf = _LEAVES.get(kind)
     if pack_leaf is not None:
         return {"$": pack_leaf(value)}
@@ -169,7 +173,7 @@ _UNPACK_LEAF: dict[Any, Callable[..., Any]] = {
     "bytes": lambda text: base64.b64decode(text, validate=True),
     "datetime": lambda text, fold=0: datetime.fromisoformat(text).replace(fold=fold),
     "date": date.fromisoformat,
-    "timedelta": lambda days, seconds, microseconds: timedelta(days, seconds, microseconds),
+    "timedelta": timedelta,
     "decimal": Decimal,
     "uuid": UUID,
 }

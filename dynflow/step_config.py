@@ -44,7 +44,7 @@ class StepConfig:
             return timedelta.max
 
     def as_plain(self) -> dict[str, Any]:
-        """Return it as `ctx.config` and the journal have it."""
+        """Return it as `ctx.config` shows it, a new dict at each call."""
         return {
             "retries": {
                 "limit": self.limit,
@@ -53,12 +53,15 @@ class StepConfig:
             },
             "timeout": self.timeout,
             "sensitive": "output" if self.sensitive else None,
-            "retries_named": self.retries_named,
         }
 
+    def as_stored(self) -> dict[str, Any]:
+        """Return it as journals keep it: plain data."""
+        return {**self.as_plain(), "retries_named": self.retries_named}
+
     @staticmethod
-    def from_plain(plain: Mapping[str, Any]) -> StepConfig:
-        """Return what `as_plain` was made from."""
+    def from_stored(plain: Mapping[str, Any]) -> StepConfig:
+        """Return what `as_stored` was made from."""
         retries = plain["retries"]
         return StepConfig(
             limit=retries["limit"],

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from dynflow.serialization import register
 
-StepKind = Literal["do", "sleep", "sleep_until", "wait_for_event"]
+StepKind = Literal["do", "sleep", "sleep_until", "wait_for_event", "rollback"]
+"""`rollback` is the step that the handler of a `do` step runs as; nobody calls it."""
 Status = Literal[
     "queued", "running", "waiting", "waiting_for_pause", "paused", "complete", "errored", "terminated"
 ]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from dynflow.types import Event, StepContext, StepInfo, StepKind, WorkflowEvent
 
@@ -122,7 +123,7 @@ class WorkflowStep:
         count = self._next("sleep_until", name)
         return _PendingCall(self.port, StepCall("sleep_until", name, count, argument=when))
 
-    def wait_for_event(self, name: str, *, type: str, timeout: Any = "24 hours") -> Awaitable[Event]:  # noqa: A002, ASYNC109 - the contract's names
+    def wait_for_event(self, name: str, *, type: str, timeout: Any = "24 hours") -> Awaitable[Event]:  # noqa: A002 - the contract's names
         """Wait for an event of this type; raises WorkflowTimeoutError when none came in time."""
         count = self._next("wait_for_event", name)
         return _PendingCall(
@@ -168,21 +169,27 @@ class _Decorated:
 async def invoke(callback: Callback, argument: Any) -> Any:
     """Call a tenant's callback, which is sync or async and takes `argument` or nothing."""
     result = callback(argument) if _takes_argument(callback) else callback()
-    return await cast("Awaitable[Any]", result) if inspect.isawaitable(result) else result
+    return await result if inspect.isawaitable(result) else result
 
 
 def _takes_argument(callback: Callback) -> bool:
+    # `inspect.signature` costs more than the rest of a step's bookkeeping: plain functions are asked directly.
+    if type(callback) is types.FunctionType and not hasattr(callback, "__wrapped__"):
+        code = callback.__code__
+        required = code.co_argcount - len(callback.__defaults__ or ())
+        return required > 0 or bool(code.co_flags & inspect.CO_VARARGS)
     try:
         parameters = inspect.signature(callback).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature; they take what they are given
         return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return any(
-        parameter.kind in positional
-        and parameter.default is parameter.empty
-        or parameter.kind is parameter.VAR_POSITIONAL
+        parameter.kind is parameter.VAR_POSITIONAL
+        or (parameter.kind in _POSITIONAL and parameter.default is parameter.empty)
         for parameter in parameters
     )
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 __all__ = [

@@ -7,14 +7,15 @@ no engine. Times are microseconds since the epoch; payloads are encoded bytes, o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 from dynflow.failure import Failure
 from dynflow.serialization import MEBIBYTE
-from dynflow.types import HistoryEvent, InstanceStatus, StepKind
+from dynflow.step_config import StepConfig
+from dynflow.types import HistoryEvent, InstanceStatus, RollbackStatus, StepKind
 
 StepState = Literal["running", "waiting", "complete", "errored"]
 StepKey = tuple[StepKind, str, int]
@@ -34,7 +35,7 @@ class StepRecord:
     seq: int
     state: StepState = "running"
     attempt: int = 0
-    config: dict[str, Any] | None = None
+    config: StepConfig | None = None
     started_at: int = 0
     attempt_at: int = 0
     ended_at: int | None = None
@@ -67,7 +68,9 @@ class Journal(ABC):
     *Order of calls*: any, concurrently; each record belongs to one step call. *Concurrency*: one event loop.
     *Idempotency*: none needed; the segment calls each once. *Cancellation*: a cancelled call may still be stored.
     *Errors*: LeaseLostError once the instance was terminated, restarted or taken over: nothing was stored.
-    WorkflowInternalError where storage failed. When a method returns, what it says is durable.
+    StorageError where storage failed: the segment ends, and a later one goes on from what is stored.
+    WorkflowInternalError where the instance has used its state limit up. When a method returns, what it says is
+    durable.
     """
 
     steps: dict[StepKey, StepRecord]
@@ -162,24 +165,12 @@ class Engine(ABC):
         """Delete instances with all they have; False in the place of each that does not exist."""
 
     @abstractmethod
-    def history(self, ref: InstanceRef, cursor: int) -> AsyncIterator[HistoryEvent]:
+    def history(self, ref: InstanceRef, cursor: int) -> AsyncGenerator[HistoryEvent, None]:
         """Yield what happened after `cursor`, then what happens, up to the end of the instance."""
 
     @abstractmethod
     async def result(self, ref: InstanceRef) -> Any:
         """Wait for the end; return the output or raise the instance's error."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """An instance that an engine hands to a segment, with the lease's epoch."""
-
-    ref: InstanceRef
-    params: bytes
-    created_at: int
-    epoch: int
-    schedule: bytes | None = None
-    step_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +182,17 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """An error left `run`."""
+    """An error left `run`. `rollback` says how the handlers did, where there were any."""
 
     failure: Failure
+    rollback: RollbackStatus | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terminated:
+    """The rollback of a terminated instance is over."""
+
+    rollback: RollbackStatus | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,4 +213,4 @@ class Interrupted:
     """The isolate went down under a step; what happened is recorded, go on in another one."""
 
 
-Outcome = Completed | Failed | Blocked | Paused | Interrupted
+Outcome = Completed | Failed | Terminated | Blocked | Paused | Interrupted

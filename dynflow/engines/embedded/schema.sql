@@ -11,19 +11,25 @@ CREATE TABLE instances (
     rank        INTEGER,            -- place in the queue, while queued
     epoch       INTEGER NOT NULL DEFAULT 0,  -- grows at each claim and each taking away: fences segments
     events      INTEGER NOT NULL DEFAULT 0,  -- number of the last history row
+    size        INTEGER NOT NULL DEFAULT 0,  -- bytes of steps, events and history, roughly: what the state limit counts
     wake_at     INTEGER,            -- earliest deadline, while waiting
     paused_at   INTEGER,
     created_at  INTEGER NOT NULL,
+    started_at  INTEGER,            -- first claim since it was created or restarted
     ended_at    INTEGER,
+    expires_at  INTEGER,            -- once it has ended: when the sweep deletes it
     code        TEXT,               -- digest of the pinned code
+    ending      TEXT,               -- 'terminated' while the rollback of a terminated instance goes on
     output      BLOB,
     failure     BLOB,
+    rollback    BLOB,               -- how the rollback ended
     UNIQUE (workflow, tenant, id)
 );
 CREATE INDEX instances_queue ON instances (rank) WHERE status = 'queued';
 CREATE INDEX instances_wake ON instances (wake_at) WHERE wake_at IS NOT NULL;
 CREATE INDEX instances_live ON instances (status) WHERE status IN ('running', 'waiting_for_pause');
-CREATE INDEX instances_ended ON instances (ended_at) WHERE ended_at IS NOT NULL;
+CREATE INDEX instances_expiring ON instances (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX instances_code ON instances (code) WHERE code IS NOT NULL;
 CREATE INDEX instances_by_id ON instances (workflow, id);
 
 -- Apart from the row that every step updates, since params can be large.

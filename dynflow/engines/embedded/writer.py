@@ -184,7 +184,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _create(db: sqlite3.Connection) -> None:
-    schema = resources.files("dynflow.engines").joinpath("embedded.sql").read_text()
+    schema = resources.files("dynflow.engines.embedded").joinpath("schema.sql").read_text()
     db.executescript(
         f"BEGIN IMMEDIATE;\n{schema}\n"
         f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;"

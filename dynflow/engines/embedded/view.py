@@ -8,7 +8,7 @@ from typing import Any
 
 from dynflow.clock import MICROSECOND, to_datetime
 from dynflow.engines import StepKey, StepRecord
-from dynflow.engines.rows import Happened, InstanceRow
+from dynflow.engines.embedded.rows import Happened, InstanceRow
 from dynflow.errors import InstanceFailedError, InstanceTerminatedError
 from dynflow.failure import Failure
 from dynflow.serialization import decode
@@ -29,12 +29,13 @@ def instance_status(
         ended_at=_moment(row.ended_at),
         output=None if row.output is None else decode(row.output),
         error=_error(failure),
+        rollback=None if row.rollback is None else decode(row.rollback),
         steps=tuple(_step_status(record, attempts.get(record.seq, [])) for record in steps.values()),
     )
 
 
 def _step_status(record: StepRecord, failed: list[tuple[Any, ...]]) -> StepStatus:
-    sensitive = bool(record.config and record.config.get("sensitive"))
+    sensitive = record.config is not None and record.config.sensitive
     output = None if record.output is None else decode(record.output)
     return StepStatus(
         name=record.name,
@@ -43,7 +44,7 @@ def _step_status(record: StepRecord, failed: list[tuple[Any, ...]]) -> StepStatu
         status=record.state,
         started_at=to_datetime(record.started_at),
         ended_at=_moment(record.ended_at) if record.state in {"complete", "errored"} else None,
-        attempts=_attempts(record, failed) if record.kind == "do" else (),
+        attempts=_attempts(record, failed) if record.kind in {"do", "rollback"} else (),
         output=REDACTED if sensitive and output is not None else output,
         error=_error(record.failure),
         event_type=record.event_type,

@@ -1,0 +1,5 @@
+"""The embedded engine: one SQLite file, one writer thread, nothing to set up."""
+
+from dynflow.engines.embedded.engine import EmbeddedEngine, Env
+
+__all__ = ["EmbeddedEngine", "Env"]

@@ -1,0 +1,332 @@
+"""The embedded engine as its users see it: registration, the instance API, history and results."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from dynflow.binding import WorkflowBinding
+from dynflow.clock import Clock, SystemClock
+from dynflow.durations import parse_duration
+from dynflow.engines import (
+    Engine,
+    InstanceRef,
+    Limits,
+    Listener,
+    NewInstance,
+    StepKey,
+    StepRecord,
+    Terminated,
+)
+from dynflow.engines.embedded import instances, rows, steps
+from dynflow.engines.embedded.rows import Happened, InstanceRow
+from dynflow.engines.embedded.scheduler import Registered, Scheduler
+from dynflow.engines.embedded.storage import Storage
+from dynflow.engines.embedded.telling import Telling, Watch
+from dynflow.engines.embedded.view import history_events, instance_status, raise_result
+from dynflow.engines.embedded.writer import Synchronous
+from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
+from dynflow.instance import FINISHED, check_workflow_name, may
+from dynflow.router import DynamicWorkflowBinding
+from dynflow.step_config import StepConfig, merge_config
+from dynflow.types import HistoryEvent, InstanceStatus
+from dynflow.workflow import WorkflowEntrypoint
+
+_HISTORY_PAGE = 500
+
+
+class EmbeddedEngine(Engine):
+    """Durable workflows in one file. Use inside `async with`, after `register`.
+
+    `path`: the SQLite file, created where missing. `synchronous="FULL"`: what was acknowledged survives power
+    loss; `"NORMAL"`: a process crash only. `concurrency`: how many instances run at a time (waiting ones do not
+    count). `tenant_key`: the metadata key, or a function of the metadata, that says whose an instance is.
+    `retention`: how long an instance is kept after its end where `create` says nothing else.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        clock: Clock | None = None,
+        synchronous: Synchronous = "FULL",
+        concurrency: int = 500,
+        tenant_key: str | Callable[[Any], str] = "tenant_id",
+        limits: Limits | None = None,
+        retention: Any = timedelta(days=30),
+    ) -> None:
+        if concurrency < 1:
+            raise InvalidArgumentError(f"concurrency must be an int of at least 1, not {concurrency!r}")
+        if synchronous not in {"FULL", "NORMAL"}:
+            raise InvalidArgumentError(f'synchronous must be "FULL" or "NORMAL", not {synchronous!r}')
+        self.limits = limits or Limits()
+        self.clock: Clock = clock or SystemClock()
+        self._tenant_key = tenant_key
+        self._keep = parse_duration(retention)
+        self._storage = Storage(Path(path), synchronous)
+        self._telling = Telling()
+        self._scheduler = Scheduler(
+            self._storage, self._telling, self.clock, self.limits, concurrency=concurrency, keep=self._keep
+        )
+
+    # --- setting up ---
+
+    def register(
+        self,
+        name: str,
+        entrypoint: type[WorkflowEntrypoint],
+        *,
+        env: Any = None,
+        binding: str | None = None,
+        step_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Make a workflow known: a class made by `create_dynamic_workflow_entrypoint`, or one of the host's own.
+
+        `env` becomes `self.env` (a dict's items are attributes too). `binding`: under this name the loaders in
+        `env` give tenants the workflow. `step_defaults`: a step config in place of the contract's defaults.
+        """
+        check_workflow_name(name)
+        _check_entrypoint(entrypoint)
+        defaults, _ = merge_config(
+            step_defaults, defaults=StepConfig(), max_retries=self.limits.retries, step="(defaults)"
+        )
+        bound = Env(env) if isinstance(env, Mapping) else env
+        self._scheduler.register(name, Registered(entrypoint, bound, defaults))
+        if binding is not None:
+            raw = self.binding(name)
+            for item in env.values() if isinstance(env, Mapping) else ():
+                if hasattr(item, "bind"):
+                    item.bind(binding, partial(DynamicWorkflowBinding, raw))
+
+    def binding(self, name: str) -> WorkflowBinding:
+        """Return the raw binding of a registered workflow: it reaches all tenants' instances."""
+        if name not in self._scheduler.registered():
+            raise InvalidArgumentError(
+                f"no workflow {name!r} is registered; registered are {self._scheduler.registered()}"
+            )
+        return WorkflowBinding(self, name, tenant=None, tenant_key=self._tenant_key)
+
+    def add_listener(self, listener: Listener) -> None:
+        """Call `listener(ref, event)` on the event loop after each history event is durable."""
+        self._telling.add_listener(listener)
+
+    async def __aenter__(self) -> Self:
+        await self._storage.open()
+        await self._scheduler.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Stop: running attempts are cancelled and count as made; everything goes on at the next start."""
+        writer = self._storage.refuse()
+        if writer is not None:
+            await self._scheduler.stop()
+            self._telling.wake_all()
+            await writer.close()
+
+    # --- Engine ---
+
+    async def create(self, workflow: str, tenant: str, items: Sequence[NewInstance]) -> list[bool]:
+        """Queue instances; False in the place of each whose id exists."""
+        now = self.clock.now_us()
+        created = await self._storage.submit(
+            lambda db: instances.create(db, self._storage.queue, workflow, tenant, items, now)
+        )
+        for item, made in zip(items, created, strict=True):
+            if made is not None:
+                self._telling.tell(made[0], InstanceRef(workflow, item.id, tenant), [made[1]])
+        self._scheduler.pump()
+        return [made is not None for made in created]
+
+    async def find(self, ref: InstanceRef) -> InstanceRef:
+        """Return the reference with its tenant."""
+        return (await self._storage.submit(lambda db: rows.find(db, ref))).ref
+
+    async def status(self, ref: InstanceRef) -> InstanceStatus:
+        """Return status, result and steps."""
+
+        def read(db: Any) -> tuple[InstanceRow, list[tuple[Any, ...]], dict[int, list[tuple[Any, ...]]]]:
+            row = rows.find(db, ref)
+            return row, rows.load_steps(db, row.key), rows.load_attempts(db, row.key)
+
+        row, step_rows, attempts = await self._storage.submit(read)
+        return instance_status(row, rows.step_records(step_rows), attempts)
+
+    async def control(
+        self, ref: InstanceRef, move: Literal["pause", "resume", "terminate"], *, rollback: bool = False
+    ) -> None:
+        """Pause, resume or terminate."""
+        if move == "pause":
+            await self._pause(ref)
+        elif move == "resume":
+            await self._resume(ref)
+        else:
+            await self._terminate(ref, rollback=rollback)
+
+    async def _pause(self, ref: InstanceRef) -> None:
+        now = self.clock.now_us()
+
+        def write(db: Any) -> tuple[InstanceRow, Happened | None]:
+            row = rows.find(db, ref)
+            if not may("pause", row.status, row.id):
+                return row, None
+            return row, instances.pause(db, row.key, now, live=row.status == "running")
+
+        row, happened = await self._storage.submit(write)
+        segment = self._scheduler.segment(row.key)
+        if row.status == "running" and segment is not None:
+            segment.pause()
+        self._telling.tell(row.key, row.ref, [happened])
+
+    async def _resume(self, ref: InstanceRef) -> None:
+        now = self.clock.now_us()
+
+        def write(db: Any) -> tuple[InstanceRow, list[Happened | None], list[StepRecord]]:
+            row = rows.find(db, ref)
+            if not may("resume", row.status, row.id):
+                return row, [], []
+            happened = [instances.resume(db, self._storage.queue, row, now)]
+            given = steps.deliver_buffered(db, row.key, now)
+            return row, [*happened, *(event for _, event in given)], [waiter for waiter, _ in given]
+
+        row, happened, waiters = await self._storage.submit(write)
+        segment = self._scheduler.segment(row.key)
+        if row.status == "waiting_for_pause" and segment is not None:
+            segment.resume()
+            for waiter in waiters:
+                segment.deliver(waiter)
+        self._telling.tell(row.key, row.ref, happened)
+        self._scheduler.pump()
+
+    async def _terminate(self, ref: InstanceRef, *, rollback: bool) -> None:
+        now = self.clock.now_us()
+
+        def write(db: Any) -> tuple[InstanceRow, Happened | None, int | None]:
+            row = rows.find(db, ref)
+            may("terminate", row.status, row.id)
+            if not rollback or row.started_at is None:
+                return row, *instances.finish(db, row.key, None, Terminated(None), self._keep, now)
+            if row.ending is not None:  # it is rolling back already
+                return row, None, None
+            return row, instances.begin_rollback(db, self._storage.queue, row, now), None
+
+        row, happened, expires_at = await self._storage.submit(write)
+        if happened is not None:
+            self._telling.tell(row.key, row.ref, [happened])
+            self._scheduler.arm(expires_at)
+            await self._scheduler.abort(row.key)
+            self._scheduler.pump()
+
+    async def restart(self, ref: InstanceRef, from_step: StepKey | None) -> None:
+        """Start again, keeping what was started before `from_step`."""
+        now = self.clock.now_us()
+
+        def write(db: Any) -> tuple[InstanceRow, Happened]:
+            row = rows.find(db, ref)
+            return row, instances.restart(db, self._storage.queue, row, from_step, now)
+
+        row, happened = await self._storage.submit(write)
+        self._telling.tell(row.key, row.ref, [happened])
+        await self._scheduler.abort(row.key)
+        self._scheduler.pump()
+
+    async def send_event(self, ref: InstanceRef, event_type: str, payload: bytes) -> None:
+        """Deliver or buffer an event."""
+        now = self.clock.now_us()
+
+        def write(db: Any) -> tuple[InstanceRow, StepRecord | None, Happened | None]:
+            row = rows.find(db, ref)
+            may("send_event", row.status, row.id)
+            waiter, happened = steps.send_event(db, row, event_type, payload, now, self.limits.state)
+            if waiter is not None and row.status == "waiting":
+                instances.requeue(db, self._storage.queue, row.key)
+            return row, waiter, happened
+
+        row, waiter, happened = await self._storage.submit(write)
+        if waiter is not None:
+            segment = self._scheduler.segment(row.key)
+            if segment is not None:
+                segment.deliver(waiter)
+            self._telling.tell(row.key, row.ref, [happened])
+            self._scheduler.pump()
+
+    async def delete(self, refs: Sequence[InstanceRef]) -> list[bool]:
+        """Delete instances with all they have."""
+
+        def write(db: Any) -> list[int | None]:
+            return [_delete(db, ref) for ref in refs]
+
+        keys = await self._storage.submit(write)
+        for key in keys:
+            if key is not None:
+                self._telling.wake(key, ended=True)
+                await self._scheduler.abort(key)
+        return [key is not None for key in keys]
+
+    async def history(self, ref: InstanceRef, cursor: int) -> AsyncGenerator[HistoryEvent, None]:
+        """Yield what happened after `cursor`, then what happens, up to the end of the instance."""
+        async with self._followed(ref) as (row, watch):
+            while True:
+                watch.changed.clear()
+                page, status = await self._storage.submit(
+                    lambda db, after=cursor: (  # type: ignore[misc]
+                        rows.load_history(db, row.key, after, _HISTORY_PAGE),
+                        rows.status_of(db, row.key),
+                    )
+                )
+                for event in history_events(page):
+                    if event.event_id > cursor:
+                        cursor = event.event_id
+                        yield event
+                if not page:
+                    if status is None or status in FINISHED:
+                        return
+                    await watch.changed.wait()
+
+    async def result(self, ref: InstanceRef) -> Any:
+        """Wait for the end; return the output or raise the instance's error."""
+        async with self._followed(ref) as (row, watch):
+            found: InstanceRow | None = row
+            while found is not None and found.status not in FINISHED:
+                await watch.ended.wait()
+                watch.ended.clear()
+                found = await self._storage.submit(lambda db: rows.by_key(db, row.key))
+        if found is None:
+            raise InstanceNotFoundError(f"instance {ref.id!r} was deleted before its end")
+        return raise_result(found)
+
+    @contextlib.asynccontextmanager
+    async def _followed(self, ref: InstanceRef) -> AsyncIterator[tuple[InstanceRow, Watch]]:
+        key = (await self._storage.submit(lambda db: rows.find(db, ref))).key
+        with self._telling.watch(key) as watch:
+            row = await self._storage.submit(lambda db: rows.by_key(db, key))
+            if row is None:
+                raise InstanceNotFoundError(f"there is no instance {ref.id!r} of workflow {ref.workflow!r}")
+            yield row, watch
+
+
+class Env(dict[str, Any]):
+    """A dict whose items are attributes too: `env.WORKFLOWS` and `env["WORKFLOWS"]`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"env has no binding {name!r}; it has {sorted(self)}") from None
+
+
+def _check_entrypoint(given: object) -> None:
+    if not isinstance(given, type) or not callable(getattr(given, "run", None)):
+        raise InvalidArgumentError(f"{given!r:.200} is not a class with run(event, step)")
+
+
+def _delete(db: Any, ref: InstanceRef) -> int | None:
+    try:
+        key = rows.find(db, ref).key
+    except InstanceNotFoundError:
+        return None
+    instances.delete(db, key)
+    return key

@@ -1,0 +1,287 @@
+"""Which instances run now: claims queued ones, runs their segments, stores how those ended, wakes who is due."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from dynflow.clock import MICROSECOND, Clock, TimerHandle, to_datetime
+from dynflow.engines import Blocked, Completed, Failed, Interrupted, Limits, Outcome, Terminated
+from dynflow.engines.embedded import instances
+from dynflow.engines.embedded.instances import ClaimedRow
+from dynflow.engines.embedded.journal import EmbeddedJournal
+from dynflow.engines.embedded.rows import InstanceRow, step_records
+from dynflow.engines.embedded.storage import Storage
+from dynflow.engines.embedded.telling import Telling
+from dynflow.errors import (
+    EngineClosedError,
+    IsolateCrashedError,
+    LeaseLostError,
+    StorageError,
+    WorkflowInternalError,
+)
+from dynflow.failure import Failure
+from dynflow.segment import Main, Segment
+from dynflow.serialization import decode
+from dynflow.step_config import StepConfig
+from dynflow.types import WorkflowEvent
+from dynflow.workflow import ExecutionContext, WorkflowEntrypoint, current_env
+
+# An isolate that goes down by itself is tried again this often before the instance fails with it.
+_MOST_CRASHES = 3
+# How many instances one transaction claims: its other callers wait no longer than that takes.
+_CLAIMED_AT_ONCE = 200
+# After storage failed, it is tried again this much later, for as long as it takes.
+_STORAGE_RETRY = timedelta(seconds=1)
+_CRASHED = f"{IsolateCrashedError.__module__}:{IsolateCrashedError.__qualname__}"
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A workflow that the engine runs."""
+
+    entrypoint: type[WorkflowEntrypoint]
+    env: Any
+    step_defaults: StepConfig
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """An instance that runs here."""
+
+    segment: Segment
+    task: asyncio.Task[None]
+
+
+class Scheduler:
+    """Runs segments on the engine's event loop, at most `concurrency` at a time."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        telling: Telling,
+        clock: Clock,
+        limits: Limits,
+        *,
+        concurrency: int,
+        keep: timedelta,
+    ) -> None:
+        self._storage, self._telling, self._clock, self._limits = storage, telling, clock, limits
+        self._concurrency, self._keep = concurrency, keep
+        self._registered: dict[str, Registered] = {}
+        self._live: dict[int, _Live] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._crashes: dict[int, int] = {}
+        self._claiming = self._more_queued = False
+        self._timer: TimerHandle | None = None
+        self._timer_at: int | None = None
+
+    def register(self, name: str, registered: Registered) -> None:
+        """Run instances of this workflow from now on."""
+        self._registered[name] = registered
+        self.pump()
+
+    def registered(self) -> list[str]:
+        """Return the names of the registered workflows."""
+        return sorted(self._registered)
+
+    async def start(self) -> None:
+        """Go on with what a process that is gone was running, and with what is due."""
+        now = self._clock.now_us()
+
+        def recover(db: Any) -> int | None:
+            instances.recover(db, self._storage.queue, now)
+            return instances.next_wake(db)
+
+        self.arm(await self._storage.submit(recover))
+        self.pump()
+
+    async def stop(self) -> None:
+        """Cancel what runs; the storage must have been closed to it before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._timer_at = None
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._claiming = self._more_queued = False
+
+    def segment(self, key: int) -> Segment | None:
+        """Return the segment of an instance that runs here."""
+        live = self._live.get(key)
+        return None if live is None else live.segment
+
+    async def abort(self, key: int) -> None:
+        """End the segment of an instance that was taken from it; returns when nothing of it is left."""
+        self._crashes.pop(key, None)
+        live = self._live.get(key)
+        if live is not None:
+            live.segment.abort()
+            await asyncio.wait([live.task])
+
+    # --- claiming ---
+
+    def pump(self) -> None:
+        """Claim as many queued instances as there are free slots."""
+        if not self._storage.is_open:
+            return
+        if self._claiming:
+            self._more_queued = True
+            return
+        free = self._concurrency - len(self._live)
+        if free <= 0:
+            return
+        self._claiming, self._more_queued = True, False
+        now, limit, known = self._clock.now_us(), min(free, _CLAIMED_AT_ONCE), list(self._registered)
+        claim = self._storage.submit(lambda db: instances.claim(db, self._storage.queue, limit, known, now))
+        claim.add_done_callback(self._claimed)
+
+    def _claimed(self, claim: asyncio.Future[list[ClaimedRow]]) -> None:
+        self._claiming = False
+        if not self._storage.is_open or claim.cancelled():
+            return
+        if claim.exception() is not None:
+            self._later(self.pump)
+            return
+        for claimed in claim.result():
+            self._telling.tell(claimed.row.key, claimed.row.ref, [claimed.happened])
+            self._start(claimed)
+        if claim.result() or self._more_queued:
+            self.pump()
+
+    def _start(self, claimed: ClaimedRow) -> None:
+        row, before = claimed.row, self._live.get(claimed.row.key)
+        registered = self._registered[row.workflow]
+        loop = asyncio.get_running_loop()
+        try:
+            segment = self._make_segment(claimed, registered)
+        except ValueError as error:  # stored values of a class that this release of the host does not know
+            failure = Failure.of(WorkflowInternalError(f"the instance's journal cannot be read: {error}"))
+            task = loop.create_task(self._settle(row, Failed(failure)))
+        else:
+            task = loop.create_task(self._run(row, segment, _main_of(registered), before))
+            self._live[row.key] = _Live(segment, task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _make_segment(self, claimed: ClaimedRow, registered: Registered) -> Segment:
+        row = claimed.row
+        event = WorkflowEvent(
+            decode(claimed.params),
+            to_datetime(row.created_at),
+            row.id,
+            row.workflow,
+            None if claimed.schedule is None else decode(claimed.schedule),
+        )
+        records = step_records(claimed.step_rows)
+        journal = EmbeddedJournal(self._storage, self._telling, self._clock, self._limits, row, records)
+        return Segment(
+            event,
+            journal,
+            self._clock,
+            self._limits,
+            registered.step_defaults,
+            terminated=row.ending is not None,
+        )
+
+    # --- running ---
+
+    async def _run(self, row: InstanceRow, segment: Segment, main: Main, before: _Live | None) -> None:
+        try:
+            if before is not None:  # the segment that this instance was taken from is still ending
+                await asyncio.wait([before.task])
+            outcome = await self._outcome(segment, main)
+            if outcome is not None:
+                await self._settle(row, outcome)
+        finally:
+            live = self._live.get(row.key)
+            if live is not None and live.segment is segment:
+                del self._live[row.key]
+            self.pump()
+
+    async def _outcome(self, segment: Segment, main: Main) -> Outcome | None:
+        try:
+            return await segment.run(main)
+        except (LeaseLostError, EngineClosedError):
+            return None  # whoever took the instance has said what becomes of it
+        except StorageError:
+            return Interrupted()
+        except Exception as error:  # noqa: BLE001 - the door around a segment (architecture.md section 6)
+            return Failed(Failure.of(WorkflowInternalError(f"the engine failed: {error!r}")))
+
+    async def _settle(self, row: InstanceRow, outcome: Outcome) -> None:
+        """Store how a segment ended, however long storage takes."""
+        outcome = self._judge_crash(row.key, outcome)
+        while True:
+            now = self._clock.now_us()
+            try:
+                happened, look_at = await self._storage.submit(
+                    lambda db, now=now: instances.settle(  # type: ignore[misc]
+                        db, self._storage.queue, row, outcome, self._keep, now
+                    )
+                )
+            except (LeaseLostError, EngineClosedError):
+                return
+            except StorageError:
+                again = asyncio.Event()
+                self._later(again.set)
+                await again.wait()
+            else:
+                self._telling.tell(row.key, row.ref, [happened])
+                self.arm(look_at)
+                return
+
+    def _judge_crash(self, key: int, outcome: Outcome) -> Outcome:
+        if isinstance(outcome, Failed) and outcome.failure.type == _CRASHED:
+            crashes = self._crashes.get(key, 0) + 1
+            if crashes < _MOST_CRASHES:
+                self._crashes[key] = crashes
+                return Interrupted()
+        if isinstance(outcome, (Completed, Failed, Terminated, Blocked)):
+            self._crashes.pop(key, None)
+        return outcome
+
+    # --- waking ---
+
+    def arm(self, look_at: int | None) -> None:
+        """Make the timer fire no later than `look_at`."""
+        if look_at is None or not self._storage.is_open:
+            return
+        if self._timer_at is not None and self._timer_at <= look_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = look_at
+        self._timer = self._clock.call_at(look_at, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = self._timer_at = None
+        if not self._storage.is_open:
+            return
+        now = self._clock.now_us()
+        woken = self._storage.submit(lambda db: instances.wake_due(db, self._storage.queue, now))
+        woken.add_done_callback(self._woken)
+
+    def _woken(self, woken: asyncio.Future[int | None]) -> None:
+        if not self._storage.is_open or woken.cancelled():
+            return
+        if woken.exception() is not None:
+            self._later(self._wake)
+            return
+        self.arm(woken.result())
+        self.pump()
+
+    def _later(self, callback: Callable[[], None]) -> None:
+        self._clock.call_at(self._clock.now_us() + _STORAGE_RETRY // MICROSECOND, callback)
+
+
+def _main_of(registered: Registered) -> Main:
+    async def main(event: WorkflowEvent, step: Any) -> Any:
+        current_env.set(registered.env)
+        return await registered.entrypoint(ExecutionContext(), registered.env).run(event, step)
+
+    return main

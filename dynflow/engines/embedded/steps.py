@@ -1,0 +1,272 @@
+"""Steps, waits and events in SQL: what a segment records, and the events that its waits are given."""
+
+from __future__ import annotations
+
+import sqlite3
+from functools import lru_cache
+from typing import Any
+
+from dynflow.clock import to_datetime
+from dynflow.engines import StepRecord
+from dynflow.engines.embedded.rows import (
+    STEP_COLUMNS,
+    Happened,
+    InstanceRow,
+    log,
+    row_of,
+    rows_of,
+    step_record,
+)
+from dynflow.errors import LeaseLostError, WorkflowInternalError
+from dynflow.failure import Failure
+from dynflow.serialization import decode, encode
+from dynflow.step_config import StepConfig
+from dynflow.types import Event
+
+# What a row of `steps` or `events` takes beside its payload.
+_ROW_OVERHEAD = 100
+
+
+def _step_data(record: StepRecord) -> dict[str, Any]:
+    data: dict[str, Any] = {"step": record.name, "count": record.count, "kind": record.kind}
+    if record.attempt:
+        data["attempt"] = record.attempt
+    if record.event_type is not None:
+        data["event_type"] = record.event_type
+    return data
+
+
+def _error_data(failure: Failure) -> dict[str, str]:
+    return {"name": failure.name, "message": failure.message}
+
+
+def _stored(failure: Failure | None) -> bytes | None:
+    return None if failure is None else encode(failure)
+
+
+@lru_cache(maxsize=256)
+def _stored_config(config: StepConfig) -> bytes:
+    return encode(config.as_stored())
+
+
+def _insert(db: sqlite3.Connection, key: int, record: StepRecord) -> None:
+    db.execute(
+        "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            row_of(key, record.seq), record.kind, record.name, record.count, record.state, record.attempt,
+            None if record.config is None else _stored_config(record.config),
+            record.started_at, record.attempt_at, record.ended_at, record.output, _stored(record.failure),
+            record.deadline, record.event_type,
+        ),
+    )  # fmt: skip
+
+
+# --- do ------------------------------------------------------------------------------------------
+
+
+def begin_attempt(
+    db: sqlite3.Connection, key: int, epoch: int, record: StepRecord, state_limit: int
+) -> Happened:
+    """Store that an attempt starts; a previous one without an end was cut off by a crash."""
+    prefix = "rollback" if record.kind == "rollback" else "step"
+    first = record.attempt == 1
+    happened = log(
+        db,
+        key,
+        record.attempt_at,
+        f"{prefix}.started+attempt.started" if first else "attempt.started",
+        _step_data(record),
+        epoch=epoch,
+        stored=_ROW_OVERHEAD + len(record.name),
+        state_limit=state_limit,
+    )
+    if first:
+        _insert(db, key, record)
+        return happened
+    step = row_of(key, record.seq)
+    db.execute(
+        "INSERT OR IGNORE INTO attempts SELECT step, attempt, attempt_at, NULL, NULL, NULL FROM steps WHERE step = ?",
+        (step,),
+    )
+    db.execute(
+        "UPDATE steps SET state = 'running', attempt = ?, attempt_at = ?, ended_at = NULL, deadline = NULL"
+        " WHERE step = ?",
+        (record.attempt, record.attempt_at, step),
+    )
+    return happened
+
+
+def finish_step(db: sqlite3.Connection, key: int, epoch: int, record: StepRecord) -> Happened:
+    """Store a step's final state."""
+    prefix = "rollback" if record.kind == "rollback" else "step"
+    data, failure = _step_data(record), None
+    verb = "completed" if record.state == "complete" else "errored"
+    if record.failure is not None and verb == "errored":
+        data["error"] = _error_data(record.failure)
+        failure = encode(record.failure)
+    happened = log(
+        db,
+        key,
+        record.ended_at or record.attempt_at,
+        f"attempt.{verb}+{prefix}.{verb}",
+        data,
+        epoch=epoch,
+        stored=len(record.output or b"") + len(failure or b""),
+    )
+    db.execute(
+        "UPDATE steps SET state = ?, output = ?, failure = ?, ended_at = ?, deadline = NULL WHERE step = ?",
+        (record.state, record.output, failure, record.ended_at, row_of(key, record.seq)),
+    )
+    return happened
+
+
+def delay_retry(db: sqlite3.Connection, key: int, epoch: int, record: StepRecord) -> Happened:
+    """Store a failed attempt and when the next may start."""
+    data, failure, step = _step_data(record), _stored(record.failure), row_of(key, record.seq)
+    data["retry_at"] = record.deadline
+    if record.failure is not None:
+        data["error"] = _error_data(record.failure)
+    ended_at = record.ended_at or record.attempt_at
+    happened = log(db, key, ended_at, "attempt.errored", data, epoch=epoch, stored=2 * len(failure or b""))
+    db.execute(
+        "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
+        (step, record.attempt, record.attempt_at, record.ended_at, failure, record.deadline),
+    )
+    db.execute(
+        "UPDATE steps SET state = 'waiting', failure = ?, ended_at = ?, deadline = ? WHERE step = ?",
+        (failure, record.ended_at, record.deadline, step),
+    )
+    return happened
+
+
+# --- sleeps and waits ----------------------------------------------------------------------------
+
+
+def begin_wait(
+    db: sqlite3.Connection, key: int, epoch: int, record: StepRecord, state_limit: int
+) -> list[Happened]:
+    """Store a sleep or a wait; a buffered event of the type completes it here and now."""
+    verb = "wait" if record.kind == "wait_for_event" else "sleep"
+    data = _step_data(record) | {"deadline": record.deadline}
+    happened = [
+        log(
+            db,
+            key,
+            record.started_at,
+            f"{verb}.started",
+            data,
+            epoch=epoch,
+            stored=_ROW_OVERHEAD + len(record.name),
+            state_limit=state_limit,
+        )
+    ]
+    if record.event_type is not None and (event := _take_event(db, key, record.event_type)) is not None:
+        record.state, record.output, record.ended_at = "complete", encode(event), record.started_at
+        happened.append(log(db, key, record.started_at, "wait.completed", _step_data(record)))
+    _insert(db, key, record)
+    return happened
+
+
+def end_wait(
+    db: sqlite3.Connection, key: int, epoch: int, record: StepRecord, timed_out: Failure, now: int
+) -> list[Happened]:
+    """End a wait whose deadline has passed: a sleep is complete, an event wait has timed out, unless an event won."""
+    step = row_of(key, record.seq)
+    stored = db.execute(
+        "SELECT state, output, failure, ended_at, deadline FROM steps WHERE step = ?", (step,)
+    ).fetchone()
+    if stored is None:
+        raise LeaseLostError("the step is gone: the instance was restarted or deleted")
+    state, output, failure, ended_at, deadline = stored
+    record.deadline = deadline
+    if state != "waiting":
+        record.state, record.output, record.ended_at = state, output, ended_at
+        record.failure = None if failure is None else decode(failure)
+        return []
+    if deadline is not None and deadline > now:
+        return []
+    is_event = record.kind == "wait_for_event"
+    happened = log(
+        db, key, now, "wait.timed_out" if is_event else "sleep.completed", _step_data(record), epoch=epoch
+    )
+    record.ended_at = now
+    record.state, record.failure = ("errored", timed_out) if is_event else ("complete", None)
+    db.execute(
+        "UPDATE steps SET state = ?, failure = ?, ended_at = ? WHERE step = ?",
+        (record.state, _stored(record.failure), now, step),
+    )
+    return [happened]
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+def send_event(
+    db: sqlite3.Connection, row: InstanceRow, event_type: str, payload: bytes, now: int, state_limit: int
+) -> tuple[StepRecord | None, Happened | None]:
+    """Give the event to the first waiter of its type whose time is not over, else buffer it.
+
+    Events to a paused instance are buffered; `deliver_buffered` gives them out at the resume.
+    """
+    if row.status not in {"paused", "waiting_for_pause"}:
+        # A waiter whose deadline has passed takes no event, even if nobody has timed it out yet.
+        waiter = next(iter(_waiters(db, row.key, now, event_type, limit=1)), None)
+        if waiter is not None:
+            event = Event(event_type, decode(payload), to_datetime(now))
+            return waiter, _complete_with(db, row.key, waiter, event, now)
+    counted = db.execute(
+        "UPDATE instances SET size = size + ? WHERE key = ? AND size < ? RETURNING key",
+        (len(payload) + _ROW_OVERHEAD, row.key, state_limit),
+    ).fetchone()
+    if counted is None:
+        raise WorkflowInternalError(
+            f"instance {row.id!r} takes no more events: its state has reached the limit of {state_limit:,} bytes"
+        )
+    db.execute(
+        "INSERT INTO events (instance, type, payload, sent_at) VALUES (?, ?, ?, ?)",
+        (row.key, event_type, payload, now),
+    )
+    return None, None
+
+
+def deliver_buffered(db: sqlite3.Connection, key: int, now: int) -> list[tuple[StepRecord, Happened]]:
+    """Give buffered events to waits, as after a pause."""
+    given = []
+    for waiter in _waiters(db, key, now):
+        event = _take_event(db, key, waiter.event_type or "")
+        if event is not None:
+            given.append((waiter, _complete_with(db, key, waiter, event, now)))
+    return given
+
+
+def _take_event(db: sqlite3.Connection, key: int, event_type: str) -> Event | None:
+    found = db.execute(
+        "DELETE FROM events WHERE event ="
+        " (SELECT event FROM events WHERE instance = ? AND type = ? ORDER BY event LIMIT 1)"
+        " RETURNING payload, sent_at",
+        (key, event_type),
+    ).fetchone()
+    return None if found is None else Event(event_type, decode(found[0]), to_datetime(found[1]))
+
+
+def _waiters(
+    db: sqlite3.Connection, key: int, now: int, event_type: str | None = None, *, limit: int = -1
+) -> list[StepRecord]:
+    """Return the event waits that can still take an event, in the order of their calls."""
+    which, values = ("event_type = ?", [event_type]) if event_type else ("event_type IS NOT NULL", [])
+    found = db.execute(
+        f"SELECT {STEP_COLUMNS} FROM steps WHERE {which} AND step BETWEEN ? AND ? AND state = 'waiting'"  # noqa: S608 - constants
+        " AND deadline > ? ORDER BY step LIMIT ?",
+        (*values, *rows_of(key), now, limit),
+    ).fetchall()
+    return [step_record(row) for row in found]
+
+
+def _complete_with(db: sqlite3.Connection, key: int, waiter: StepRecord, event: Event, now: int) -> Happened:
+    happened = log(db, key, now, "wait.completed", _step_data(waiter))
+    waiter.state, waiter.output, waiter.ended_at = "complete", encode(event), now
+    db.execute(
+        "UPDATE steps SET state = 'complete', output = ?, ended_at = ? WHERE step = ?",
+        (waiter.output, now, row_of(key, waiter.seq)),
+    )
+    return happened

@@ -1,0 +1,78 @@
+"""What a step needs of its segment, and what is common to all kinds of steps: names, records, final results."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any, Protocol
+
+from dynflow.clock import Clock
+from dynflow.engines import Journal, Limits, StepRecord
+from dynflow.errors import WorkflowFatalError
+from dynflow.failure import Failure
+from dynflow.serialization import decode
+from dynflow.step_config import StepConfig
+from dynflow.types import StepKind
+from dynflow.workflow import StepCall
+
+_LONGEST_NAME = 256
+
+
+class StepHost(Protocol):
+    """What a step needs of its segment."""
+
+    journal: Journal
+    clock: Clock
+    limits: Limits
+    step_defaults: StepConfig
+
+    do_steps: int
+
+    def next_seq(self, kind: StepKind) -> int:
+        """Return the place of a new step in the order of starts, and count it."""
+
+    async def may_start(self) -> None:
+        """Return when a step may start; never while a pause holds."""
+
+    def isolate_down(self) -> None:
+        """Say that the isolate ended under an attempt."""
+
+    async def wait(self, record: StepRecord) -> None:
+        """Wait durably for `record.deadline` or an event; may never return, then a later segment goes on."""
+
+
+def new_record(call: StepCall, host: StepHost, **fields: Any) -> StepRecord:
+    """Return the record of a step that starts now; the journal has it once it is recorded."""
+    seq, now = host.next_seq(call.kind), host.clock.now_us()
+    record = StepRecord(call.kind, call.name, call.count, seq, started_at=now, **fields)
+    host.journal.steps[record.key] = record
+    return record
+
+
+def checked_name(name: Any) -> str:
+    """Return `name` if it is a step's name, else raise WorkflowFatalError."""
+    if not isinstance(name, str) or not 1 <= len(name) <= _LONGEST_NAME:
+        raise WorkflowFatalError(
+            f"{name!r:.100} is not a step name: give a string of 1 to {_LONGEST_NAME} characters"
+        )
+    if not (name.isascii() and name.isprintable()):
+        bad = next((char for char in name if unicodedata.category(char) in {"Cc", "Cs"}), None)
+        if bad is not None:
+            raise WorkflowFatalError(f"step name {name!r:.100} has the control character {bad!r}")
+    return name
+
+
+def final_result(record: StepRecord) -> Any:
+    """Return the output of a step that has ended, or raise its error."""
+    if record.state == "errored":
+        raise final_error(record)
+    return None if record.output is None else decode(record.output)
+
+
+def final_error(record: StepRecord) -> BaseException:
+    """Return what `await step.…` raises for a step that failed for good."""
+    failure = record.failure or Failure(
+        "WorkflowInternalError", "the step failed", "dynflow.errors:WorkflowInternalError"
+    )
+    error = failure.as_step_error(record.name, record.attempt)
+    error.failure, error.step, error.attempts = failure, record.name, record.attempt  # type: ignore[attr-defined]
+    return error
