@@ -29,7 +29,8 @@ from ci_platform.api.webhooks import receive_webhook
 from ci_platform.assembly import Platform
 from ci_platform.model import Counter
 from ci_platform.sessions import Sessions
-from ci_platform.web.pages import Pages, page_router, problem_page, wants_page
+from ci_platform.web.pages import page_router
+from ci_platform.web.render import Pages, problem_page, wants_page
 
 _API = "/api/v1"
 # What the JSON API is sent is a decision, a name, a comment.

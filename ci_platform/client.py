@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ ADDRESS_FILE = "server.json"
 # but the server's heartbeat, of which two may go missing.
 _CALL = httpx.Timeout(30.0, connect=5.0)
 _STREAM = httpx.Timeout(40.0, connect=5.0)
+# 0.2 s, 0.4 s, …: together a little longer than a server takes to start again.
+_MOST_RECONNECTS = 6
 
 
 class ApiError(PlatformError):
@@ -91,6 +94,7 @@ class Client:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.url = url.rstrip("/")
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=_CALL)
+        self._closed = threading.Event()
 
     @classmethod
     def find(cls, environ: Mapping[str, str] | None = None, data: Path | None = None) -> Client:
@@ -115,6 +119,11 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the streams that other threads read, and all connections."""
+        self._closed.set()
         self._http.close()
 
     def get(self, path: str, **query: Any) -> Any:
@@ -142,7 +151,7 @@ class Client:
         """Yield server-sent events until an `end` event; connects again where the connection broke."""
         given = {key: value for key, value in query.items() if value is not None}
         failures = 0
-        while True:
+        while not self._closed.is_set():
             try:
                 for event in self._stream_once(path, given, after):
                     failures = 0
@@ -152,8 +161,9 @@ class Client:
                     yield event
             except UnavailableError:
                 failures += 1
-                if failures > 5:
+                if failures > _MOST_RECONNECTS:
                     raise
+                self._closed.wait(0.1 * 2**failures)
 
     def _stream_once(self, path: str, query: Mapping[str, Any], after: str | None) -> Iterator[ServerEvent]:
         headers = {"Accept": "text/event-stream", **({"Last-Event-ID": after} if after else {})}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from litestar import get, post
 from litestar.di import NamedDependency
-from litestar.params import FromPath, FromQuery, JSONBody
+from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
 from ci_platform.access import Actor
 from ci_platform.gates import Decision, Gates, GateView
@@ -31,11 +31,11 @@ class GateDecision:
 @get("/gates", opt={"scope": "read"}, tags=["gates"], summary="List open gates")
 async def list_gates(
     gates: NamedDependency[Gates],
-    state: FromQuery[Literal["open"]] = "open",
+    wanted: Annotated[Literal["open"], QueryParameter(name="state")] = "open",
     repo: FromQuery[str | None] = None,
 ) -> GateList:
     """Return the open gates of all runs, or of one repository's."""
-    del state  # there is one value today; the parameter is part of the address
+    del wanted  # there is one value today; the parameter is part of the address
     return GateList(await gates.open(repo=repo))
 
 

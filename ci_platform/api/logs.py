@@ -29,14 +29,15 @@ _MARKS = {"output": "", "command": "$ ", "result": "= ", "notice": "! "}
     summary="Read or follow a step's log",
 )
 async def read_log(  # noqa: PLR0913 - the address's parts and parameters
+    *,
     run_id: FromPath[str],
     step: FromPath[str],
     runs: NamedDependency[Runs],
     logs: NamedDependency[Logs],
     stopping: NamedDependency[Stopping],
     count: Annotated[int, QueryParameter(ge=1, le=10_000)] = 1,
-    follow: FromQuery[bool] = False,  # noqa: FBT002 - the address's own parameter
-    timestamps: FromQuery[bool] = False,  # noqa: FBT002
+    follow: FromQuery[bool] = False,
+    timestamps: FromQuery[bool] = False,
     last_id: Annotated[str | None, HeaderParameter(name="Last-Event-ID")] = None,
 ) -> Response[Any]:
     """Return the whole log as text, or with `follow=1` as events.

@@ -12,7 +12,7 @@ from litestar.params import FromPath, JSONBody
 from ci_platform.access import Access, Actor, Scope, TokenView
 from ci_platform.errors import ForbiddenError
 from ci_platform.sessions import Sessions
-from ci_platform.web.pages import Pages
+from ci_platform.web.render import Pages
 
 
 @dataclass(frozen=True, slots=True)

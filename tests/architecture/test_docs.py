@@ -91,6 +91,8 @@ def test_public_names_have_docstrings() -> None:
     missing = []
     for package in ("dynflow", "pipelines", "ci_platform"):
         for path in sorted((ROOT / package).rglob("*.py")):
+            if "demo_repository" in path.parts:
+                continue
             tree = ast.parse(path.read_text())
             where = str(path.relative_to(ROOT))
             if tree.body and ast.get_docstring(tree) is None:

@@ -1,0 +1,403 @@
+"""The command line `dynflow`.
+
+Exit codes: 0 done, and a run that was waited for concluded `success` · 1 the run concluded otherwise, or the
+pipeline is invalid · 2 wrong usage or input · 3 the run waits at a gate that nobody here decides · 4 the server
+or this machine cannot do it now · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import anyio
+import anyio.to_thread
+import click
+from rich.console import Console
+
+from ci_platform.errors import FailedError, PlatformError, RejectedError
+from ci_platform.options import settings_from, settings_options
+
+SUCCESS, FAILURE, USAGE, AT_GATE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class _Program(click.Group):
+    """Turns errors into one line and an exit code; tracebacks are for defects alone."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except* KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except* PlatformError as group:
+            _fail(_leaf(group))
+        except* BrokenPipeError:
+            # The reader of a pipe (`head`) has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(cls=_Program, context_settings=_CONTEXT)
+@click.version_option(package_name="dynflow", prog_name="dynflow")
+@click.option("-v", "--verbose", count=True, help="Say more on standard error; -vv says everything.")
+def main(verbose: int) -> None:
+    """CI/CD on your own machine, in which a pipeline is a Python function that survives anything.
+
+    \b
+    Commands that ask a server take its address from DYNFLOW_URL and DYNFLOW_TOKEN; without them they
+    find the server that runs on this machine. A RUN is an id, the start of one, `last`, or owner/repo#3.
+    """  # noqa: D301 - \b is click's own mark
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr
+    )
+
+
+# --- platforms of one's own ------------------------------------------------------------------------
+
+
+@main.command()
+@settings_options()
+def serve(**options: Any) -> None:
+    """Run the platform until Ctrl-C or SIGTERM."""
+    from ci_platform.serving import running, stop_signal
+
+    settings = settings_from(options)
+    console = Console()
+
+    async def run() -> None:
+        async with running(settings) as served:
+            link = await anyio.to_thread.run_sync(_login_link, served.address.url, served.token)
+            console.print(f"dynflow answers at [bold]{served.url}[/bold]", highlight=False)
+            console.print(f"  log in     {link}", highlight=False, soft_wrap=True)
+            console.print(
+                f"  git        {served.url}/git/<owner>/<name>.git", highlight=False, soft_wrap=True
+            )
+            console.print(f"  data       {settings.data}", highlight=False, soft_wrap=True)
+            await stop_signal()
+            console.print("Going down; runs go on at the next start.", highlight=False)
+
+    anyio.run(run)
+
+
+@main.command()
+@click.option("--yes", is_flag=True, help="Approve the gate at once, without asking anybody.")
+@click.option(
+    "--approve-after", type=click.FloatRange(0), metavar="SECONDS", help="Approve the gate after a while."
+)
+@click.option("--stay", is_flag=True, help="Keep serving after the conclusion, until Ctrl-C.")
+@settings_options("data", "host", "port")
+def demo(*, yes: bool, approve_after: float | None, stay: bool, **options: Any) -> None:
+    """Show the whole thing: a platform, a repository, a push, a gate, a conclusion."""
+    from ci_platform.demo import DemoOptions, temporary_data
+    from ci_platform.demo import demo as show
+
+    console = Console()
+    choices = DemoOptions(0.0 if yes else approve_after, stay, _own_command())
+    with temporary_data() as folder:
+        settings = settings_from(options, data=folder, port=0)
+        run = anyio.run(lambda: show(settings, console, choices))
+    sys.exit(_code_of(run))
+
+
+@main.command("run")
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".")
+@click.option("--approve", is_flag=True, help="Approve every gate.")
+@click.option("--json", "as_json", is_flag=True, help="Print the run as JSON at the end.")
+def run_pipeline(*, path: Path, approve: bool, as_json: bool) -> None:
+    """Run the pipeline of the folder PATH here, uncommitted changes included, without a server."""
+    from ci_platform.demo import temporary_data
+    from ci_platform.here import NobodyToAskError, run_here
+
+    console = Console(stderr=as_json)
+    ask = _always_approve if approve else _ask_in_terminal
+    with temporary_data() as folder:
+        settings = settings_from({}, data=folder, port=0, host="127.0.0.1")
+        try:
+            run = anyio.run(lambda: run_here(path.resolve(), settings, console, ask))
+        except* NobodyToAskError as group:
+            _say_error(str(_leaf(group)))
+            sys.exit(AT_GATE)
+    if as_json:
+        _print_json(run)
+    sys.exit(_code_of(run))
+
+
+@main.command()
+@click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def validate(*, path: Path, as_json: bool) -> None:
+    """Load the pipeline of the folder PATH in an isolate, and say what is wrong with it."""
+    from ci_platform.validation import validate_folder
+
+    problem = anyio.run(lambda: validate_folder(path.resolve()))
+    if as_json:
+        found = (
+            None
+            if problem is None
+            else {"file": problem.file, "line": problem.line, "message": problem.message}
+        )
+        _print_json({"valid": problem is None, "problem": found})
+    elif problem is None:
+        click.echo("ok: .dynflow/ci.py loads and has a CIPipeline")
+    else:
+        click.echo(str(problem), err=True)
+    sys.exit(SUCCESS if problem is None else FAILURE)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@settings_options("data")
+def doctor(*, as_json: bool, **options: Any) -> None:
+    """Say what this machine offers: walls, copy-on-write, Docker, disk, and what to do about the rest."""
+    from ci_platform.doctor import examine, print_findings
+
+    findings = anyio.run(lambda: examine(settings_from(options)))
+    if as_json:
+        _print_json([finding.as_json() for finding in findings])
+    else:
+        print_findings(findings, Console())
+    sys.exit(SUCCESS if all(finding.state != "bad" for finding in findings) else UNAVAILABLE)
+
+
+# --- asking a server ---------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--repo", help="Of one repository.")
+@click.option("--ref", help="Of one branch or ref.")
+@click.option("--status", help="In one state: queued, running, waiting, success, failure, …")
+@click.option("-n", "--limit", type=click.IntRange(1, 100), default=20, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def runs(*, repo: str | None, ref: str | None, status: str | None, limit: int, as_json: bool) -> None:
+    """List runs, the newest first."""
+    from ci_platform.terminal import runs_table
+
+    with _client() as client:
+        page = client.get("/api/v1/runs", repo=repo, ref=ref, status=status, limit=limit)
+    if as_json:
+        _print_json(page)
+    elif page["items"]:
+        Console().print(runs_table(page["items"]))
+    else:
+        click.echo("no runs", err=True)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option(
+    "-w", "--watch", is_flag=True, help="Watch it until it ends; the exit code is its conclusion's."
+)
+def show(*, run: str, as_json: bool, watch: bool) -> None:
+    """Show a run and its steps."""
+    from ci_platform.terminal import RunWatcher, print_run, resolve_run
+
+    console = Console(stderr=as_json)
+    with _client() as client:
+        run_id = resolve_run(client, run)
+        found = RunWatcher(client, console).watch(run_id) if watch else client.get(f"/api/v1/runs/{run_id}")
+    if as_json:
+        _print_json(found)
+    elif not watch:
+        print_run(found, console)
+    if watch:
+        sys.exit(_code_of(found))
+
+
+@main.command()
+@click.argument("run")
+@click.argument("step", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on while it grows.")
+@click.option("--count", type=click.IntRange(1), default=1, help="Which one, of several steps of that name.")
+def logs(*, run: str, step: str | None, follow: bool, count: int) -> None:
+    """Print the log of a run's STEP, or of all its steps."""
+    from ci_platform.terminal import LogFollower, print_log, resolve_run, steps_with_logs
+
+    console = Console(highlight=False)
+    with _client() as client:
+        run_id = resolve_run(client, run)
+        follower = LogFollower(client, console, run_id)
+        if follow and step:
+            follower.follow_step(step, count)
+        elif follow:
+            follower.follow_run()
+        elif step:
+            print_log(client, console, run_id, step, count)
+        else:
+            for found in steps_with_logs(client.get(f"/api/v1/runs/{run_id}")):
+                console.rule(found["name"])
+                print_log(client, console, run_id, found["name"], found["count"])
+
+
+@main.command()
+@click.argument("run")
+@click.argument("gate")
+@click.option("-m", "--comment", help="Why; it is kept with the decision.")
+def approve(*, run: str, gate: str, comment: str | None) -> None:
+    """Approve the GATE that a run waits at."""
+    _decide(run, gate, "approve", comment)
+
+
+@main.command()
+@click.argument("run")
+@click.argument("gate")
+@click.option("-m", "--comment", help="Why; it is kept with the decision.")
+def reject(*, run: str, gate: str, comment: str | None) -> None:
+    """Reject the GATE that a run waits at; the run ends."""
+    _decide(run, gate, "reject", comment)
+
+
+@main.command()
+@click.argument("run")
+def cancel(*, run: str) -> None:
+    """Cancel a run; what it is doing is stopped."""
+    from ci_platform.terminal import resolve_run
+
+    with _client() as client:
+        run_id = resolve_run(client, run)
+        client.post(f"/api/v1/runs/{run_id}/cancel")
+    click.echo(f"{run_id} is being cancelled")
+
+
+@main.command()
+@click.argument("run")
+@click.option("--from-step", metavar="STEP", help="Keep what finished before this step, files included.")
+@click.option("--count", type=click.IntRange(1), default=1, help="Which one, of several steps of that name.")
+@click.option(
+    "-w", "--watch", is_flag=True, help="Watch it until it ends; the exit code is its conclusion's."
+)
+def rerun(*, run: str, from_step: str | None, count: int, watch: bool) -> None:
+    """Run a finished run again, whole or from one of its steps."""
+    from ci_platform.terminal import RunWatcher, resolve_run
+
+    with _client() as client:
+        run_id = resolve_run(client, run)
+        body = {"from_step": from_step, "count": count} if from_step else {}
+        client.post(f"/api/v1/runs/{run_id}/rerun", body)
+        click.echo(f"{run_id} runs again")
+        if watch:
+            sys.exit(_code_of(RunWatcher(client, Console()).watch(run_id)))
+
+
+@main.group()
+def token() -> None:
+    """Make, list and revoke tokens."""
+
+
+@token.command("create")
+@click.argument("name")
+@click.option(
+    "--scope",
+    type=click.Choice(["read", "write", "admin"]),
+    default="write",
+    show_default=True,
+    help="Each holds those before it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def token_create(*, name: str, scope: str, as_json: bool) -> None:
+    """Make a token for NAME and print it; it is not shown again."""
+    with _client() as client:
+        made = client.post("/api/v1/tokens", {"name": name, "scopes": [scope]})
+    if as_json:
+        _print_json(made)
+    else:
+        click.echo(made["secret"])
+
+
+@token.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def token_list(*, as_json: bool) -> None:
+    """List tokens, without their secrets."""
+    with _client() as client:
+        items = client.get("/api/v1/tokens")["items"]
+    if as_json:
+        _print_json(items)
+        return
+    for item in items:
+        state = "revoked" if item["revoked_at"] else f"last used {item['last_used_at'] or 'never'}"
+        click.echo(f"{item['id']:>4}  {item['name']:<24} {','.join(item['scopes']):<12} {state}")
+
+
+@token.command("revoke")
+@click.argument("token_id", type=int)
+def token_revoke(*, token_id: int) -> None:
+    """Make a token useless from now on."""
+    with _client() as client:
+        client.delete(f"/api/v1/tokens/{token_id}")
+    click.echo(f"token {token_id} is revoked")
+
+
+# --- what commands share -------------------------------------------------------------------------------
+
+
+def _decide(run: str, gate: str, decision: str, comment: str | None) -> None:
+    from ci_platform.client import segment
+    from ci_platform.terminal import resolve_run
+
+    with _client() as client:
+        run_id = resolve_run(client, run)
+        body = {"decision": decision, "comment": comment}
+        decided = client.post(f"/api/v1/runs/{run_id}/gates/{segment(gate)}", body)
+    click.echo(f"gate {gate} is {decided['state']} by {decided['decided_by']}")
+
+
+def _client() -> Any:
+    from ci_platform.client import Client
+
+    return Client.find()
+
+
+def _login_link(url: str, secret: str) -> str:
+    from ci_platform.client import Client
+
+    with Client(url, secret) as client:
+        return str(client.post("/api/v1/login-links")["url"])
+
+
+def _always_approve(_gate: Mapping[str, Any]) -> str:
+    return "approve"
+
+
+def _ask_in_terminal(gate: Mapping[str, Any]) -> str | None:
+    if not sys.stdin.isatty():
+        return None
+    return "approve" if click.confirm(f"Approve the gate {gate['name']}?", default=False) else "reject"
+
+
+def _own_command() -> str:
+    """Return how the user calls this program: `scripts/run` says so in the environment."""
+    return os.environ.get("DYNFLOW_COMMAND") or "dynflow"
+
+
+def _code_of(run: Mapping[str, Any]) -> int:
+    if run["conclusion"] == "success":
+        return SUCCESS
+    return UNAVAILABLE if run["conclusion"] == "error" else FAILURE
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def _leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _fail(error: BaseException) -> NoReturn:
+    _say_error(str(error))
+    if isinstance(error, RejectedError) or 400 <= getattr(error, "status", 500) < 500:
+        sys.exit(FAILURE if isinstance(error, FailedError) else USAGE)
+    sys.exit(UNAVAILABLE)
+
+
+def _say_error(message: str) -> None:
+    click.echo(f"dynflow: {message}", err=True)
