@@ -121,9 +121,9 @@ class GitHubForge(Forge):
             try:
                 self._request("PATCH", f"/repos/{quote(comment.repo)}/issues/comments/{found}", body)
             except GithubException as error:
-                if error.status != 404:
+                if not isinstance(_explain(error), FailedError):
                     raise
-                del self._comment_ids[key]  # somebody deleted it: make a new one
+                del self._comment_ids[key]  # deleted, or not ours to edit: make a new one
             else:
                 return
         made = self._request("POST", f"/repos/{quote(comment.repo)}/issues/{comment.pr}/comments", body)
@@ -144,7 +144,9 @@ class GitHubForge(Forge):
 
     def _is_ours(self, comment: dict[str, Any]) -> bool:
         """Whether the token's own account wrote it: anybody can write our marker, and edit it later."""
-        author = comment.get("user") or {}
+        author = comment.get("user")
+        if author is None:  # GitHub's for an account that is gone: nobody can edit it any more
+            return True
         login = self._own_login()
         return author.get("login") == login if login else author.get("type") == "Bot"
 
