@@ -14,7 +14,7 @@ from ci_platform.store import Store, Transaction, col
 from dynflow.clock import Clock
 
 # GitHub's own rules, which keep names harmless in paths and URLs as well.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,38}/(?!\.{1,2}$)[A-Za-z0-9_.-]{1,100}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}/(?!\.{1,2}$)[A-Za-z0-9_.-]{1,100}", re.ASCII)
 _BRANCH = re.compile(r"(?![-/.])(?!.*(?:\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\]{1,255}(?<![/.])", re.ASCII)
 # What git can fetch from without running a helper program of somebody else's choice (`ext::` does).
 _CLONE_SCHEMES = frozenset({"https", "http", "file"})
