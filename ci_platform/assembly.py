@@ -25,6 +25,7 @@ from ci_platform.logs import Logs
 from ci_platform.model import Run
 from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
+from ci_platform.pushes import Pushes
 from ci_platform.reports import Reports
 from ci_platform.repositories import Repositories
 from ci_platform.runs import Runs
@@ -58,6 +59,7 @@ class Platform:
     access: Access
     repositories: Repositories
     deliveries: Deliveries
+    pushes: Pushes
     runs: Runs
     gates: Gates
     reports: Reports
@@ -165,10 +167,12 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         run_timeout=settings.run_timeout,
     )
     deliveries = Deliveries(store, clock, forges=forges, runs=runs, commits=code)
+    pushes = Pushes(store, deliveries, source)
 
     # What a killed process left goes before anything new starts.
     await source.sweep()
     await workspaces.sweep(await runs.live_ids())
+    await pushes.reconcile()
     try:
         async with loader, engine:
             yield Platform(
@@ -178,6 +182,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
                 access=Access(store, clock),
                 repositories=Repositories(store, forges, clock),
                 deliveries=deliveries,
+                pushes=pushes,
                 runs=runs,
                 gates=gates,
                 reports=reports,
