@@ -56,8 +56,10 @@ CodeSource = Callable[[], WorkerCode | Awaitable[WorkerCode]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes a capability call. Everything here was bound by the host; nothing came out of the isolate
-    but the choice of which of its own live step attempts makes the call.
+    """Who makes a capability call.
+
+    Everything here was bound by the host; nothing came out of the isolate but the choice of which of its own
+    live step attempts makes the call.
 
     `props` is the object given to `get_entrypoint(props=…)`, unchanged; `instance_id`, `workflow_name` and
     `step` are None outside of a workflow, `step` also outside of a step.
@@ -131,7 +133,8 @@ class EntrypointStub(ABC):
 
     *Order of calls*: any; calls run concurrently. *Cancellation*: cancelling a call cancels it inside and,
     where the code does not obey within a second, stops the isolate. *Errors*: the tenant's own exception where
-    its class is importable here, else InstanceFailedError with name and message; WorkerLoadError,
+    its class is a builtin, dynflow's or pipelines', else InstanceFailedError with name and message (`run` of a
+    confined worker raises RemoteError with the whole failure instead, for its segment); WorkerLoadError,
     IsolateLimitError, IsolateCrashedError for the isolate itself.
     """
 

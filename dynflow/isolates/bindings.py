@@ -38,7 +38,7 @@ class HostBinding(ABC):
             raise InvalidArgumentError(f"{self.name}.{method}: {error}") from None
         try:
             return await function(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the platform's errors must not carry its insides to a tenant
+        except Exception as error:
             raise RemoteError(self._shown(error, method)) from error
 
     @abstractmethod
@@ -47,11 +47,15 @@ class HostBinding(ABC):
 
     def _shown(self, error: Exception, method: str) -> Failure:
         failure = error.failure if isinstance(error, RemoteError) else Failure.of(error)
-        told = isinstance(error, (DynflowError, RemoteError, ValueError, TypeError, LookupError, TimeoutError))
+        told = isinstance(
+            error, (DynflowError, RemoteError, ValueError, TypeError, LookupError, TimeoutError)
+        )
         if told or hasattr(error, "code") or type(error).__module__.partition(".")[0] == "pipelines":
             return Failure(failure.name, failure.message, failure.type, failure.args, "", failure.retry)
         _log.error("%s.%s failed", self.name, method, exc_info=error)
-        return Failure("PlatformError", f"the platform failed to perform {self.name}.{method}", "dynflow:PlatformError")
+        return Failure(
+            "PlatformError", f"the platform failed to perform {self.name}.{method}", "dynflow:PlatformError"
+        )
 
 
 class CapabilityBinding(HostBinding):
@@ -135,7 +139,9 @@ def make_bindings(
 def _lookup(wrapped: WrappedBinding, wraps: Mapping[str, Wrap]) -> Callable[[], Any]:
     def target() -> Any:
         if wrapped.binding_name not in wraps:
-            raise InvalidArgumentError(f"no workflow binding {wrapped.binding_name!r} is bound to this loader")
+            raise InvalidArgumentError(
+                f"no workflow binding {wrapped.binding_name!r} is bound to this loader"
+            )
         return wraps[wrapped.binding_name](wrapped.metadata)
 
     return target

@@ -98,7 +98,9 @@ def _unshare_with_map(flags: int, ids: str) -> bool:
 def raise_inner_walls(walls: frozenset[str], *, own_uids: bool) -> ChildWalls:
     """Give the zygote, pid 1 by now, a root of its own; return the walls for its children. Raises WallError."""
     guest.measure_address_space()
-    own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if "namespaces" in walls else None
+    own_pid_namespace = (
+        os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if "namespaces" in walls else None
+    )
     if "filesystem" in walls:
         with _wall("filesystem"):
             enter_empty_root(readable_paths())
@@ -128,7 +130,9 @@ def enter_empty_root(readable: list[str]) -> None:
         os.close(fd)
         for hidden in ("site-packages", "dist-packages"):
             if os.path.isdir(f"{new}{path}/{hidden}"):  # noqa: PTH112
-                syscalls.mount("tmpfs", f"{new}{path}/{hidden}", "tmpfs", safe | syscalls.MS_RDONLY, "size=4k")
+                syscalls.mount(
+                    "tmpfs", f"{new}{path}/{hidden}", "tmpfs", safe | syscalls.MS_RDONLY, "size=4k"
+                )
     syscalls.mount("none", new, None, syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | safe)
     syscalls.pivot_root(new)
 
@@ -236,8 +240,9 @@ def _wall(name: str) -> Iterator[None]:
 
 _HINTS = {
     "namespaces": (
-        "Unprivileged user namespaces must be allowed (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
-        "kernel.apparmor_restrict_unprivileged_userns=0); in a container, its seccomp profile must allow unshare."
+        "Unprivileged user namespaces must be allowed (sysctl user.max_user_namespaces, "
+        "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns=0); "
+        "in a container, its seccomp profile must allow unshare."
     ),
     "filesystem": (
         "Mounting inside a user namespace must be allowed (kernel.apparmor_restrict_unprivileged_userns=0; "

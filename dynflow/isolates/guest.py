@@ -23,6 +23,7 @@ from dynflow.errors import StepFailedError, UnserializableError, WorkerLoadError
 from dynflow.failure import Failure, RemoteError
 from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
 from dynflow.isolates.wire import Call, Peer, ProtocolError, WireLimits
+from dynflow.isolates.worker import Env, Worker
 from dynflow.serialization import pack
 from dynflow.types import StepContext
 from dynflow.workflow import (
@@ -34,7 +35,6 @@ from dynflow.workflow import (
     current_step,
     invoke,
 )
-from dynflow.isolates.worker import Env, Worker
 
 # The host is trusted: this only catches a stream that is out of step.
 _FROM_HOST = 1 << 30
@@ -57,8 +57,8 @@ class GuestLoop(BaseEventLoop):
         self._socket: socket.socket | None = None
         self._out = bytearray()
         self._poll = select.poll()
-        self._on_data: Callable[[bytes], None] = lambda data: None
-        self._before_wait: Callable[[float | None], None] = lambda timeout: None
+        self._on_data: Callable[[bytes], None] = _nothing
+        self._before_wait: Callable[[float | None], None] = _nothing
 
     def attach(
         self,
@@ -97,7 +97,7 @@ class GuestLoop(BaseEventLoop):
             return []
         self._before_wait(timeout)
         self.flush()
-        if self._stopping:
+        if self._stopping:  # type: ignore[attr-defined]  # BaseEventLoop's, set by stop()
             return []
         if timeout is not None and not self._poll.poll(timeout * 1000 + 1):
             return []
@@ -110,7 +110,7 @@ class GuestLoop(BaseEventLoop):
     def _write_to_self(self) -> None:
         pass  # nobody else can wake this loop: there are no threads
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(self, *_: Any) -> Any:  # type: ignore[override]
         """Refuse."""
         raise RuntimeError(_NO_THREADS)
 
@@ -246,6 +246,10 @@ class Guest:
     def peer(self) -> Peer:
         """The wire."""
         return self._peer
+
+
+def _nothing(_: Any) -> None:
+    pass
 
 
 _METHODS = {"load": "_load", "call": "_call", "run": "_run", "callback": "_callback"}

@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from dynflow.errors import DynflowError, InvalidArgumentError, IsolateError, UnserializableError
+from dynflow.errors import InvalidArgumentError, IsolateError, UnserializableError
 from dynflow.failure import RemoteError
 from dynflow.isolates import Caller, CodeSource, EntrypointStub, WorkerCode, WorkerLoader, WorkerStub
 from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from dynflow.isolates.pool import IsolatePool
-from dynflow.isolates.process import Isolate, OnOutput, Session, error_of, load_error_of
+from dynflow.isolates.process import Isolate, OnOutput
+from dynflow.isolates.session import Session, error_of, load_error_of
 from dynflow.loop import outside
 from dynflow.serialization import pack
 from dynflow.workflow import WorkflowStep
@@ -172,10 +173,11 @@ class _Worker(WorkerStub):
         """Return the code, asked for once; after an error it is asked for again."""
         if self._loaded is None:
             self._loaded = asyncio.ensure_future(self._load())
+        loading = self._loaded
         try:
-            return await asyncio.shield(self._loaded)
+            return await asyncio.shield(loading)
         except BaseException:
-            if self._loaded is not None and self._loaded.done():
+            if loading.done() and self._loaded is loading:
                 self._loaded = None
             raise
 
@@ -205,7 +207,9 @@ class _Entrypoint(EntrypointStub):
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         loaded = await self._worker.loaded()
-        session, release = await self._session(loaded, Caller(self._worker.id, loaded.code.metadata, self._props))
+        session, release = await self._session(
+            loaded, Caller(self._worker.id, loaded.code.metadata, self._props)
+        )
         try:
             result = await session.call("call", method, [self._name, _plain(self._props), list(args), kwargs])
         except RemoteError as error:
@@ -280,6 +284,3 @@ def _ignore(answer: asyncio.Future[Any]) -> None:
 def _log_output(caller: Caller, text: str) -> None:
     if text.strip():
         _output.info("%s: %s", caller.worker_id, text.rstrip("\n"))
-
-
-__all__ = ["DynflowError", "ProcessLoader", "code_digest"]

@@ -86,7 +86,7 @@ class Zygote:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
-        ours.setblocking(False)
+        ours.settimeout(0)
         self._control = ours
         asyncio.get_running_loop().add_reader(ours, self._read)
         try:
@@ -101,7 +101,7 @@ class Zygote:
         if self.ended or self._control is None:
             raise IsolateCrashedError("the zygote has ended")
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        ours.settimeout(0)
         answer: asyncio.Future[IsolateProcess] = asyncio.get_running_loop().create_future()
         self._asked.append((ours, answer))
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-INSTANCE_METHODS = frozenset({"status", "pause", "resume", "terminate", "restart", "send_event", "delete", "result"})
+INSTANCE_METHODS = frozenset(
+    {"status", "pause", "resume", "terminate", "restart", "send_event", "delete", "result"}
+)
 """What can be called of an instance's handle; `instance.<method>` of its binding on the wire."""
 
 
@@ -63,5 +65,7 @@ class InstanceProxy:
 
     def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
         if method not in INSTANCE_METHODS:
-            raise AttributeError(f"an instance has no {method!r}; it has: id, {', '.join(sorted(INSTANCE_METHODS))}")
+            raise AttributeError(
+                f"an instance has no {method!r}; it has: id, {', '.join(sorted(INSTANCE_METHODS))}"
+            )
         return lambda *args, **kwargs: self._ask(f"instance.{method}", (self.id, *args), kwargs)

@@ -152,7 +152,9 @@ _LANDLOCK_SCOPES = 0b11  # abstract unix sockets and signals stay inside, ABI 6
 
 def landlock_abi() -> int:
     """Return the version of Landlock that the kernel has, 0 for none."""
-    version = _libc.syscall(ctypes.c_long(_SYS_LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    version = _libc.syscall(
+        ctypes.c_long(_SYS_LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(1)
+    )
     return max(0, int(version))
 
 
@@ -171,7 +173,9 @@ def landlock(readable: Iterable[str]) -> int:
         _LANDLOCK_SCOPES if abi >= 6 else 0,
     )
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
-    ruleset = _landlock_call(_SYS_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), ctypes.c_uint32(0))
+    ruleset = _landlock_call(
+        _SYS_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), ctypes.c_uint32(0)
+    )
     try:
         for path in readable:
             _allow_reading(ruleset, path)
@@ -185,7 +189,9 @@ def _allow_reading(ruleset: int, path: str) -> None:
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         rule = struct.pack("=Qi", LANDLOCK_READ_FILE | LANDLOCK_READ_DIR, fd)
-        _landlock_call(_SYS_LANDLOCK_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0))
+        _landlock_call(
+            _SYS_LANDLOCK_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0)
+        )
     finally:
         os.close(fd)
 

@@ -121,7 +121,9 @@ class _Entrypoint(EntrypointStub):
 
         async def call() -> Any:
             current_env.set(env)
-            function = worker.find(self._name, method, ExecutionContext(_plain(self._props), code.metadata), env)
+            function = worker.find(
+                self._name, method, ExecutionContext(_plain(self._props), code.metadata), env
+            )
             result = function(*unpack(pack(list(args))), **unpack(pack(kwargs)))
             result = await result if inspect.isawaitable(result) else result
             return unpack(pack(result))
@@ -147,4 +149,3 @@ def _plain(props: Any) -> Any:
         return unpack(pack(props))
     except TypeError:
         return None
-

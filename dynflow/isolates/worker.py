@@ -101,7 +101,7 @@ class Worker:
         if not (isinstance(cls, type) and issubclass(cls, base)):
             raise WorkerLoadError(self._missing(f"{base.__name__} class", name), self._main_file)
         current_env.set(env)
-        return cls(ctx, env)
+        return cls(ctx, env)  # type: ignore[call-arg]  # both bases take these two
 
     def _missing(self, what: str, name: str) -> str:
         bases = (WorkerEntrypoint, WorkflowEntrypoint)

@@ -26,7 +26,7 @@ from dynflow.isolates import confinement, guest, wire
 
 # In a fork of a preloaded interpreter these cost nothing; loading C extensions is not possible later, because
 # the system-call filter refuses executable mappings.
-PRELOADED = (
+_PRELOADED = (
     "abc argparse array ast asyncio base64 binascii bisect bz2 calendar cmath codecs collections collections.abc "
     "concurrent.futures configparser contextlib contextvars copy csv ctypes dataclasses datetime decimal difflib "
     "email.message enum fnmatch fractions functools gettext glob graphlib gzip hashlib heapq hmac html "
@@ -38,7 +38,7 @@ PRELOADED = (
     "_asyncio _bisect _blake2 _contextvars _csv _datetime _decimal _elementtree _hashlib _heapq _json _lsprof "
     "_md5 _opcode _pickle _posixsubprocess _queue _random _sha1 _sha2 _sha256 _sha3 _sha512 _statistics _struct "
     "_uuid _zoneinfo fcntl grp mmap pyexpat termios"
-).split()
+)
 
 _WARM_UP = """
 import asyncio, dataclasses
@@ -64,6 +64,7 @@ def main(control_fd: int, options: dict[str, Any]) -> None:
     """Run as the process that the host has started."""
     control = socket.socket(fileno=control_fd)
     control.set_inheritable(False)
+    os.environ.clear()  # it was started with none, but Python itself sets LC_CTYPE
     confinement.die_with_parent()
     preload(options.get("preload", ()))
     walls = frozenset(options["walls"])
@@ -90,7 +91,7 @@ def main(control_fd: int, options: dict[str, Any]) -> None:
 
 def preload(extra: Any) -> None:
     """Import what tenants may use."""
-    for name in (*PRELOADED, *extra):
+    for name in (*_PRELOADED.split(), *extra):
         try:
             module = importlib.import_module(name)
         except ImportError:
@@ -176,12 +177,14 @@ def _be_guest(fd: int, loop: guest.GuestLoop, walls: confinement.ChildWalls, uid
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         confinement.keep_only_descriptors(fd)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=3)  # asks the kernel nothing, later
+        sock = socket.socket(
+            socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=3
+        )  # asks the kernel nothing, later
         walls.confine(uid)
         gc.enable()
         guest.serve(sock, loop)
         code = 0
-    except BaseException as error:  # noqa: BLE001 - nothing may get from here into the zygote's code
+    except BaseException:  # noqa: BLE001 - nothing may get from here into the zygote's code
         os.write(3, wire.encode_frame(["output", "isolate: " + traceback.format_exc()]))
     finally:
         os._exit(code)

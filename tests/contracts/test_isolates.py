@@ -40,7 +40,9 @@ async def loader(request: pytest.FixtureRequest) -> AsyncIterator[WorkerLoader]:
 
 
 def code(source: str, env: Mapping[str, Any] | None = None, **more: Any) -> Callable[[], WorkerCode]:
-    return lambda: WorkerCode("index.py", {"index.py": source, **more}, env=env or {}, metadata={"tenant": "t"})
+    return lambda: WorkerCode(
+        "index.py", {"index.py": source, **more}, env=env or {}, metadata={"tenant": "t"}
+    )
 
 
 class Segment:
@@ -52,6 +54,7 @@ class Segment:
         self.calls: list[StepCall] = []
         self.pinned: Mapping[str, str] | None = None
         self.is_idle = asyncio.Event()
+        self.waits = asyncio.Event()
         self.attempts = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._host = asyncio.get_running_loop()
@@ -75,6 +78,8 @@ class Segment:
 
     def call(self, call: StepCall) -> asyncio.Future[Any]:
         self.calls.append(call)
+        if call.kind != "do":
+            self.waits.set()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if call.kind == "do" or call.name in self.answers:
             task = self._host.create_task(self._perform(call, future))
@@ -97,12 +102,16 @@ class Segment:
             final.failure, final.step, final.attempts = failure, call.name, 1
             future.set_exception(final)
 
-    async def run(self, worker: Any, entrypoint: str | None = None, payload: Any = None, props: Any = None) -> Any:
+    async def run(
+        self, worker: Any, entrypoint: str | None = None, payload: Any = None, props: Any = None
+    ) -> Any:
         """Run the workflow on a loop of its own, as an engine does."""
-        loop = WorkflowLoop(self._host, on_idle=lambda: None, on_active=lambda: None)
+        loop = WorkflowLoop(  # type: ignore[abstract]  # it has what tasks need
+            self._host, on_idle=lambda: None, on_active=lambda: None
+        )
         event = WorkflowEvent(payload, datetime(2026, 1, 1, tzinfo=UTC), "i-1", "flow")
         stub = worker.get_entrypoint(entrypoint, props=props)
-        step = WorkflowStep(self)  # type: ignore[arg-type]  # its `call` returns a future of the caller's loop
+        step = WorkflowStep(self)
 
         async def main() -> Any:
             return await stub.run(event, step)
@@ -118,7 +127,9 @@ class Segment:
 
 
 async def test_fetch_gets_the_request_and_answers(loader: WorkerLoader) -> None:
-    source = "async def fetch(request, env):\n    return {'hello': request.json()['name'], 'region': env.REGION}"
+    source = (
+        "async def fetch(request, env):\n    return {'hello': request.json()['name'], 'region': env.REGION}"
+    )
     stub = loader.get("w", code(source, {"REGION": ("eu", 1)})).get_entrypoint()
     assert await stub.fetch({"name": "Alice"}) == {"hello": "Alice", "region": ("eu", 1)}
 
@@ -145,10 +156,12 @@ class Greeter(WorkerEntrypoint):
 
 
 async def test_private_and_missing_names_are_refused(loader: WorkerLoader) -> None:
-    source = "from dynflow import WorkerEntrypoint\nclass A(WorkerEntrypoint):\n    def _hidden(self): return 1\n"
+    source = (
+        "from dynflow import WorkerEntrypoint\nclass A(WorkerEntrypoint):\n    def _hidden(self): return 1\n"
+    )
     worker = loader.get("w", code(source))
     with pytest.raises(AttributeError):
-        worker.get_entrypoint("A")._hidden
+        getattr(worker.get_entrypoint("A"), "_hidden")  # noqa: B009
     with pytest.raises(WorkerLoadError, match="not public"):
         await worker.get_entrypoint("A").call("_hidden")
     with pytest.raises(WorkerLoadError, match="there is no function 'fetch'; there is: A"):
@@ -262,16 +275,29 @@ class Notes(Capability):
 
 async def test_a_capability_call_carries_the_callers_identity(loader: WorkerLoader) -> None:
     notes = Notes()
-    source = "async def go(): \n    from dynflow.workflow import current_env\n    return await current_env.get().NOTES.add('x', times=2)"
+    source = """
+from dynflow.workflow import current_env
+async def go():
+    return await current_env.get().NOTES.add('x', times=2)
+"""
     props = object()
     assert await loader.get("w", code(source, {"NOTES": notes})).get_entrypoint(props=props).go() == "xx"
     (caller,) = notes.callers
-    assert (caller.worker_id, caller.metadata, caller.instance_id, caller.step) == ("w", {"tenant": "t"}, None, None)
+    assert (caller.worker_id, caller.metadata, caller.instance_id, caller.step) == (
+        "w",
+        {"tenant": "t"},
+        None,
+        None,
+    )
     assert caller.props is props
 
 
-@pytest.mark.parametrize("method", ["not_async", "_private", "secret", "__init__", "callers", "nothing", "call"])
-async def test_only_public_async_methods_of_a_capability_are_reachable(loader: WorkerLoader, method: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["not_async", "_private", "secret", "__init__", "callers", "nothing", "call"]
+)
+async def test_only_public_async_methods_of_a_capability_are_reachable(
+    loader: WorkerLoader, method: str
+) -> None:
     source = "async def fetch(request, env): return await env.NOTES._ask(request.json(), (), {})"
     with pytest.raises(InvalidArgumentError, match="has no method"):
         await loader.get("w", code(source, {"NOTES": Notes()})).get_entrypoint().fetch(method)
@@ -317,7 +343,8 @@ async def fetch(request, env):
 async def test_a_cancelled_call_is_cancelled_inside_with_its_capability_calls(loader: WorkerLoader) -> None:
     notes = Notes()
     source = "async def fetch(request, env): await env.NOTES.forever()"
-    task = asyncio.create_task(loader.get("w", code(source, {"NOTES": notes})).get_entrypoint().fetch())
+    stub = loader.get("w", code(source, {"NOTES": notes})).get_entrypoint()
+    task: asyncio.Task[Any] = asyncio.create_task(stub.call("fetch"))
     await notes.started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -352,7 +379,9 @@ class Flow(WorkflowEntrypoint):
         return await step.do("outer", outer)
 
     async def configured(self, event, step):
-        return await step.do("x", {"retries": {"limit": 1, "delay": lambda ctx, error: str(error) + ctx.step.name}}, self.body)
+        return await step.do(
+            "x", {"retries": {"limit": 1, "delay": lambda ctx, error: str(error) + ctx.step.name}}, self.body
+        )
 
     async def body(self):
         return "configured"
@@ -409,9 +438,9 @@ async def notes() -> Notes:
     return Notes()
 
 
-def run(loader: WorkerLoader, case: str, notes: Notes | None = None, **payload: Any) -> Any:
+async def run(loader: WorkerLoader, case: str, notes: Notes | None = None, **payload: Any) -> Any:
     env = {"NOTES": notes} if notes is not None else {}
-    return Segment().run(loader.get("flow", code(FLOW, env)), "Flow", {"case": case, **payload})
+    return await Segment().run(loader.get("flow", code(FLOW, env)), "Flow", {"case": case, **payload})
 
 
 async def test_a_workflow_runs_its_steps(loader: WorkerLoader) -> None:
@@ -470,10 +499,11 @@ async def test_a_suspended_workflow_is_dropped_without_noticing(loader: WorkerLo
     worker = loader.get("flow", code(FLOW, {"NOTES": notes}))
     task = asyncio.create_task(segment.run(worker, "Flow", {"case": "waiting"}))
     async with asyncio.timeout(10):
-        while [call.kind for call in segment.calls] != ["do", "wait_for_event"]:
-            await asyncio.sleep(0)
+        await segment.waits.wait()
         if isinstance(loader, ProcessLoader):
-            await segment.is_idle.wait()
+            idle = asyncio.create_task(segment.is_idle.wait())
+            await asyncio.wait([idle, task], return_when=asyncio.FIRST_COMPLETED)
+            assert idle.done(), task.result()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -486,7 +516,9 @@ async def test_timers_in_run_work(loader: WorkerLoader) -> None:
 
 async def test_a_cancelled_step_cancels_its_capability_calls(loader: WorkerLoader, notes: Notes) -> None:
     segment = Segment()
-    task = asyncio.create_task(segment.run(loader.get("flow", code(FLOW, {"NOTES": notes})), "Flow", {"case": "hang"}))
+    task = asyncio.create_task(
+        segment.run(loader.get("flow", code(FLOW, {"NOTES": notes})), "Flow", {"case": "hang"})
+    )
     await notes.started.wait()
     for attempt in segment._tasks:
         attempt.cancel()
@@ -515,7 +547,9 @@ async def test_the_code_that_was_pinned_runs(loader: WorkerLoader) -> None:
 
 
 async def test_a_workflow_class_need_not_be_named_where_there_is_one(loader: WorkerLoader) -> None:
-    assert await Segment().run(loader.get("flow", code(FLOW)), None, {"case": "one", "name": "x"}) == "Hello, x!"
+    assert (
+        await Segment().run(loader.get("flow", code(FLOW)), None, {"case": "one", "name": "x"}) == "Hello, x!"
+    )
 
 
 class Workflows:

@@ -1,0 +1,256 @@
+"""What a tenant can do to use up the host, and how it ends: the isolate is stopped, the host goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from dynflow.errors import InstanceFailedError, IsolateCrashedError, IsolateLimitError, ValueTooLargeError
+from dynflow.isolates import Capability, IsolateLimits, ProcessLoader, WorkerCode
+from tests.dynflow.isolates.support import hostile
+
+MEBIBYTE = 1024 * 1024
+SHORT = timedelta(milliseconds=300)
+
+
+@pytest.fixture
+async def loader() -> AsyncIterator[ProcessLoader]:
+    async with ProcessLoader() as made:
+        yield made
+        # Whatever happened, the next tenant is served.
+        source = "def fine(): return 'fine'"
+        stub = made.get("innocent", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
+        assert await stub.fine() == "fine"
+
+
+@pytest.mark.parametrize("attack", ["spin", "spin_while_claiming_to_wait"])
+async def test_code_that_does_not_come_back_to_its_loop_is_stopped(loader: ProcessLoader, attack: str) -> None:
+    with pytest.raises(IsolateLimitError, match="ran for 0.3 seconds without coming back"):
+        await hostile(loader, busy=SHORT).get_entrypoint().call(attack, {})
+
+
+async def test_code_that_spins_while_it_is_loaded_is_stopped(loader: ProcessLoader) -> None:
+    code = WorkerCode("index.py", {"index.py": "while True: pass"}, limits=IsolateLimits(busy=SHORT))
+    with pytest.raises(IsolateLimitError, match="without coming back"):
+        await loader.get("w", lambda: code).get_entrypoint().fetch()
+
+
+async def test_waiting_is_not_being_busy(loader: ProcessLoader) -> None:
+    class Slow(Capability):
+        async def answer(self) -> int:
+            await asyncio.sleep(0.5)
+            return 1
+
+    source = """
+import asyncio
+async def fetch(request, env):
+    await asyncio.sleep(0.5)
+    return await env.SLOW.answer()
+"""
+    code = WorkerCode("index.py", {"index.py": source}, env={"SLOW": Slow()}, limits=IsolateLimits(busy=SHORT))
+    assert await loader.get("w", lambda: code).get_entrypoint().fetch() == 1
+
+
+@pytest.mark.parametrize("attack", ["take_memory", "recurse"])
+async def test_memory_has_an_end(loader: ProcessLoader, attack: str) -> None:
+    with pytest.raises((IsolateLimitError, RecursionError)):
+        await hostile(loader, memory=64 * MEBIBYTE).get_entrypoint().call(attack, {})
+
+
+async def test_a_tenant_that_hides_its_memory_errors_gets_no_more_memory(loader: ProcessLoader) -> None:
+    taken = await hostile(loader, memory=64 * MEBIBYTE).get_entrypoint().take_memory_and_hide_it({})
+    assert 16 <= taken <= 80
+
+
+async def test_printing_has_an_end(loader: ProcessLoader) -> None:
+    with pytest.raises(IsolateLimitError, match="printed more than 100,000 bytes"):
+        await hostile(loader, output=100_000).get_entrypoint().print_without_end({})
+
+
+async def test_what_is_printed_reaches_the_host_with_who_printed_it() -> None:
+    printed: list[tuple[str, str]] = []
+    async with ProcessLoader(on_output=lambda caller, text: printed.append((caller.worker_id, text))) as loader:
+        source = "import sys\ndef say():\n    print('to out')\n    print('to err', file=sys.stderr)"
+        await loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint().say()
+    assert {worker_id for worker_id, _ in printed} == {"w"}
+    assert "".join(text for _, text in printed) == "to out\nto err\n"
+
+
+async def test_a_giant_answer_is_refused_inside_and_cut_off_outside(loader: ProcessLoader) -> None:
+    with pytest.raises(ValueTooLargeError, match="the limit is"):
+        await hostile(loader).get_entrypoint().answer_with_a_giant({"size": 9 * MEBIBYTE})
+    with pytest.raises(IsolateLimitError, match="a message of"):
+        await hostile(loader).get_entrypoint().write_to_the_host({"bytes": struct.pack(">I", 2**31)})
+
+
+async def test_a_message_of_countless_items_is_cut_off(loader: ProcessLoader) -> None:
+    source = """
+import os
+def bomb():
+    data = b"[" + b"[]," * 600_000 + b"[]]"
+    message = len(data).to_bytes(4, "big") + data
+    while message:
+        message = message[os.write(3, message):]
+"""
+    stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
+    with pytest.raises(IsolateLimitError, match="more than 500,000 items"):
+        await stub.bomb()
+
+
+def frame(text: str) -> bytes:
+    return struct.pack(">I", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        frame("not json"),
+        frame("{}"),
+        frame("[]"),
+        frame("[1]"),
+        frame('["unknown"]'),
+        frame('["call"]'),
+        frame('["call", 1, "step", "do", {}, {}, null]'),
+        frame('["call", true, "step", "do", [], {}, null]'),
+        frame('["call", 1, "step", "do", [{"$": ["nothing"]}], {}, null]'),
+        frame('["call", 1, "step", "do", [{"$": ["dict", 5]}], {}, null]'),
+        frame('["call", 1, "step", "do", [{"$": ["data", "Failure", 5]}], {}, null]'),
+        frame('["call", 1, "step", "do", [{"$": ["decimal", "x"]}], {}, null]'),
+        frame('["call", 1, "step", "do", [NaN], {}, null]'),
+        frame('["call", 1, "step", "do", [' + "9" * 5000 + "], {}, null]"),
+        frame("[" * 5000 + "]" * 5000),
+        frame('["return", 99, null]'),
+        frame('["return", [], null]'),
+        frame('["return", {}, null]'),
+        frame('["error", 2, null, null, null]'),
+        frame('["error", 2, {"$": ["data", "Failure", {"name": 1, "message": 2, "type": 3}]}, null, null]'),
+        frame('["idle", 1000, true, null]'),
+        frame('["idle", "1", true, null]'),
+        frame('["cancel", []]'),
+        frame('["output", 5]'),
+        frame('["load", 1]'),
+    ],
+)
+async def test_malformed_messages_stop_the_isolate_and_nothing_else(loader: ProcessLoader, sent: bytes) -> None:
+    with pytest.raises(IsolateCrashedError, match="sent what it never may"):
+        await hostile(loader).get_entrypoint().write_to_the_host({"bytes": list(sent)})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '["call", 7, "step", "do", [], {}, null]',
+        '["call", 7, "step", "do", ["do", "x", 1, null, null, null, null, {}], {}, 2]',
+        '["call", 7, "env:NOTHING", "x", [], {}, 2]',
+        '["call", 7, "env:NOTHING", "x", [], {}, 999]',
+        '["call", 7, "elsewhere", "x", [], {}, null]',
+    ],
+)
+async def test_calls_of_what_is_not_there_are_answered_with_an_error(loader: ProcessLoader, call: str) -> None:
+    source = """
+import os
+def call(sent):
+    os.write(3, bytes(sent))
+    return "went on"
+"""
+    stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
+    # The answer is to a call that the guest's own program never made; where that comes first the program ends.
+    with contextlib.suppress(IsolateCrashedError):
+        assert await stub.call("call", list(frame(call))) == "went on"
+
+
+async def test_too_many_unanswered_calls_are_cut_off(loader: ProcessLoader) -> None:
+    class Never(Capability):
+        async def answer(self) -> None:
+            await asyncio.Event().wait()
+
+    source = """
+import asyncio
+async def fetch(request, env):
+    await asyncio.gather(*(env.NEVER.answer() for _ in range(50)))
+"""
+    limits = IsolateLimits(outstanding=20)
+    code = WorkerCode("index.py", {"index.py": source}, env={"NEVER": Never()}, limits=limits)
+    with pytest.raises(IsolateLimitError, match="more than 20 calls"):
+        await loader.get("w", lambda: code).get_entrypoint().fetch()
+
+
+async def test_a_flood_of_messages_does_not_starve_the_host(loader: ProcessLoader) -> None:
+    source = """
+import os
+def flood():
+    frame = b'["output",""]'
+    data = (len(frame).to_bytes(4, "big") + frame) * 1000
+    while True:
+        os.write(3, data)
+"""
+    limits = IsolateLimits(busy=timedelta(seconds=2))
+    stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source}, limits=limits)).get_entrypoint()
+    flood = asyncio.create_task(stub.call("flood"))
+    innocent = loader.get("i", lambda: WorkerCode("index.py", {"index.py": "def f(): return 1"})).get_entrypoint()
+    slowest = 0.0
+    for _ in range(20):
+        started = time.perf_counter()
+        assert await innocent.f() == 1
+        slowest = max(slowest, time.perf_counter() - started)
+    assert slowest < 1.5
+    with pytest.raises(IsolateLimitError):
+        await flood
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"), [("crash", "SIGSEGV"), ("leave", "exited with 7")]
+)
+async def test_a_crash_says_how_the_process_ended(loader: ProcessLoader, attack: str, message: str) -> None:
+    with pytest.raises(IsolateCrashedError, match=message):
+        await hostile(loader).get_entrypoint().call(attack, {})
+
+
+async def test_code_that_ignores_signals_and_cancellation_is_stopped_within_two_seconds(loader: ProcessLoader) -> None:
+    class Signal(Capability):
+        def __init__(self) -> None:
+            self.here = asyncio.Event()
+
+        async def arrive(self) -> None:
+            self.here.set()
+
+    arrived = Signal()
+    source = """
+import asyncio, signal
+async def fetch(request, env):
+    for number in range(1, 32):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_IGN)
+    await env.SIGNAL.arrive()
+    while True:
+        try:
+            await asyncio.sleep(0.01)
+        except BaseException:
+            pass
+"""
+    code = WorkerCode("index.py", {"index.py": source}, env={"SIGNAL": arrived})
+    call: asyncio.Task[Any] = asyncio.create_task(loader.get("w", lambda: code).get_entrypoint().call("fetch"))
+    await arrived.here.wait()
+    call.cancel()
+    async with asyncio.timeout(2):
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+
+async def test_an_error_class_of_the_host_cannot_be_forged(loader: ProcessLoader) -> None:
+    source = """
+def fail():
+    class LeaseLostError(Exception): pass
+    LeaseLostError.__module__ = "dynflow.errors"
+    raise LeaseLostError("give it up")
+"""
+    stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
+    with pytest.raises(InstanceFailedError, match="LeaseLostError: give it up"):
+        await stub.fail()
