@@ -193,7 +193,7 @@ def parse_events(lines: Iterator[str]) -> Iterator[ServerEvent]:
         name, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if not line:
-            if "data" in fields:
+            if fields.get("data"):
                 yield ServerEvent(fields.get("event", "message"), _decode(fields["data"]), fields.get("id"))
             fields = {}
         elif name == "data" and "data" in fields:

@@ -36,6 +36,7 @@ _LOOKS = {
 }
 # The engine has ended a moment before the conclusion is stored.
 _CONCLUSION_WITHIN = 30.0
+_GATE_WITHIN = 10.0
 
 
 def parse_time(text: str | None) -> datetime | None:
@@ -153,8 +154,8 @@ class RunWatcher:
         shown = _Shown(self._client.get(path))
         with Live(get_renderable=shown.render, console=self._console, refresh_per_second=8) as live:
             for _ in self._client.stream(f"{path}/events"):
-                shown.run = self._client.get(path)
-                self._look_for_gates(shown.run)
+                shown.run = self._with_gates(path)
+                self._announce_gates(shown.run)
             shown.run = self._concluded(path)
             live.refresh()
         return shown.run
@@ -164,11 +165,21 @@ class RunWatcher:
             line = _event_line(event.data)
             if line:
                 self._console.print(line, highlight=False, markup=False)
-            if event.data["type"] == "wait.started" or event.data["type"] == "workflow.waiting":
-                self._look_for_gates(self._client.get(path))
+            if event.data["type"] == "wait.started":
+                self._announce_gates(self._with_gates(path))
         return self._concluded(path)
 
-    def _look_for_gates(self, run: RunJson) -> None:
+    def _with_gates(self, path: str) -> RunJson:
+        """Return the run once each of its waits shows as a gate, which is a moment after the engine parks it."""
+        deadline = time.monotonic() + _GATE_WITHIN
+        while True:
+            run: RunJson = self._client.get(path)
+            gates = {(gate["name"], gate["count"]) for gate in run["gates"] if gate["state"] != "closed"}
+            if run["conclusion"] or waits_of(run) <= gates or time.monotonic() > deadline:
+                return run
+            threading.Event().wait(0.05)
+
+    def _announce_gates(self, run: RunJson) -> None:
         for gate in run["gates"]:
             identity = (gate["name"], gate["count"], gate["opened_at"])
             if gate["state"] == "open" and identity not in self._announced:
@@ -183,6 +194,15 @@ class RunWatcher:
             if run["conclusion"] or time.monotonic() > deadline:
                 return run
             threading.Event().wait(0.05)
+
+
+def waits_of(run: RunJson) -> set[tuple[str, int]]:
+    """Return names and counts of the steps that wait for an event."""
+    return {
+        (step["name"], step["count"])
+        for step in run["steps"]
+        if step["kind"] == "wait_for_event" and step["status"] == "waiting"
+    }
 
 
 class _Shown:

@@ -53,9 +53,9 @@ def event_stream(messages: AsyncIterator[ServerSentEventMessage], stopping: Stop
 async def _with_heartbeat(
     messages: AsyncIterator[ServerSentEventMessage], stopping: Stopping
 ) -> AsyncGenerator[ServerSentEventMessage]:
-    yield ServerSentEventMessage(comment="stream", retry=RETRY)
+    yield ServerSentEventMessage(data=None, comment="stream", retry=RETRY)
     async for message in interruptible(messages, stopping, HEARTBEAT):
-        yield ServerSentEventMessage(comment="still here") if message is None else message
+        yield ServerSentEventMessage(data=None, comment="still here") if message is None else message
 
 
 async def interruptible(
