@@ -1,5 +1,7 @@
 """Commands as Docker containers: any image, at the price of some 300 ms for each. The door to the docker library.
 
+stdout and stderr pass through the engine apart, so lines of the two may change places in the log.
+
 Of the 300 ms `docker create` takes 10 and the start the rest; a container kept warm would take a command by
 `exec` in 55 ms, but two commands in one container see each other.
 """
@@ -8,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -20,6 +24,7 @@ import anyio.to_thread
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import LogConfig
+from docker.utils.socket import frames_iter
 
 from ci_platform.errors import FailedError, UnavailableError
 from ci_platform.sandboxes import (
@@ -37,7 +42,7 @@ T = TypeVar("T")
 
 _JOB, _PLATFORM = "dynflow.job", "dynflow.platform"
 _WORKSPACE, _HOME = "/workspace", "/home/ci"
-_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+_SOCKET = "unix:///var/run/docker.sock"
 _CALLS = 16
 """Calls to the engine at a time: it serialises most of its work anyway."""
 
@@ -115,6 +120,14 @@ class ContainerSandbox(Sandbox):
         }
 
     def _connect(self) -> docker.DockerClient:
+        url = self._url or os.environ.get("DOCKER_HOST", _SOCKET)
+        if url.startswith("unix://"):
+            # The library leaks a socket for each failed try, and its message does not name the place.
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(url.removeprefix("unix://"))
+                except OSError as error:
+                    raise DockerException(f"no engine at {url}: {error.strerror}") from None
         return docker.DockerClient(self._url) if self._url else docker.from_env()
 
     async def _engine(self) -> docker.DockerClient:
@@ -135,10 +148,9 @@ class ContainerSandbox(Sandbox):
             raise UnavailableError(f"container sandbox: Docker does not do its part: {error}") from error
 
     async def _shielded(self, function: Callable[[], T]) -> T:
-        scope = anyio.CancelScope(shield=True)
-        with scope:
-            result = await self._call(function)
-        return result
+        with anyio.CancelScope(shield=True):
+            return await self._call(function)
+        raise AssertionError("a shielded scope swallows nothing")
 
     async def _create(self, engine: docker.DockerClient, job: SandboxJob, folder: Path) -> str:
         image = job.image or self._image
@@ -161,6 +173,7 @@ class ContainerSandbox(Sandbox):
         host = engine.api.create_host_config(
             binds=[f"{folder}:{_WORKSPACE}:rw"],
             cap_drop=["ALL"],
+            # Collects orphans, lets signals end the command, and exits with 127 where there is no such program.
             init=True,
             ipc_mode="private",
             log_config=LogConfig(type=LogConfig.types.NONE),
@@ -189,18 +202,15 @@ class ContainerSandbox(Sandbox):
     async def _run(
         self, engine: docker.DockerClient, container: str, job: SandboxJob, output: Output
     ) -> SandboxOutcome:
-        stream = await self._call(lambda: engine.api.attach(container, stream=True, logs=False))
-        reader = _Reader(stream, job.limits.output, output)
+        reader = await self._shielded(lambda: _Reader(engine, container, job.limits.output, output))
         started = time.monotonic()
         try:
-            refused = await self._call(lambda: _start(engine, container))
-            if refused is not None:
-                output(f"{job.argv[0]}: {refused[1]}\n".encode())
-                return SandboxOutcome(refused[0], "exited", timedelta(seconds=time.monotonic() - started))
+            await self._call(lambda: engine.api.start(container))
             reason = await self._follow(reader, job.limits.timeout)
         finally:
             reader.stop()
-        await self._shielded(lambda: _kill(engine, container))
+            await self._shielded(lambda: _kill(engine, container))
+            await self._shielded(reader.close)
         code, out_of_memory = await self._call(lambda: _state(engine, container))
         duration = timedelta(seconds=time.monotonic() - started)
         return SandboxOutcome(
@@ -216,24 +226,45 @@ class ContainerSandbox(Sandbox):
 
 
 class _Reader:
-    """Passes a container's output to the event loop, piece by piece, until a limit."""
+    """Passes a container's output to the event loop, piece by piece, until a limit. Made before the start."""
 
-    def __init__(self, stream: Iterator[bytes], limit: int, output: Output) -> None:
-        self._stream, self._left, self._output = stream, limit, output
+    def __init__(self, engine: docker.DockerClient, container: str, limit: int, output: Output) -> None:
+        self._left, self._output = limit, output
         self._stopped = False
+        self._socket: Any = engine.api.attach_socket(container, {"stdout": 1, "stderr": 1, "stream": 1})
+        self._connection: socket.socket = self._socket._sock  # noqa: SLF001
+        # Commands are silent for longer than calls to the engine may take.
+        self._connection.settimeout(None)
+        self._ended = threading.Event()
+        self._ended.set()
 
     def read(self) -> bool:
         """Read to the end, in a thread of anyio's; returns False where that is over the limit."""
-        for piece in self._stream:
-            if self._stopped:
-                return True
-            if not anyio.from_thread.run_sync(self._take, piece):
-                return False
-        return True
+        self._ended.clear()
+        try:
+            for _, piece in frames_iter(self._socket, tty=False):  # type: ignore[no-untyped-call]
+                if not anyio.from_thread.run_sync(self._take, piece):
+                    return False
+            return True
+        finally:
+            self._ended.set()
 
     def stop(self) -> None:
-        """Pass on nothing more."""
+        """Pass on nothing more, and end the reading thread.
+
+        Shut down before the container is killed: the engine waits for a reader that does not read.
+        """
         self._stopped = True
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Wait for the reading thread, and close the connection."""
+        self._ended.wait()
+        # What docker returns is a file of the response's connection; it hangs the response there to keep it.
+        self._socket._response.close()  # noqa: SLF001
+        self._socket.close()
+        self._connection.close()
 
     def _take(self, piece: bytes) -> bool:
         if not self._stopped and self._left > 0:
@@ -271,20 +302,6 @@ def _missing(image: str) -> str:
 def _create(engine: docker.DockerClient, image: str, options: dict[str, Any]) -> str:
     made: dict[str, str] = engine.api.create_container(image, **options)
     return made["Id"]
-
-
-def _start(engine: docker.DockerClient, container: str) -> tuple[int, str] | None:
-    """Start it; returns exit code and message, as a shell has them, where there is nothing to execute."""
-    try:
-        engine.api.start(container)
-    except APIError as error:
-        text = str(error)
-        if "no such file or directory" in text or "not found in $PATH" in text:
-            return _NOT_FOUND, "not found"
-        if "permission denied" in text or "exec format error" in text:
-            return _NOT_EXECUTABLE, "cannot be executed"
-        raise
-    return None
 
 
 def _kill(engine: docker.DockerClient, container: str) -> None:
