@@ -140,7 +140,7 @@ def _accept(server: socket.socket) -> None:
 
 
 def reported(text: str, kind: str) -> dict[str, str]:
-    found: dict[str, str] = json.loads(text.partition(f"{kind}=")[2].partition("\n")[0])
+    found: dict[str, str] = json.loads(text.rpartition(f"{kind}=")[2].partition("\n")[0])
     return found
 
 
@@ -212,5 +212,5 @@ def test_a_pipeline_over_its_limits_is_stopped_and_told_so(tmp_path: Path, name:
             server.deliver("push", push_to_main(sha))
             run = server.wait_for_run(concluded, "the run to conclude")
             assert run["conclusion"] == "failure", run
-            assert expected in run["conclusion_reason"], run["conclusion_reason"]
+            assert expected in run["reason"], run["reason"]
             assert server.api("GET", "/repos")
