@@ -131,13 +131,16 @@ class ManualClock(Clock):
 
 class _ManualTimer:
     def __init__(self, callback: Callable[[], None]) -> None:
-        self._callback = callback
-        self.cancelled = False
+        self._callback: Callable[[], None] | None = callback
+
+    @property
+    def cancelled(self) -> bool:
+        return self._callback is None
 
     def fire(self) -> None:
-        if not self.cancelled:
-            self.cancelled = True
-            self._callback()
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback()
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self._callback = None  # what the callback holds goes at once, not when its time comes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -138,16 +138,37 @@ class WorkflowStep:
         return count
 
 
-class _PendingCall(Awaitable[Any]):
-    """A step call that has its number and starts when it is first awaited."""
+class _PendingCall(Coroutine[Any, Any, Any]):
+    """A step call that has its number and starts when it is first awaited.
 
-    __slots__ = ("_call", "_port")
+    A coroutine to asyncio, so that task groups and `create_task` take it as it is.
+    """
+
+    __slots__ = ("_call", "_port", "_running")
 
     def __init__(self, port: StepPort, call: StepCall) -> None:
         self._port, self._call = port, call
+        self._running: Generator[Any, Any, Any] | None = None
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self._port.call(self._call).__await__()
+
+    def send(self, value: Any) -> Any:
+        """Go on, as a task does with its coroutine."""
+        if self._running is None:
+            self._running = self.__await__()
+        return self._running.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise inside; before the start that is all there is to do."""
+        if self._running is None:
+            raise error[0]
+        return self._running.throw(*error)
+
+    def close(self) -> None:
+        """Forget the call."""
+        if self._running is not None:
+            self._running.close()
 
 
 class _Decorated:
