@@ -21,7 +21,7 @@ from ci_platform.forges import Forge
 from ci_platform.forges.github import GitHubForge
 from ci_platform.forges.local import LocalForge
 from ci_platform.gates import Gates
-from ci_platform.logs import Logs
+from ci_platform.logs import LogKey, Logs
 from ci_platform.model import Run
 from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
@@ -156,6 +156,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     code = PipelineCode(source, loader, StoredIdentities(store), env, limits)
     engine.register(WORKFLOW, create_dynamic_workflow_entrypoint(code.load_runner))
     engine.add_listener(_noticing(notices))
+    engine.add_listener(_closing(logs))
     runs = Runs(
         store,
         clock,
@@ -236,6 +237,20 @@ def _forges(settings: Settings, clock: Clock, store: Store) -> dict[str, Forge]:
         "github": github,
         "local": LocalForge(store, clock, lambda repo: f"{settings.base_url}/git/{repo}.git"),
     }
+
+
+def _closing(logs: Logs) -> Any:
+    """Return what ends the logs of steps and runs that are over, so that who follows them comes to an end."""
+
+    def listener(ref: InstanceRef, event: HistoryEvent) -> None:
+        if ref.workflow != WORKFLOW:
+            return
+        if event.type in {"step.completed", "step.errored"}:
+            logs.close(LogKey(ref.id, event.data["step"], event.data["count"]))
+        elif event.type in {"workflow.completed", "workflow.errored", "workflow.terminated"}:
+            logs.close_run(ref.id)
+
+    return listener
 
 
 def _noticing(notices: Notices) -> Any:

@@ -98,9 +98,20 @@ class Logs:
     def close(self, key: LogKey) -> None:
         """Say that the step is over: followers come to their end."""
         path = self._path(key)
-        if path.parent.is_dir():
-            _closed_mark(path).touch()
+        # Also where nothing was printed: a follower may be waiting for it.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _closed_mark(path).touch()
         self._wake(path)
+
+    def close_run(self, run_id: str) -> None:
+        """Say that the run is over: no log of it grows any more."""
+        folder = self._folder(run_id)
+        for path in folder.glob("*.log"):
+            _closed_mark(path).touch()
+        for path in [path for path in self._changed if path.parent == folder]:
+            folder.mkdir(parents=True, exist_ok=True)
+            _closed_mark(path).touch()
+            self._wake(path)
 
     async def read(self, key: LogKey, offset: int = 0, limit: int = 1000) -> LogChunk:
         """Return up to `limit` records from `offset` on, a `next_offset` of an earlier chunk.

@@ -67,6 +67,11 @@ def look(state: str) -> Text:
     return Text(f"{mark} {state.replace('_', ' ')}", style=style)
 
 
+def _mark_of(state: str) -> Text:
+    mark, style = _LOOKS.get(state, ("·", ""))
+    return Text(mark, style=style)
+
+
 def run_title(run: RunJson) -> str:
     """Return what a run is called: `owner/repo #3 main 1234567 title`."""
     return (
@@ -101,7 +106,7 @@ def steps_table(run: RunJson) -> RenderableType:
     table.add_column(overflow="fold")
     for step in run["steps"]:
         working = step["status"] == "running"
-        mark = Spinner("dots", style="yellow") if working else look(_step_state(step)).split()[0]
+        mark = Spinner("dots", style="yellow") if working else _mark_of(_step_state(step))
         table.add_row(
             mark,
             Text(step["name"] + (f" ({step['count']})" if step["count"] > 1 else "")),

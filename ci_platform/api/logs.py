@@ -47,17 +47,22 @@ async def read_log(  # noqa: PLR0913 - the address's parts and parameters
     apart steps of one name.
     """
     key = LogKey(run_id, step, count)
-    await require_step(runs, key)
+    over = await is_over(runs, key)
     if follow:
-        return event_stream(_events(logs, key, last_event_id(last_id) or 0), stopping)
+        offset = last_event_id(last_id) or 0
+        # A log that is over is not waited for: a crash may have left it without the mark that says so.
+        chunks = whole(logs, key, offset) if over else logs.follow(key, offset)
+        return event_stream(_events(chunks), stopping)
     return Stream(_text(logs, key, timestamps=timestamps), media_type="text/plain; charset=utf-8")
 
 
-async def require_step(runs: Runs, key: LogKey) -> None:
-    """Raise NotFoundError unless the run has this step."""
+async def is_over(runs: Runs, key: LogKey) -> bool:
+    """Return whether the step has ended. Raises NotFoundError unless the run has this step."""
     run = await runs.get(key.run_id)
-    if not any((step.name, step.count) == (key.step, key.count) for step in run.steps):
-        raise NotFoundError(f"the run has no step {key.step[:256]!r} number {key.count} (yet)")
+    for step in run.steps:
+        if (step.name, step.count) == (key.step, key.count):
+            return run.conclusion is not None or step.ended_at is not None
+    raise NotFoundError(f"the run has no step {key.step[:256]!r} number {key.count} (yet)")
 
 
 async def whole(logs: Logs, key: LogKey, offset: int = 0) -> AsyncGenerator[LogChunk]:
@@ -70,8 +75,8 @@ async def whole(logs: Logs, key: LogKey, offset: int = 0) -> AsyncGenerator[LogC
         offset = chunk.next_offset
 
 
-async def _events(logs: Logs, key: LogKey, offset: int) -> AsyncIterator[ServerSentEventMessage]:
-    async for chunk in logs.follow(key, offset):
+async def _events(chunks: AsyncIterator[LogChunk]) -> AsyncIterator[ServerSentEventMessage]:
+    async for chunk in chunks:
         if chunk.lines:
             data = as_json({"lines": chunk.lines})
             yield ServerSentEventMessage(data=data, event="lines", id=chunk.next_offset)

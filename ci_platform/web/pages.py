@@ -13,6 +13,7 @@ from litestar.response.sse import ServerSentEventMessage
 from litestar.static_files import create_static_files_router
 
 from ci_platform.api.authorization import SESSION_COOKIE, require_form
+from ci_platform.api.logs import is_over, whole
 from ci_platform.api.streams import Stopping, event_stream, last_event_id
 from ci_platform.api.views import as_json
 from ci_platform.errors import InvalidInputError, UnauthorizedError
@@ -119,11 +120,11 @@ async def live_log(
     last_id: Annotated[str | None, HeaderParameter(name="Last-Event-ID")] = None,
 ) -> ServerSentEvent:
     """Stream a log to its page, colours already told from text."""
-    await runs.summary(run_id)
-    start = last_event_id(last_id, default=offset) or 0
+    key, start = LogKey(run_id, step, count), last_event_id(last_id, default=offset) or 0
+    chunks = whole(logs, key, start) if await is_over(runs, key) else logs.follow(key, start)
 
     async def messages() -> Any:
-        async for cursor, lines in live_lines(logs, LogKey(run_id, step, count), start):
+        async for cursor, lines in live_lines(chunks):
             yield ServerSentEventMessage(data=as_json(lines), event="lines", id=cursor)
         yield ServerSentEventMessage(data="{}", event="end")
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
-from ci_platform.logs import LogKey, LogLine, Logs
+from ci_platform.logs import LogChunk, LogKey, LogLine, Logs
 from ci_platform.run_views import RunView, StepView
 from ci_platform.web.ansi import Run, Terminal, plain
 from ci_platform.web.render import query
@@ -112,7 +112,8 @@ async def shown_log(logs: Logs, run: RunView, step: StepView, *, offset: int = 0
     key = LogKey(run.id, step.name, step.count)
     chunk = await logs.read(key, offset, PAGE_LINES)
     terminal = Terminal()
-    whole = chunk.complete or (run.conclusion is not None and len(chunk.lines) < PAGE_LINES)
+    over = run.conclusion is not None or step.ended_at is not None
+    whole = chunk.complete or (over and len(chunk.lines) < PAGE_LINES)
     address = {"step": step.name, "count": step.count}
     # A rerun writes another log under the same name.
     name = f"{step.name}\x1f{step.count}\x1f{step.started_at.isoformat()}"
@@ -149,10 +150,10 @@ def join(pieces: Sequence[ShownLine]) -> list[ShownLine]:
     return lines
 
 
-async def live_lines(logs: Logs, key: LogKey, offset: int) -> AsyncIterator[tuple[int, dict[str, Any]]]:
-    """Yield cursors and lines from `offset` on, until the log is closed."""
+async def live_lines(chunks: AsyncIterator[LogChunk]) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+    """Yield cursors and lines ready to be shown."""
     terminal = Terminal()
-    async for chunk in logs.follow(key, offset):
+    async for chunk in chunks:
         if chunk.lines:
             yield chunk.next_offset, {"lines": [shown_line(terminal, line) for line in chunk.lines]}
 

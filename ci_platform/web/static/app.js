@@ -2,12 +2,14 @@
 
 const MOST_LINES = 20_000; // above this a log in the page gets slow; the raw log has everything
 
-const liveMark = document.querySelector(".live-mark");
+let isLive = null;
 
-function showLive(on) {
-  if (!liveMark) return;
-  liveMark.classList.toggle("on", on);
-  liveMark.textContent = on ? "live" : "not live";
+function showLive(on = isLive) {
+  isLive = on;
+  for (const mark of document.querySelectorAll(".live-mark")) {
+    mark.classList.toggle("on", on === true);
+    mark.textContent = on === null ? "" : on ? "live" : "not live";
+  }
 }
 
 // --- times that tick ---
@@ -51,6 +53,7 @@ async function refresh(page) {
   const parts = page.querySelectorAll("[data-part]");
   for (const part of parts.length ? parts : [page]) replace(part, fresh.getElementById(part.id));
   tick();
+  showLive();
 }
 
 function replace(part, fresh) {
