@@ -135,8 +135,11 @@ class Gates:
         known = {(gate.name, gate.count, gate.opened_at): gate for gate in gates_of_run(tx, run_id)}
         waiting = {_identity(step): step for step in waits(status)}
         for identity, step in waiting.items():
-            if identity not in known:
+            gate = known.get(identity)
+            if gate is None:
                 tx.add(_gate(run_id, step))
+            elif gate.deadline != step.deadline:  # a pause shifts it
+                tx.change(Gate, {"deadline": step.deadline}, col(Gate.id) == gate.id)
         ended = {_identity(step): step for step in status.steps if step.kind == "wait_for_event"}
         for identity, gate in known.items():
             if gate.decided_at is None and gate.closed_at is None and identity not in waiting:

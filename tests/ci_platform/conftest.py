@@ -10,6 +10,7 @@ import pytest
 from ci_platform.model import Repository
 from ci_platform.store import Store
 from dynflow.clock import ManualClock
+from tests.ci_platform.harness import Harness, harness
 from tests.databases import DATABASES, database
 
 
@@ -27,3 +28,9 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClo
         await store.write(lambda tx: tx.add(row))
         yield store
         await store.close()
+
+
+@pytest.fixture
+async def platform(store: Store, clock: ManualClock, tmp_path: Path) -> AsyncIterator[Harness]:
+    async with harness(store, clock, tmp_path) as running:
+        yield running
