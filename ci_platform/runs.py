@@ -444,16 +444,17 @@ class Runs:
         for run_id in [run_id for run_id, when in self._retry_at.items() if when <= now]:
             del self._retry_at[run_id]
             self._notices.add(run_id)
-        for run_id in await self._store.write(self._stop_those_out_of_time):
-            self._notices.add(run_id)
-
-    def _stop_those_out_of_time(self, tx: Transaction) -> Sequence[str]:
-        reason = f"the run worked for more than {in_words(self._run_timeout)} without waiting"
-        late = tx.all(Run, *_ACTIVE, col(Run.active_since) <= self._clock.now() - self._run_timeout)
+        late = await self._store.read(
+            lambda tx: tx.all(Run, *_ACTIVE, col(Run.active_since) <= now - self._run_timeout)
+        )
         for run in late:
-            stop = {"stop_conclusion": "timed_out", "stop_reason": reason}
-            tx.change(Run, stop, col(Run.id) == run.id, *_ACTIVE)
-        return [run.id for run in late]
+            await self._stop_for_time(run.id)
+            self._notices.add(run.id)
+
+    async def _stop_for_time(self, run_id: str) -> None:
+        reason = f"the run worked for more than {in_words(self._run_timeout)} without waiting"
+        stop = {"stop_conclusion": "timed_out", "stop_reason": reason}
+        await self._store.write(lambda tx: tx.change(Run, stop, col(Run.id) == run_id, *_ACTIVE))
 
     async def _next_deadline(self) -> datetime | None:
         first = await self._store.read(lambda tx: tx.first(Run, *_ACTIVE, order=col(Run.active_since)))
