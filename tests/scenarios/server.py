@@ -31,6 +31,8 @@ class Server:
 
     data: Path
     settings: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = (sys.executable,)
+    user: int | None = None
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -43,12 +45,15 @@ class Server:
         log = (self.data.parent / "server.log").open("ab")
         with log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ci_platform", "serve", "--data", str(self.data), "--port", "0"],
+                [*self.command, "-m", "ci_platform", "serve", "--data", str(self.data), "--port", "0"],
                 cwd=ROOT,
                 env=environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                user=self.user,
+                group=self.user,
+                extra_groups=None if self.user is None else [],
             )
         self.wait_until(self._is_ready, "the server to be ready")
 
@@ -134,7 +139,10 @@ class Server:
                 return False
             found.clear()
             found.update(self.api("GET", f"/runs/{runs[0]['id']}"))
-            return condition(found)
+            if condition(found):
+                return True
+            assert not concluded(found), f"waited for {what}, but the run ended\n{json.dumps(found, indent=1)[-3000:]}"
+            return False
 
         self.wait_until(look, what, lambda: json.dumps(found, indent=1)[-3000:])
         return found

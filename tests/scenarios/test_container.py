@@ -1,0 +1,51 @@
+"""The main job with one step in a container, on a real Docker engine."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.docker_engine import IMAGE, require_image
+from tests.scenarios.github_server import serve_github
+from tests.scenarios.pipelines import DEMO, make_repository
+from tests.scenarios.server import at_gate, concluded, running_server
+from tests.scenarios.test_main_job import REPO, approve, push_to_main, server_log
+
+PLAIN = 'run_in_sandbox(workspace, ["python3", "-m", "unittest", "discover"])'
+INSIDE = "echo made in a container > from-container.txt && ls src && echo inside $(hostname)"
+CONTAINED = f'run_in_sandbox(workspace, ["sh", "-c", "{INSIDE}"], sandbox="container")'
+
+
+@pytest.mark.docker
+def test_a_step_in_a_container_sees_the_workspace_and_the_others_see_its_files(tmp_path: Path) -> None:
+    require_image()
+    assert PLAIN in DEMO
+    pipeline = DEMO.replace(PLAIN, CONTAINED).replace("test -f dist", "cat from-container.txt && test -f dist")
+    bare, sha = make_repository(tmp_path / "repo", pipeline)
+    with serve_github() as github:
+        settings = {
+            "github_api_url": github.url,
+            "allow_file_remotes": "true",
+            "container_image": IMAGE,
+        }
+        with running_server(tmp_path / "data", **settings) as server:
+            server.register(REPO, bare)
+            server.deliver("push", push_to_main(sha))
+            run = server.wait_for_run(at_gate, "the gate to open")
+            inside = server_log(server, run, "test")
+            assert "app.py" in inside
+            assert f"inside {socket.gethostname()}" not in inside
+            approve(server, run)
+            run = server.wait_for_run(concluded, "the run to conclude")
+            assert run["conclusion"] == "success"
+            assert "made in a container" in server_log(server, run, "deploy")
+    left = subprocess.run(
+        ["docker", "ps", "--all", "--quiet", "--filter", f"label=dynflow.job={run['id']}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert left.stdout == ""
