@@ -7,12 +7,15 @@ folder named after its process, so that a later platform can tell whose are left
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 _PREFIX = "dynflow-"
+_REMOVAL_TRIES = 500
 _CONTROLLERS = ("memory", "pids")
 
 
@@ -24,10 +27,11 @@ class Parents:
     folders: tuple[str, ...]
 
     def remove(self) -> None:
-        """Remove the folders, if no group is left in them."""
-        for folder in self.folders:
-            with contextlib.suppress(OSError):
-                Path(folder).rmdir()
+        """Remove the folders and the empty groups in them, which killed supervisors have left."""
+        for folder in map(Path, self.folders):
+            for path in (*folder.glob("*/"), folder):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
 def platform_name() -> str:
@@ -187,8 +191,16 @@ class Group:
     def remove(self) -> None:
         """Remove the group; nothing may run in it any more."""
         for parent in self._parents:
-            with contextlib.suppress(OSError):
-                os.rmdir(self._name, dir_fd=parent)
+            for _ in range(_REMOVAL_TRIES):
+                try:
+                    os.rmdir(self._name, dir_fd=parent)
+                except OSError as error:
+                    if error.errno != errno.EBUSY:
+                        break
+                    # The dead leave their group a moment after their parent has heard of it.
+                    time.sleep(0.001)
+                else:
+                    break
 
 
 def _write(folder: int, file: str, text: str) -> None:

@@ -74,7 +74,7 @@ class IsolateSandbox(Sandbox):
         try:
             return await self._run(job, message, output)
         except _StaleError:
-            # A file system was mounted after the berth was made; one made now sees it.
+            # Nothing has run yet, and a berth made now sees the tree.
             self._drop_berths()
         try:
             return await self._run(job, message, output)
@@ -260,7 +260,7 @@ class IsolateSandbox(Sandbox):
 
 
 class _StaleError(Exception):
-    """The berth does not see the job's tree."""
+    """The berth is older than a mount that the job's tree is on, or died with its launcher."""
 
 
 class _Berth:
@@ -290,7 +290,7 @@ class _Berth:
             messages.send(self._channel, message, [writing])
         except OSError as error:
             os.close(reading)
-            raise UnavailableError(f"isolate sandbox: it ended before its job came: {error}") from error
+            raise _StaleError(f"it ended before its job came: {error}") from error
         finally:
             os.close(writing)
         os.set_blocking(reading, False)
