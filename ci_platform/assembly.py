@@ -131,7 +131,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     method = await anyio.to_thread.run_sync(lambda: copy_on_write.probe(settings.workspaces_path, forced))
     workspaces = Workspaces(settings.workspaces_path, source, method)
     logs = Logs(settings.logs_path, clock=clock, largest=settings.max_log)
-    sandboxes = _sandboxes(settings)
+    sandboxes = make_sandboxes(settings)
     forges = _forges(settings, clock, store)
     notices = Notices(clock)
     reports = Reports(
@@ -144,7 +144,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     )
     gates = Gates(store, clock, notices)
     engine = EmbeddedEngine(settings.engine_path, clock=clock, concurrency=settings.concurrency)
-    loader = ProcessLoader(allow_unconfined=settings.allow_unconfined)
+    loader = make_loader(settings)
     execution = Execution(workspaces, logs, sandboxes, limits=_limits(settings))
     env = {
         "ARTIFACTS": ArtifactsCapability(workspaces),
@@ -207,7 +207,13 @@ async def _sweep(sandbox: Sandbox) -> None:
         _log.warning("leftovers of an earlier process could not be looked for: %s", error)
 
 
-def _sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:
+def make_loader(settings: Settings) -> ProcessLoader:
+    """Return what runs pipeline code; use it in an `async with` block."""
+    return ProcessLoader(allow_unconfined=settings.allow_unconfined)
+
+
+def make_sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:
+    """Return what runs commands, by the name a pipeline chooses it by."""
     sandboxes: dict[SandboxKind, Sandbox] = {"isolate": IsolateSandbox(allow_network=settings.allow_network)}
     if settings.allow_containers:
         network = "bridge" if settings.allow_network else None
