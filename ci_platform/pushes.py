@@ -88,7 +88,7 @@ class Pushes:
         return len(await self.accept(repo, moved, actor="")) if moved else 0
 
     def _accept(self, tx: Transaction, repo: str, updates: Iterable[_Update], actor: str) -> list[Accepted]:
-        if tx.get(Repository, repo) is None:
+        if tx.lock(Repository, col(Repository.name) == repo) is None:
             raise NotFoundError(f"repository {repo[:200]!r} is not registered here")
         accepted = []
         for update in updates:

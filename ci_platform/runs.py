@@ -96,20 +96,20 @@ class Runs:
     def _insert(
         self, tx: Transaction, request: RunRequest, delivery: int | None, pipeline_digest: str | None
     ) -> Run:
+        change = request.change
+        # Locked before looking, so that of two starts of one cause the second finds the first.
+        repository = tx.lock(Repository, col(Repository.name) == change.repo)
+        if repository is None:
+            raise NotFoundError(f"repository {change.repo!r} is not registered here")
         held = tx.first(Run, col(Run.id) == request.run_id)
         if held is not None:
             return held
-        change = request.change
-        tx.change(
-            Repository, {"last_number": Repository.last_number + 1}, col(Repository.name) == change.repo
-        )
-        repository = tx.get(Repository, change.repo)
-        if repository is None:
-            raise NotFoundError(f"repository {change.repo!r} is not registered here")
+        number = repository.last_number + 1
+        tx.change(Repository, {"last_number": number}, col(Repository.name) == change.repo)
         row = Run(
             id=request.run_id,
             repo=change.repo,
-            number=repository.last_number,
+            number=number,
             event=change.event,
             action=change.action[:40],
             sha=change.sha,

@@ -47,6 +47,16 @@ class Transaction:
         """Return the row with this primary key."""
         return self._session.get(table, key)
 
+    def lock(self, table: type[_RowT], *where: Any) -> _RowT | None:
+        """Return the first row that meets all conditions; who else locks it waits for this transaction's end.
+
+        What is read after it is what earlier holders of the lock left. SQLite's writers take turns anyway.
+        """
+        return self._session.exec(
+            select(table).where(*where).limit(1).with_for_update(),
+            execution_options={"populate_existing": True},
+        ).first()
+
     def first(self, table: type[_RowT], *where: Any, order: Any = None) -> _RowT | None:
         """Return the first row that meets all conditions."""
         return next(iter(self.all(table, *where, order=order, limit=1)), None)
@@ -89,8 +99,9 @@ class Transaction:
 
     def count(self, name: str) -> None:
         """Raise the counter `name` by one."""
-        if not self.change(Counter, {"value": Counter.value + 1}, col(Counter.name) == name):
-            self.add(Counter(name=name, value=1))
+        plus_one, where = {"value": Counter.value + 1}, col(Counter.name) == name
+        if not self.change(Counter, plus_one, where) and not self.add_once(Counter(name=name, value=1)):
+            self.change(Counter, plus_one, where)  # another transaction has just made it
 
 
 class Store:
