@@ -1,0 +1,150 @@
+"""What this machine offers, found by trying, and what to do about what it does not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio.to_thread
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ci_platform import copy_on_write
+from ci_platform.assembly import make_loader, make_sandboxes
+from ci_platform.errors import PlatformError
+from ci_platform.settings import Settings, make_data_folder
+from dynflow.errors import DynflowError
+from dynflow.isolates.confinement import ESSENTIAL, WALLS
+
+State = Literal["good", "fair", "bad", "note"]
+
+_MARKS: dict[State, tuple[str, str]] = {
+    "good": ("✓", "green"),
+    "fair": ("!", "yellow"),
+    "bad": ("✗", "red"),
+    "note": ("·", "bright_black"),
+}
+# Mirrors, trees and layers of a few repositories; below it runs fail in ways that are no fun to explain.
+_LITTLE_DISK = 5 * 1024**3
+_OLD_GIT = (2, 31)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found. `state`: `good`, `fair` (works, could be better), `bad` (does not work), `note`."""
+
+    area: str
+    name: str
+    value: str
+    state: State = "note"
+    advice: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """Try everything that a run needs. Leaves nothing behind but the data folder."""
+    make_data_folder(settings)
+    findings = [*_machine(), _git(), *_disk(settings.data)]
+    findings += await _isolates(settings)
+    findings += await anyio.to_thread.run_sync(_workspaces, settings)
+    for kind, sandbox in make_sandboxes(settings).items():
+        described = await anyio.to_thread.run_sync(sandbox.describe)
+        findings += _sandbox(kind, described)
+    return findings
+
+
+def _machine() -> Iterator[Finding]:
+    user = "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"
+    yield Finding("machine", "system", f"{platform.system()} {platform.release()}, {platform.machine()}")
+    yield Finding("machine", "user", user)
+    yield Finding("machine", "Python", platform.python_version(), "good")
+    yield Finding("machine", "SQLite", sqlite3.sqlite_version, "good")
+
+
+def _git() -> Finding:
+    advice = "apt-get install git"
+    try:
+        text = subprocess.run(["git", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return Finding("machine", "git", "not found", "bad", advice)
+    version = text.removeprefix("git version ")
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    old = numbers < _OLD_GIT
+    return Finding("machine", "git", version, "fair" if old else "good", "2.31 or newer" if old else "")
+
+
+def _disk(data: Path) -> Iterator[Finding]:
+    free = shutil.disk_usage(data).free
+    state: State = "good" if free >= _LITTLE_DISK else "fair"
+    advice = "" if state == "good" else "runs need room for mirrors, trees and layers"
+    yield Finding("machine", "data folder", str(data))
+    yield Finding("machine", "free disk", f"{free / 1024**3:.1f} GiB", state, advice)
+
+
+async def _isolates(settings: Settings) -> list[Finding]:
+    try:
+        async with make_loader(settings) as loader:
+            standing = set(loader.walls)
+    except (DynflowError, OSError) as error:
+        advice = "pipelines cannot run here: see docs/isolates, or allow_unconfined for code that you trust"
+        return [Finding("isolates", "walls", f"cannot be raised: {error}", "bad", advice)]
+    return [_wall(name, meaning, stands=name in standing) for name, meaning in WALLS.items()]
+
+
+def _wall(name: str, meaning: str, *, stands: bool) -> Finding:
+    if stands:
+        return Finding("isolates", name, meaning, "good")
+    state: State = "bad" if name in ESSENTIAL else "fair"
+    return Finding("isolates", name, "missing on this kernel", state, meaning)
+
+
+def _workspaces(settings: Settings) -> Sequence[Finding]:
+    forced = None if settings.copy_on_write == "auto" else settings.copy_on_write
+    try:
+        method = copy_on_write.probe(settings.workspaces_path, forced)
+    except PlatformError as error:
+        return [Finding("workspaces", "copy-on-write", str(error), "bad")]
+    state: State = "good" if method.mounts else "fair"
+    advice = (
+        "" if method.mounts else "an overlay filesystem makes commands start faster and keeps disk use low"
+    )
+    found = [Finding("workspaces", "copy-on-write", method.name, state, advice)]
+    return [*found, *(Finding("workspaces", f"not {name}", why) for name, why in method.refused.items())]
+
+
+def _sandbox(kind: str, described: Mapping[str, str]) -> Iterator[Finding]:
+    for name, value in described.items():
+        lacking = any(sign in value for sign in ("NOT ", "none answers", "missing"))
+        yield Finding(f"sandbox {kind}", name, value, "fair" if lacking else "good")
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print a table, and what to do."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(4):
+        table.add_column(overflow="fold")
+    area = ""
+    for finding in findings:
+        mark, style = _MARKS[finding.state]
+        text = Text(finding.value)
+        if finding.advice:
+            text.append(f"  ({finding.advice})", style="bright_black")
+        table.add_row(finding.area if finding.area != area else "", Text(mark, style), finding.name, text)
+        area = finding.area
+    console.print(table)
+    bad = [finding for finding in findings if finding.state == "bad"]
+    if bad:
+        console.print(f"{len(bad)} thing(s) that runs need are missing.", style="red")
+    else:
+        console.print("Everything that runs need is here.", style="green")
