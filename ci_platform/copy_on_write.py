@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ci_platform import layers, overlay_probe
+from ci_platform import layer_copies, layers, overlay_probe
 from ci_platform.errors import UnavailableError
 
 MethodName = Literal["overlay", "user-overlay", "reflink", "copy"]
 METHODS: tuple[MethodName, ...] = ("overlay", "user-overlay", "reflink", "copy")
 """Best first. `overlay` is a plain mount by root, `user-overlay` one in a user namespace with `userxattr`."""
 
-_FICLONE = 0x40049409
 _PROBE_SECONDS = 20
 
 Stamps = Mapping[str, tuple[int, int, int]]
@@ -92,7 +91,7 @@ def _reflink_refusal(root: Path) -> str | None:
         source.write(b"x" * 4096)
         source.flush()
         try:
-            fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+            fcntl.ioctl(target.fileno(), layer_copies.FICLONE, source.fileno())
         except OSError as error:
             return error.strerror
     return None
@@ -101,7 +100,7 @@ def _reflink_refusal(root: Path) -> str | None:
 def copy_view(lowers: Sequence[Path], target: Path, *, clone: bool) -> Stamps:
     """Write the merged view of layers (topmost first) to the new directory `target`; returns its stamps."""
     target.mkdir(mode=0o700)
-    apply = layers.Apply(clone=clone)
+    apply = layer_copies.Apply(clone=clone)
     for layer in reversed(lowers):
         apply(layer, target)
     stamps = {entry.path: _stamp(entry.stat) for entry in layers.walk(target)}

@@ -1,4 +1,4 @@
-"""The format of layers on disk, which is overlayfs's own: walk, apply, look up, remove; links not followed.
+"""The format of layers on disk, which is overlayfs's own: walk, look up, remove; links are not followed.
 
 A layer is a directory tree. A character device 0:0 (or, where mknod is refused, an empty file with the xattr
 `user.overlay.whiteout`) hides what lower layers have under its path; a directory with the xattr
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import secrets
@@ -31,8 +30,6 @@ MAX_DEPTH = 128
 _OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
 _WHITEOUT = "user.overlay.whiteout"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FICLONE = 0x40049409
-_CHUNK = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,124 +227,6 @@ def remove_at(parent: int, name: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
-    """How `apply` puts a layer onto a tree.
-
-    `link` shares files with the layer (only for targets that nobody writes to), `clone` copies them by
-    reference (reflink). `merge` makes a layer out of layers: whiteouts and opaque directories stay in force.
-    """
-
-    link: bool = False
-    clone: bool = False
-    merge: bool = False
-
-    def __call__(self, layer: Path, target: Path) -> None:
-        """Put a layer, or a whole tree, onto `target`, which exists."""
-        with directory(layer) as source, directory(target) as onto:
-            self._apply_directory(source, onto, 0)
-            _copy_metadata(os.fstat(source), onto)
-
-    def _apply_directory(self, source: int, onto: int, depth: int) -> None:
-        if depth > MAX_DEPTH:
-            raise LimitExceededError(f"directories are nested deeper than {MAX_DEPTH}")
-        with os.scandir(source) as listing:
-            entries = list(listing)
-        for entry in entries:
-            found = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(found.st_mode):
-                self._apply_subdirectory(entry.name, source, onto, depth)
-            elif is_whiteout(source, entry.name, found):
-                remove_at(onto, entry.name)
-                if self.merge:
-                    make_whiteout(onto, entry.name)
-            else:
-                remove_at(onto, entry.name)
-                self._place(entry.name, found, source, onto)
-
-    def _apply_subdirectory(self, name: str, source: int, onto: int, depth: int) -> None:
-        with directory(name, source) as inner:
-            opaque, hides = is_opaque(inner), False
-            if opaque or not _is_directory(onto, name):
-                # A directory over a file or over a whiteout shows nothing from further down either.
-                hides = remove_at(onto, name) or opaque
-                os.mkdir(name, 0o700, dir_fd=onto)
-            with directory(name, onto) as into:
-                if hides and self.merge:
-                    make_opaque(into)
-                self._apply_directory(inner, into, depth + 1)
-                _copy_metadata(os.fstat(inner), into)
-
-    def _place(self, name: str, found: os.stat_result, source: int, onto: int) -> None:
-        if self.link:
-            os.link(name, name, src_dir_fd=source, dst_dir_fd=onto, follow_symlinks=False)
-        elif stat.S_ISLNK(found.st_mode):
-            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=onto)
-            _copy_owner(found, name, onto)
-            os.utime(name, ns=(found.st_atime_ns, found.st_mtime_ns), dir_fd=onto, follow_symlinks=False)
-        elif stat.S_ISREG(found.st_mode):
-            copy_file(name, source, onto, clone=self.clone)
-        # Sockets and pipes mean nothing without the process that made them.
-
-
-def _is_directory(parent: int, name: str) -> bool:
-    try:
-        return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def copy_file(name: str, source: int, onto: int, *, clone: bool = False) -> None:
-    """Copy a regular file between directories with mode, owner and mtime, without setuid and setgid."""
-    reader, mode = _open_readable(name, source)
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        writer = os.open(name, flags, 0o600, dir_fd=onto)
-        try:
-            if clone:
-                fcntl.ioctl(writer, _FICLONE, reader)
-            else:
-                while os.sendfile(writer, reader, None, _CHUNK):
-                    pass
-            _copy_metadata(os.fstat(reader), writer)
-            os.fchmod(writer, mode & 0o1777)
-        finally:
-            os.close(writer)
-    finally:
-        os.close(reader)
-
-
-def _open_readable(name: str, parent: int) -> tuple[int, int]:
-    """Open for reading even what its owner made unreadable; returns the descriptor and the mode it had."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        reader = os.open(name, flags | os.O_NOFOLLOW, dir_fd=parent)
-    except PermissionError:
-        handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        try:
-            reference, mode = f"/proc/self/fd/{handle}", stat.S_IMODE(os.fstat(handle).st_mode)
-            os.chmod(reference, mode | 0o400)  # noqa: PTH101
-            try:
-                return os.open(reference, flags), mode
-            finally:
-                os.chmod(reference, mode)  # noqa: PTH101
-        finally:
-            os.close(handle)
-    return reader, stat.S_IMODE(os.fstat(reader).st_mode)
-
-
-def _copy_owner(found: os.stat_result, name: str, onto: int) -> None:
-    if os.geteuid() == 0:
-        os.chown(name, found.st_uid, found.st_gid, dir_fd=onto, follow_symlinks=False)
-
-
-def _copy_metadata(found: os.stat_result, descriptor: int) -> None:
-    if os.geteuid() == 0:
-        os.fchown(descriptor, found.st_uid, found.st_gid)
-    os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & 0o1777)
-    os.utime(descriptor, ns=(found.st_atime_ns, found.st_mtime_ns))
-
-
 def locate(lowers: Sequence[Path], path: str) -> Path | None:
     """Find what the merged view of layers (topmost first) has at a relative path, which may be a link."""
     parts = Path(path).parts
@@ -384,6 +263,25 @@ def _locate_in(layer: Path, parts: Sequence[str]) -> tuple[Path | None, bool]:
         os.close(parent)
 
 
+def open_readable(name: str, parent: int) -> tuple[int, int]:
+    """Open for reading even what its owner made unreadable; returns the descriptor and the mode it had."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        reader = os.open(name, flags | os.O_NOFOLLOW, dir_fd=parent)
+    except PermissionError:
+        handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            reference, mode = f"/proc/self/fd/{handle}", stat.S_IMODE(os.fstat(handle).st_mode)
+            os.chmod(reference, mode | 0o400)  # noqa: PTH101
+            try:
+                return os.open(reference, flags), mode
+            finally:
+                os.chmod(reference, mode)  # noqa: PTH101
+        finally:
+            os.close(handle)
+    return reader, stat.S_IMODE(os.fstat(reader).st_mode)
+
+
 @contextlib.contextmanager
 def open_file(root: Path, path: str) -> Iterator[IO[bytes]]:
     """Open a regular file of a tree by its relative path, through real directories only. OSError otherwise."""
@@ -394,7 +292,7 @@ def open_file(root: Path, path: str) -> Iterator[IO[bytes]]:
             inner = open_directory(folder, descriptor)
             os.close(descriptor)
             descriptor = inner
-        reader, _ = _open_readable(name, descriptor)
+        reader, _ = open_readable(name, descriptor)
     finally:
         os.close(descriptor)
     with os.fdopen(reader, "rb") as file:

@@ -6,7 +6,6 @@ libgit2 is the wrong tool (fetching, serving) the `git` program is used through 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 from collections import defaultdict
@@ -29,17 +28,16 @@ from ci_platform.errors import (
     NotFoundError,
     UnavailableError,
 )
-from ci_platform.git_commands import Credentials, GitError
+from ci_platform.fetching import Fetch, Remote
 from ci_platform.sandboxes import SANDBOX_UID
 from ci_platform.trees import Owner, TreeLimits, TreeStore, TreeWriter
+
+__all__ = ["CommitInfo", "Remote", "Source", "check_repo", "check_sha"]
 
 T = TypeVar("T")
 
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/[A-Za-z0-9_.-]{1,100}")
 _SHA = re.compile(r"[0-9a-f]{40}")
-_MISSING = re.compile(r"not our ref|find remote ref|unadvertised object|does not allow request|bad object")
-_NO_REPOSITORY = re.compile(r"repository .* not found|does not exist|not appear to be a git repository")
-_INFINITE = "2147483647"
 _DELTA_LIMIT = 1000
 """Paths above which a new base costs less than a delta (measured: 1,000 paths take about 250 ms)."""
 
@@ -47,17 +45,6 @@ _BASES_TRIED = 3
 _FOLDER_FILES = 1000
 _BLOB_LIMIT = 1 << 30
 """Bytes of one file: libgit2 has it in memory as a whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """Where a repository can be fetched from. `credentials` are a user and a password or token."""
-
-    url: str
-    credentials: tuple[str, str] | None = None
-
-    def __repr__(self) -> str:
-        return f"Remote(url={git_commands.redact(self.url)!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,54 +138,22 @@ class Source:
         """
         if await self.has(repo, sha):
             return
+        if await self.exists(repo):
+            raise FailedError(f"{repo!r} is our own and has no commit {sha}")
         git_commands.check_url(remote.url, allow_file=self._allow_file)
         if ref is not None and (not ref.startswith("refs/") or not pygit2.reference_is_valid_name(ref)):
             raise InvalidInputError(f"not the full name of a ref: {ref[:100]!r}")
         async with self._fetches[repo]:
             if not await self.has(repo, sha):
                 await self._thread(lambda: self._prepare_mirror(repo))
-                await self._fetch(repo, sha, remote, ref)
+                protocols = "file:http:https" if self._allow_file else "http:https"
+                path, within = self.path(repo), self._fetch_within
+                await Fetch(path, repo, sha, ref, remote, protocols, within)(lambda: self.has(repo, sha))
 
     def _prepare_mirror(self, repo: str) -> None:
         path = self.path(repo)
         if not path.is_dir():
             _initialise(path, "main")
-
-    async def _fetch(self, repo: str, sha: str, remote: Remote, ref: str | None) -> None:
-        said = ""
-        for specification, depth in _ways(sha, ref):
-            try:
-                await self._run_fetch(repo, remote, specification, depth)
-            except GitError as error:
-                said = str(error)
-                if _NO_REPOSITORY.search(error.stderr):
-                    raise FailedError(f"{repo!r} is not to be found at its forge: {said}") from None
-                if not _MISSING.search(error.stderr):
-                    raise UnavailableError(f"fetching {repo!r} failed: {said}") from None
-            if await self.has(repo, sha):
-                return
-        raise FailedError(f"{repo!r} has no commit {sha} (any more)" + (f": {said}" if said else ""))
-
-    async def _run_fetch(self, repo: str, remote: Remote, specification: str, depth: str) -> None:
-        credentials = Credentials(*remote.credentials) if remote.credentials else None
-        env = git_commands.environment(
-            protocols="file:http:https" if self._allow_file else "http:https",
-            url=remote.url,
-            credentials=credentials,
-        )
-        command = [
-            "--git-dir",
-            str(self.path(repo)),
-            "fetch",
-            "--quiet",
-            "--no-tags",
-            "--no-write-fetch-head",
-        ]
-        command += ["--no-recurse-submodules", f"--depth={depth}"]
-        command += [*(["--prune"] if "*" in specification else []), "--", remote.url, specification]
-        await git_commands.run(
-            command, env, within=self._fetch_within, secrets=[credentials.password] if credentials else []
-        )
 
     # Repositories of our own
 
@@ -401,16 +356,6 @@ def _initialise(path: Path, default_branch: str) -> None:
             raise UnavailableError(f"cannot create {path}: {error}") from error
     finally:
         layers.remove_tree(scratch)
-
-
-def _ways(sha: str, ref: str | None) -> list[tuple[str, str]]:
-    """Return refspec and depth of each way to a commit, cheapest first."""
-    # A name made from the ref's: remote branches `a` and, later, `a/b` cannot both be stored as they are.
-    name = f"refs/dynflow/{hashlib.sha256((ref or sha).encode()).hexdigest()[:16]}"
-    ways = [(f"+{sha}:{name}", "1")]
-    if ref is not None:
-        ways += [(f"+{ref}:{name}", "1"), (f"+{ref}:{name}", _INFINITE)]
-    return [*ways, ("+refs/heads/*:refs/dynflow/heads/*", _INFINITE)]
 
 
 def _refs(opened: pygit2.Repository) -> dict[str, str]:

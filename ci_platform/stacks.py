@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ci_platform import layers
+from ci_platform import layer_copies, layers
 from ci_platform.errors import NotFoundError
 
 SQUASH_ABOVE = 16
@@ -139,7 +139,7 @@ class Stack:
     def _merge(self, below: Path | None, live: Sequence[Layer], rest: Sequence[Layer]) -> Path:
         """Merge by hard links: a merged tree costs names, not bytes, and the layers stay for `rewind`."""
         name = secrets.token_hex(8)
-        scratch, apply = self.folder / "squashed" / f".{name}", layers.Apply(link=True, merge=True)
+        scratch, apply = self.folder / "squashed" / f".{name}", layer_copies.Apply(link=True, merge=True)
         (scratch / "tree").mkdir(parents=True)
         for tree in [*([below / "tree"] if below else []), *(layer.tree for layer in rest)]:
             apply(tree, scratch / "tree")

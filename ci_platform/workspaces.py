@@ -274,9 +274,15 @@ class Workspaces:
             return await self._thread(lambda: _rewind(stack, steps))
 
     async def rewind_run(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
-        """Forget the layers of these (step, count) in all workspaces of a run."""
-        for path in await self._thread(lambda: sorted(self._root.glob(f"{run_id}.*"))):
-            await self.rewind(path.name, steps)
+        """Forget what these (step, count) changed in any workspace of a run."""
+        for workspace_id in await self.of_run(run_id):
+            await self.rewind(workspace_id, steps)
+
+    async def of_run(self, run_id: str) -> list[str]:
+        """Return the ids of a run's workspaces: those that start with its id and a dot."""
+        self._stack(run_id)
+        found = await self._thread(lambda: sorted(self._root.glob(f"{run_id}.*")))
+        return [path.name for path in found]
 
     async def read(self, workspace_id: str, path: str, *, limit: int = 1 << 20) -> bytes | None:
         """Return a regular file as the workspace stands, None where there is none or it is a link."""
@@ -294,6 +300,11 @@ class Workspaces:
                 raise ConflictError(f"the workspace {workspace_id!r} is in use")
             await self._thread(lambda: self._remove(stack.folder))
         self._states.pop(workspace_id, None)
+
+    async def delete_run(self, run_id: str) -> None:
+        """Remove all workspaces of a run."""
+        for workspace_id in await self.of_run(run_id):
+            await self.delete(workspace_id)
 
     async def sweep(self, live: Collection[str] | None = None) -> int:
         """Remove what a killed process left half done; call once at start. Returns the workspaces removed.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ci_platform import layers
+from ci_platform import layer_copies, layers
 from ci_platform.copy_on_write import MethodName
 from ci_platform.sandboxes import SANDBOX_UID, Tree
 
@@ -128,7 +128,7 @@ def merged(lowers: tuple[Path, ...], target: Path) -> Path:
     """What layers show, by our own copying."""
     target.mkdir()
     for layer in reversed(lowers):
-        layers.Apply()(layer, target)
+        layer_copies.Apply()(layer, target)
     return target
 
 
