@@ -103,13 +103,12 @@ class Redactor:
         """Return `data[:end]` with each run of overlapping secrets replaced once."""
         pieces: list[bytes] = []
         at = self._masked
-        inside = at > 0
         for start, stop in found:
             if start >= end:
                 break
-            if start > at or not inside:
+            if start >= at:
                 pieces += [data[at:start], MASK]
-            at, inside = max(at, stop), True
+            at = max(at, stop)
         return b"".join([*pieces, data[at:end]])
 
 

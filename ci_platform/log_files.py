@@ -1,0 +1,233 @@
+"""The file of one log: how records are written and read.
+
+A record is one line of the file: `<number> <microseconds> <kind><text>`. The kind is one character, see `_KINDS`;
+a line that is printed in pieces (a progress bar, a prompt) is several records of one number. A record is written
+in one call, so a killed platform leaves whole records but for a torn last one, which the next writer cuts off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from dynflow.clock import Clock, to_datetime
+
+MEBIBYTE = 1024 * 1024
+LONGEST_LINE = 16 * 1024
+"""Characters of one record; a longer line is several."""
+
+_LONGEST_READ = 2 * MEBIBYTE
+
+LineKind = Literal["output", "command", "result", "notice"]
+"""`command` and `result` frame what one command printed; a UI folds between them. `notice`: the platform speaks."""
+
+_KINDS: dict[LineKind, str] = {"output": "o", "command": "$", "result": "=", "notice": "!"}
+_KIND_OF = {character: kind for kind, character in _KINDS.items()}
+_GOES_ON = "p"
+"""The kind of a piece of output whose line is not over."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line, or a piece of one. `goes_on`: the next LogLine has the same number and continues the text."""
+
+    number: int
+    at: datetime
+    text: str
+    kind: LineKind = "output"
+    goes_on: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LogChunk:
+    """Lines from one offset on. Read on from `next_offset`; `complete`: the log is closed and this is its end."""
+
+    lines: list[LogLine]
+    next_offset: int
+    complete: bool
+
+
+class LogFile:
+    """One log open for appending, by one or more writers. `open_by` is whose line the next piece continues."""
+
+    def __init__(self, path: Path, clock: Clock, largest: int, on_change: Callable[[], None]) -> None:
+        self._clock, self._largest, self._on_change = clock, largest, on_change
+        self._log = path.open("ab", buffering=0)
+        self._size, self._number, goes_on = _mend(path)
+        self._full_mark = path.with_suffix(".full")
+        self._full = self._full_mark.exists()
+        self.users = 0
+        self.open_by: object | None = None
+        if goes_on:
+            # A platform that was killed left half a line.
+            self._number -= 1
+            self._write(self._record("o", ""))
+
+    def append(self, writer: object, kind: LineKind, lines: list[str], *, goes_on: bool = False) -> None:
+        """Write lines in one call. Output over the limit is dropped; what the platform says is not.
+
+        With `goes_on` the last line stays open.
+        """
+        data = b""
+        if self.open_by not in (None, writer):
+            self._number -= 1
+            data = self._record("o", "")
+            self.open_by = None
+        number = self._number
+        if self.open_by is writer:
+            self._number -= 1
+        data += b"".join(record for line in lines[:-1] for record in self._line(kind, line))
+        data += b"".join(self._line(kind, lines[-1], goes_on=goes_on))
+        if kind == "output" and (self._full or self._size + len(data) > self._largest):
+            self._number = number
+            self._truncate()
+            return
+        self.open_by = writer if goes_on else None
+        self._write(data)
+
+    def release(self) -> None:
+        """Close the file after its last writer."""
+        self.users -= 1
+        if self.users == 0:
+            self._log.close()
+
+    def _truncate(self) -> None:
+        self.open_by = None
+        if not self._full:
+            self._full = True
+            self._full_mark.touch()
+            text = f"truncated: this log has reached its limit of {self._largest} bytes; the rest is not kept"
+            self._write(self._record(_KINDS["notice"], text))
+
+    def _line(self, kind: LineKind, text: str, *, goes_on: bool = False) -> Iterator[bytes]:
+        """Yield the records of one line: more than one where it is very long."""
+        pieces = [text[at : at + LONGEST_LINE] for at in range(0, len(text), LONGEST_LINE)] or [""]
+        for index, piece in enumerate(pieces):
+            if index:
+                self._number -= 1
+            last = index == len(pieces) - 1 and not goes_on
+            yield self._record(
+                _KINDS[kind] if last else _GOES_ON, piece.removesuffix("\r") if last else piece
+            )
+
+    def _record(self, mark: str, text: str) -> bytes:
+        self._number += 1
+        clean = text.replace("\0", "\ufffd")
+        return f"{self._number} {self._clock.now_us()} {mark}{clean}\n".encode("utf-8", "replace")
+
+    def _write(self, data: bytes) -> None:
+        self._log.write(data)
+        self._size += len(data)
+        self._on_change()
+
+
+_RECORD = re.compile(rb"(\d+) (\d+) (.)(.*)")
+_TAIL = 5 * LONGEST_LINE
+"""Bytes that surely hold the last whole record: four per character and some for its head."""
+
+
+def _mend(file: Path) -> tuple[int, int, bool]:
+    """Cut off a torn last record; return the size, the last line's number and whether that line is open."""
+    with file.open("rb+") as log:
+        size = log.seek(0, 2)
+        log.seek(max(0, size - _TAIL))
+        tail = log.read()
+        whole = tail[: tail.rfind(b"\n") + 1]
+        size -= len(tail) - len(whole)
+        log.truncate(size)
+    record = _RECORD.fullmatch(whole.removesuffix(b"\n").rpartition(b"\n")[2])
+    return (size, int(record[1]), record[3] == _GOES_ON.encode()) if record else (size, 0, False)
+
+
+def read(path: Path, offset: int, limit: int) -> LogChunk:
+    """Return up to `limit` records from `offset` on; none where there is no file."""
+    # Before the bytes: once it is there nothing is written any more.
+    closed = closed_mark(path).exists()
+    try:
+        log = path.open("rb")
+    except FileNotFoundError:
+        return LogChunk([], 0, closed)
+    with log:
+        size = log.seek(0, 2)
+        offset = _at_record(log, min(max(offset, 0), size))
+        data = log.read(_LONGEST_READ)
+    lines: list[LogLine] = []
+    for record in _records(data, limit):
+        offset += len(record)
+        if (line := _line(record)) is not None:
+            lines.append(line)
+    return LogChunk(lines, offset, closed and offset >= size)
+
+
+def _records(data: bytes, limit: int) -> Iterator[bytes]:
+    r"""Yield up to `limit` whole records. Not `splitlines`: that cuts at `\r` too."""
+    at = 0
+    for _ in range(limit):
+        end = data.find(b"\n", at) + 1
+        if end == 0:
+            return
+        yield data[at:end]
+        at = end
+
+
+def _line(record: bytes) -> LogLine | None:
+    found = _RECORD.fullmatch(record.removesuffix(b"\n"))
+    if found is None:
+        return None
+    number, at, mark, text = found.groups()
+    kind = _KIND_OF.get(mark.decode("latin-1"), "output")
+    goes_on = mark == _GOES_ON.encode()
+    return LogLine(int(number), to_datetime(int(at)), text.decode("utf-8", "replace"), kind, goes_on)
+
+
+def _at_record(log: BinaryIO, offset: int) -> int:
+    """Go to the beginning of the first record at or after `offset`, and return where that is."""
+    if offset:
+        log.seek(offset - 1)
+        log.readline()
+    else:
+        log.seek(0)
+    return log.tell()
+
+
+def locate(path: Path, number: int) -> int:
+    """Return the offset of the first record of line `number` or later, by bisection."""
+    try:
+        log = path.open("rb")
+    except FileNotFoundError:
+        return 0
+    with log:
+        low, high = 0, log.seek(0, 2)
+        while low < high:
+            middle = (low + high) // 2
+            start = _at_record(log, middle)
+            line = _line(log.readline())
+            if line is None or line.number >= number:
+                high = middle
+            else:
+                low = start + 1
+        return _at_record(log, low)
+
+
+def search(path: Path, text: str, limit: int) -> list[LogLine]:
+    """Return the first `limit` lines that contain `text` in any case."""
+    wanted = text.casefold()
+    found: list[LogLine] = []
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as log:
+        for record in log:
+            line = _line(record)
+            if line is not None and wanted in line.text.casefold():
+                found.append(line)
+                if len(found) >= limit:
+                    break
+    return found
+
+
+def closed_mark(path: Path) -> Path:
+    """Return the file whose presence says that a log is closed."""
+    return path.with_suffix(".closed")
