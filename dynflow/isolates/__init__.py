@@ -190,7 +190,11 @@ class WorkerLoader(ABC):
         """Stop all isolates; none is left behind."""
 
 
-_HOME = {"ProcessLoader": "dynflow.isolates.loader", "TrustedLoader": "dynflow.isolates.trusted"}
+_HOME = {
+    "ProcessLoader": "dynflow.isolates.loader",
+    "TrustedLoader": "dynflow.isolates.trusted",
+    "describe_walls": "dynflow.isolates.pool",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -158,6 +158,8 @@ class _Loaded:
     told: dict[str, list[Any]]
     bindings: dict[str, HostBinding]
     digest: str
+    token: object
+    """Of this answer of the code source: isolates with another env are not reused."""
 
 
 class _Worker(WorkerStub):
@@ -185,7 +187,8 @@ class _Worker(WorkerStub):
         made = self._source()
         code = await made if inspect.isawaitable(made) else made
         told, bindings = make_bindings(code.env, self.loader.wraps)
-        return _Loaded(code, code.modules, told, bindings, code_digest(code.main_module, code.modules))
+        digest = code_digest(code.main_module, code.modules)
+        return _Loaded(code, code.modules, told, bindings, digest, object())
 
 
 class _Entrypoint(EntrypointStub):
@@ -248,7 +251,7 @@ class _Entrypoint(EntrypointStub):
     async def _session(
         self, loaded: _Loaded, caller: Caller, port: Any = None, activity: Any = None
     ) -> tuple[Session, Callable[..., Any]]:
-        loader, key = self._worker.loader, (self._worker.id, loaded.digest)
+        loader, key = self._worker.loader, (loaded.token, loaded.digest)
         isolate = await loader.acquire(key, loaded)
         session = Session(isolate, loaded.bindings, caller, port, activity)
 

@@ -29,14 +29,47 @@ _START = (
 _START_TIMEOUT = 60
 
 
+def describe_walls() -> dict[str, str]:
+    """Return for each wall of isolates whether it can be put up here, and what it lacks; takes about 0.1 seconds."""
+    program = (
+        "import json, sys; sys.path += json.loads(sys.argv[1]); "
+        "from dynflow.isolates import confinement; print(json.dumps(confinement.probe()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-B", "-c", program, json.dumps(_import_path(["dynflow"]))],
+        env={},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=_START_TIMEOUT,
+    )
+    if done.returncode != 0:
+        raise IsolateError(f"walls could not be tried: {done.stderr.decode(errors='replace')[-500:]}")
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
 class IsolateProcess:
     """One forked child: the socket to it, and a hold on its life."""
 
     def __init__(self, sock: socket.socket, pidfd: int) -> None:
-        self.socket, self._pidfd = sock, pidfd
+        self._socket, self._pidfd = sock, pidfd
+        self._is_taken = False
         self.status: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self.gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(pidfd, self._ended)
+
+    def take_socket(self) -> socket.socket:
+        """Return the socket to it, which is the taker's to close."""
+        self._is_taken = True
+        return self._socket
+
+    def drop(self) -> None:
+        """Kill it, and close the socket where nobody has taken it."""
+        self.kill()
+        if not self._is_taken:
+            self._socket.close()
 
     def kill(self) -> None:
         """Kill it, and all that it may have started: it is pid 1 of its namespace."""
@@ -82,7 +115,7 @@ class Zygote:
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=None if os.environ.get("DYNFLOW_DEBUG_ZYGOTE") else subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
@@ -122,8 +155,10 @@ class Zygote:
         if self._process is not None:
             process, self._process = self._process, None
             await asyncio.get_running_loop().run_in_executor(None, _wait, process)
-        for child in list(self._children.values()):
+        for child in self._children.values():
+            child.drop()
             await child.gone.wait()
+        self._children.clear()
 
     def _read(self) -> None:
         try:
@@ -143,14 +178,14 @@ class Zygote:
             child = IsolateProcess(sock, fds[0])
             self._children[message["forked"]] = child
             if answer.done():  # nobody waits any more
-                child.kill()
-                sock.close()
+                child.drop()
             else:
                 answer.set_result(child)
         elif "exited" in message:
             child_or_none = self._children.pop(message["exited"], None)
             if child_or_none is not None:
                 child_or_none.ended_with(message["status"])
+                child_or_none.drop()
         elif "refused" in message:
             if not self._ready.done():
                 self._ready.set_exception(IsolateError(message["refused"]))
@@ -224,15 +259,13 @@ class IsolatePool:
                 continue
             if not child.gone.is_set():
                 return child
-            child.socket.close()
         return await (await self._live_zygote()).fork()
 
     async def close(self) -> None:
         """End everything."""
         for task in self._ready:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, IsolateError):
-                (await task).socket.close()
+        await asyncio.gather(*self._ready, return_exceptions=True)
         self._ready.clear()
         if self._zygote is not None:
             await self._zygote.close()

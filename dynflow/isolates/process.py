@@ -57,7 +57,7 @@ class Isolate(asyncio.Protocol):
     async def start(process: IsolateProcess, on_output: OnOutput) -> Isolate:
         """Return the isolate of `process`."""
         isolate = Isolate(process, on_output)
-        await isolate._loop.create_connection(lambda: isolate, sock=process.socket)
+        await isolate._loop.create_connection(lambda: isolate, sock=process.take_socket())
         return isolate
 
     def load(

@@ -72,10 +72,12 @@ class Session:
     def idled(self) -> None:
         """Note that the guest waits. It can do nothing until a step call is answered, unless it asked for else."""
         entry = self._entry
-        if self._activity is None or entry is None or entry.done():
+        if entry is None or entry.done() or self._running(self._scopes[entry.id]):
             return
-        if not self._running(self._scopes[entry.id]):
+        if self._activity is not None:
             self._activity.idle()
+        elif not self._isolate.peer.performing:
+            self._isolate.fail(IsolateLimitError("the isolate was stopped: its code waits for what can never happen"))
 
     def perform(self, call: Call) -> Any:
         """Perform a call of the guest. What it asks for is checked here; it can ask for anything."""

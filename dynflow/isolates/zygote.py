@@ -64,25 +64,28 @@ def main(control_fd: int, options: dict[str, Any]) -> None:
     """Run as the process that the host has started."""
     control = socket.socket(fileno=control_fd)
     control.set_inheritable(False)
+    try:
+        _start(control, options)
+    except confinement.WallError as error:
+        _tell(control, {"refused": str(error)})
+    except Exception:  # noqa: BLE001 - nobody reads this process's stderr
+        _tell(control, {"refused": "the zygote failed: " + traceback.format_exc()[-2000:]})
+    os._exit(1)
+
+
+def _start(control: socket.socket, options: dict[str, Any]) -> None:
     os.environ.clear()  # it was started with none, but Python itself sets LC_CTYPE
     confinement.die_with_parent()
-    preload(options.get("preload", ()))
+    preload(options["preload"])
     walls = frozenset(options["walls"])
-    try:
-        own_uids = confinement.raise_outer_walls(walls)
-        pid = os.fork()
-    except confinement.WallError as error:
-        _tell(control, {"refused": str(error)})
-        return
+    own_uids = confinement.raise_outer_walls(walls)
+    pid = os.fork()
     if pid:
         control.close()
-        os._exit(_wait(pid))
-    confinement.die_with_parent()
-    try:
-        child_walls = confinement.raise_inner_walls(walls, own_uids=own_uids)
-    except confinement.WallError as error:
-        _tell(control, {"refused": str(error)})
-        os._exit(1)
+        os.waitpid(pid, 0)
+        os._exit(0)
+    child_walls = confinement.raise_inner_walls(walls, own_uids=own_uids)
+    confinement.die_with_parent()  # after the change of uid, which would take it back
     sys.path[:] = [entry for entry in sys.path if os.path.isdir(entry)]  # noqa: PTH112 - no pathlib here
     _warm_up()
     Zygote(control, child_walls).serve()
@@ -204,8 +207,3 @@ def _receive(control: socket.socket) -> tuple[bytes, list[int]]:
     except OSError:
         return b"", []
     return message, fds
-
-
-def _wait(pid: int) -> int:
-    _, status = os.waitpid(pid, 0)
-    return 0 if status == 0 else 1

@@ -42,6 +42,13 @@ async def test_code_that_spins_while_it_is_loaded_is_stopped(loader: ProcessLoad
         await loader.get("w", lambda: code).get_entrypoint().fetch()
 
 
+async def test_code_that_waits_for_nothing_is_stopped(loader: ProcessLoader) -> None:
+    source = "import asyncio\nasync def fetch(request, env): await asyncio.Event().wait()"
+    stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
+    with pytest.raises(IsolateLimitError, match="waits for what can never happen"):
+        await stub.fetch()
+
+
 async def test_waiting_is_not_being_busy(loader: ProcessLoader) -> None:
     class Slow(Capability):
         async def answer(self) -> int:
