@@ -48,6 +48,9 @@ _log = logging.getLogger(__name__)
 
 WORKFLOW = "ci"
 
+# Identities in memory; what a run is never changes.
+_REMEMBERED = 10_000
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -92,9 +95,17 @@ class StoredIdentities:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._known: dict[str, RunIdentity] = {}
 
     async def identity(self, run_id: str) -> RunIdentity:
         """Return what the run was started as. Raises NotFoundError."""
+        if run_id not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[run_id] = await self._read(run_id)
+        return self._known[run_id]
+
+    async def _read(self, run_id: str) -> RunIdentity:
 
         def find(tx: Transaction) -> RunIdentity:
             run = tx.first(Run, col(Run.id) == run_id)

@@ -99,7 +99,9 @@ class SandboxCapability(Capability):
     def _checked(self, command: Any, identity: RunIdentity) -> Command:
         if not isinstance(command, Command) or not isinstance(command.workspace, Workspace):
             raise InvalidInputError(f"SANDBOX.run takes a Command, not {type(command).__name__}")
-        workspace_id = command.workspace.id
+        workspace_id: Any = (
+            command.workspace.id
+        )  # its class promises text; what came through the wire does not
         if not isinstance(workspace_id, str) or not workspace_id.startswith(f"{identity.run_id}."):
             raise ForbiddenError(f"workspace {workspace_id!r:.100} does not belong to this run")
         if command.sandbox == "container" and not self._settings.allow_containers:
@@ -129,7 +131,8 @@ class ForgeCapability(Capability):
         _in_step(caller, "GITHUB.comment_on_pr")
         if repo != identity.repo or pr != identity.pr or identity.pr is None:
             raise ForbiddenError(
-                f"this run may comment on pull request {identity.pr!r} of {identity.repo!r}, not {pr!r:.20} of {repo!r:.100}"
+                f"this run may comment on pull request {identity.pr!r} of {identity.repo!r}, "
+                f"not on {pr!r:.20} of {repo!r:.100}"
             )
         if not isinstance(body, str) or not 1 <= len(body) <= _LONGEST_COMMENT:
             raise InvalidInputError(

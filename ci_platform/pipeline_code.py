@@ -7,6 +7,7 @@ isolate is shared by runs of one repository, one trust and one version of the co
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ from dynflow.router import LoadContext
 FOLDER = ".dynflow"
 MAIN_MODULE = f"{FOLDER}/ci.py"  # the whole path: it is what errors and tracebacks show
 PIPELINE_CLASS = "CIPipeline"
+
+# Pipelines in memory: a few KiB each.
+_REMEMBERED = 500
 
 
 class Identities(Protocol):
@@ -43,6 +47,8 @@ class PipelineCode:
     ) -> None:
         self._source, self._loader, self._identities = source, loader, identities
         self._env, self._limits = env, limits
+        # A commit's files never change: what was looked up at the delivery need not be at the start and each wake.
+        self._known: OrderedDict[tuple[str, str], dict[str, str]] = OrderedDict()
 
     async def describe(
         self, change: Change, *, clone_url: str, credentials: tuple[str, str] | None
@@ -66,6 +72,15 @@ class PipelineCode:
         return self._loader.get(worker_id, lambda: code).get_entrypoint(PIPELINE_CLASS, props=identity)
 
     async def _modules(self, repo: str, sha: str) -> dict[str, str]:
+        found = self._known.pop((repo, sha), None)
+        if found is None:
+            found = await self._read(repo, sha)
+        self._known[repo, sha] = found
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return found
+
+    async def _read(self, repo: str, sha: str) -> dict[str, str]:
         files = await self._source.read_folder(repo, sha, FOLDER, suffix=".py")
         try:
             return {f"{FOLDER}/{name}": content.decode() for name, content in files.items()}

@@ -1,4 +1,5 @@
 """Pipelines and repositories of the scenarios."""
+# ruff: noqa: E501 - the pipeline that must run stands as it is given
 
 from __future__ import annotations
 

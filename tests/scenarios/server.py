@@ -141,7 +141,9 @@ class Server:
             found.update(self.api("GET", f"/runs/{runs[0]['id']}"))
             if condition(found):
                 return True
-            assert not concluded(found), f"waited for {what}, but the run ended\n{json.dumps(found, indent=1)[-3000:]}"
+            assert not concluded(found), (
+                f"waited for {what}, but the run ended\n{json.dumps(found, indent=1)[-3000:]}"
+            )
             return False
 
         self.wait_until(look, what, lambda: json.dumps(found, indent=1)[-3000:])

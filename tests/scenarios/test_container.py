@@ -23,7 +23,9 @@ CONTAINED = f'run_in_sandbox(workspace, ["sh", "-c", "{INSIDE}"], sandbox="conta
 def test_a_step_in_a_container_sees_the_workspace_and_the_others_see_its_files(tmp_path: Path) -> None:
     require_image()
     assert PLAIN in DEMO
-    pipeline = DEMO.replace(PLAIN, CONTAINED).replace("test -f dist", "cat from-container.txt && test -f dist")
+    pipeline = DEMO.replace(PLAIN, CONTAINED).replace(
+        "test -f dist", "cat from-container.txt && test -f dist"
+    )
     bare, sha = make_repository(tmp_path / "repo", pipeline)
     with serve_github() as github:
         settings = {

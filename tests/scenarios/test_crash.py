@@ -24,7 +24,8 @@ SLOW = {slow!r}
 
 def command(name):
     pause = " && sleep 1.5" if name == SLOW else ""
-    return ["sh", "-c", f"echo {{name}}-started{{pause}} && echo {{name}} >> ran-{{name}}.txt && echo {{name}}-finished"]
+    says = f"echo {{name}}-started{{pause}} && echo {{name}} >> ran-{{name}}.txt && echo {{name}}-finished"
+    return ["sh", "-c", says]
 
 class CIPipeline(WorkflowEntrypoint):
     async def run(self, event, step):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from tests.scenarios.github_server import serve_github
@@ -13,6 +14,9 @@ from tests.scenarios.pipelines import make_repository
 from tests.scenarios.server import Server, at_gate, concluded, running_server, step_named
 
 PAYLOADS = Path(__file__).parents[1] / "data" / "github"
+FAILING = (
+    "import unittest\nclass T(unittest.TestCase):\n    def test_no(self):\n        self.fail('not today')\n"
+)
 REPO = "Codertocat/Hello-World"  # the repository of the recorded payloads
 
 
@@ -46,13 +50,6 @@ def approve(server: Server, run: dict[str, Any]) -> None:
     )
 
 
-def processes_of(server: Server) -> set[str]:
-    """Return the command lines of isolates and commands below the server, resident helpers left out."""
-    assert server.process is not None
-    below = psutil.Process(server.process.pid).children(recursive=True)
-    return {" ".join(child.cmdline()) for child in below if child.is_running()}
-
-
 def test_a_push_to_main_runs_to_the_gate_and_after_the_approval_to_success(tmp_path: Path) -> None:
     bare, sha = make_repository(tmp_path / "repo")
     with serve_github() as github:
@@ -78,9 +75,7 @@ def test_a_push_to_main_runs_to_the_gate_and_after_the_approval_to_success(tmp_p
         assert {body["context"] for body in bodies} == {"dynflow/push"}
         assert all(body["target_url"].endswith(f"/runs/{run['id']}") for body in bodies)
         assert all(0 < len(body["description"]) <= 140 for body in bodies)
-        assert {call.authorization for call in github.calls} == {"token a-token"} or all(
-            call.authorization and call.authorization.endswith("a-token") for call in github.calls
-        )
+        assert all(call.authorization and call.authorization.endswith("a-token") for call in github.calls)
         assert not github.comments
 
 
@@ -98,7 +93,7 @@ def test_a_pull_request_gets_its_statuses_and_one_comment(tmp_path: Path) -> Non
             github.wait_for(lambda: len(github.comments) == 1)
         (comment,) = github.comments.values()
         assert "| test | passed |" in comment["body"]
-        assert [body["state"] for body in github.statuses(sha)][0] == "pending"
+        assert github.statuses(sha)[0]["state"] == "pending"
 
 
 def test_a_redelivery_starts_no_second_run(tmp_path: Path) -> None:
@@ -160,9 +155,7 @@ def test_errors_of_a_pipeline_conclude_failure_with_file_and_line(tmp_path: Path
 def test_a_failing_command_fails_the_run_and_names_the_step(tmp_path: Path) -> None:
     bare, sha = make_repository(
         tmp_path / "repo",
-        files={
-            "test_app.py": "import unittest\nclass T(unittest.TestCase):\n    def test_no(self):\n        self.fail('not today')\n"
-        },
+        files={"test_app.py": FAILING},
     )
     with serve_github() as github:
         settings = {"github_api_url": github.url, "allow_file_remotes": "true"}
@@ -179,8 +172,6 @@ def test_a_failing_command_fails_the_run_and_names_the_step(tmp_path: Path) -> N
 
 def server_log(server: Server, run: dict[str, Any], step: str) -> str:
     """Return a step's log as plain text."""
-    import httpx
-
     response = httpx.get(
         f"{server.url}/api/v1/runs/{run['id']}/steps/{step}/log", headers=server.headers, timeout=30
     )

@@ -26,7 +26,9 @@ def python_for_everybody() -> tuple[str, ...]:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     for path in (sys.executable, f"/usr/bin/python{version}"):
         try:
-            found = subprocess.run([path, "-c", "pass"], user=NOBODY, group=NOBODY, extra_groups=[], cwd="/")
+            found = subprocess.run(
+                [path, "-c", "pass"], user=NOBODY, group=NOBODY, extra_groups=[], cwd="/", check=False
+            )
         except OSError:
             continue
         if found.returncode == 0:
