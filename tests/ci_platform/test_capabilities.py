@@ -1,0 +1,174 @@
+"""Capabilities: what a pipeline may ask for is decided by who it is, not by what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from ci_platform import copy_on_write
+from ci_platform.capabilities import ArtifactsCapability, RunIdentity, SandboxCapability
+from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError
+from ci_platform.execution import Execution
+from ci_platform.logs import Logs
+from ci_platform.sandboxes.isolate import IsolateSandbox
+from ci_platform.settings import Settings
+from ci_platform.source import Remote, Source
+from ci_platform.workspaces import Workspaces
+from dynflow.isolates import Caller, current_caller
+from dynflow.types import StepContext, StepInfo
+from pipelines.contract import Command, Workspace
+from tests.scenarios.pipelines import git, make_repository
+
+REPO = "owner/app"
+
+
+@dataclass
+class World:
+    """Real rooms below one folder."""
+
+    root: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.source = Source(self.root / "source", allow_file=True)
+        method = copy_on_write.probe(self.root / "workspaces")
+        self.workspaces = Workspaces(self.root / "workspaces", self.source, method, durable=False)
+        self.sandbox = IsolateSandbox()
+        execution = Execution(self.workspaces, Logs(self.root / "logs"), {"isolate": self.sandbox})
+        settings = Settings(data=self.root / "data", **self.settings)
+        self.artifacts = ArtifactsCapability(self.workspaces)
+        self.commands = SandboxCapability(execution, settings)
+
+
+@contextmanager
+def called_by(
+    identity: RunIdentity | None, *, step: str | None = "a step", attempt: int = 1
+) -> Iterator[None]:
+    """Call as this run's pipeline does from inside a step."""
+    ctx = None if step is None else StepContext(StepInfo(step, 1), attempt, {})
+    token = current_caller.set(
+        Caller("worker", props=identity, instance_id="i", workflow_name="ci", step=ctx)
+    )
+    try:
+        yield
+    finally:
+        current_caller.reset(token)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "platform")
+
+
+@pytest.fixture
+async def commits(world: World, tmp_path: Path) -> tuple[str, str]:
+    """Two commits of the repository, fetched."""
+    bare, first = make_repository(tmp_path / "repo")
+    work = tmp_path / "repo" / "work"
+    git(work, "commit", "--quiet", "--allow-empty", "-m", "Say nothing")
+    git(work, "push", "--quiet", str(bare), "main")
+    second = git(work, "rev-parse", "HEAD")
+    for sha in (first, second):
+        await world.source.fetch(REPO, sha, Remote(bare.as_uri()), ref="refs/heads/main")
+    return first, second
+
+
+def run_of(sha: str, *, run_id: str = "1" * 32, trusted: bool = True) -> RunIdentity:
+    return RunIdentity(run_id, REPO, sha, None, trusted)
+
+
+async def test_a_workspace_is_of_the_runs_own_commit_unless_another_is_named(
+    world: World, commits: tuple[str, str]
+) -> None:
+    first, second = commits
+    with called_by(run_of(second)):
+        assert (await world.artifacts.fork(REPO)).sha == second
+        with called_by(run_of(second), step="older"):
+            assert (await world.artifacts.fork(REPO, sha=first)).sha == first
+
+
+async def test_forking_again_in_the_same_step_gives_the_same_workspace(
+    world: World, commits: tuple[str, str]
+) -> None:
+    with called_by(run_of(commits[0])):
+        once = await world.artifacts.fork(REPO)
+    with called_by(run_of(commits[0]), attempt=2):
+        assert await world.artifacts.fork(REPO) == once
+
+
+async def test_a_forks_pull_request_reads_its_own_commit_alone(
+    world: World, commits: tuple[str, str]
+) -> None:
+    first, second = commits
+    with called_by(run_of(second, trusted=False)):
+        assert (await world.artifacts.fork(REPO)).sha == second
+        with pytest.raises(ForbiddenError, match="its own commit"):
+            await world.artifacts.fork(REPO, sha=first)
+
+
+@pytest.mark.parametrize("sha", ["main", "", 5, "0" * 39, "../../x"])
+async def test_a_commit_is_named_in_full(world: World, commits: tuple[str, str], sha: Any) -> None:
+    with called_by(run_of(commits[0])), pytest.raises(InvalidInputError, match="full commit id"):
+        await world.artifacts.fork(REPO, sha=sha)
+
+
+async def test_another_repository_is_out_of_reach(world: World, commits: tuple[str, str]) -> None:
+    with called_by(run_of(commits[0])), pytest.raises(ForbiddenError, match="somebody/else"):
+        await world.artifacts.fork("somebody/else", sha=commits[0])
+
+
+async def test_a_command_runs_in_a_workspace_of_its_own_run_only(
+    world: World, commits: tuple[str, str]
+) -> None:
+    with called_by(run_of(commits[0])):
+        workspace = await world.artifacts.fork(REPO)
+        result = await world.commands.run(Command(workspace, ("cat", "src/app.py")))
+        assert "def answer" in result.output
+    with (
+        called_by(run_of(commits[0], run_id="2" * 32)),
+        pytest.raises(ForbiddenError, match="not belong to this run"),
+    ):
+        await world.commands.run(Command(workspace, ("cat", "src/app.py")))
+    await world.sandbox.close()
+
+
+@pytest.mark.parametrize("argument", [None, "rm -rf", {"argv": ["true"]}, 5])
+async def test_what_is_no_command_is_refused(world: World, commits: tuple[str, str], argument: Any) -> None:
+    with called_by(run_of(commits[0])), pytest.raises(InvalidInputError, match="takes a Command"):
+        await world.commands.run(argument)
+
+
+async def test_a_workspace_id_that_is_no_text_is_refused(world: World, commits: tuple[str, str]) -> None:
+    hostile = Workspace(cast("str", ["x"]), REPO, commits[0])
+    with called_by(run_of(commits[0])), pytest.raises(ForbiddenError):
+        await world.commands.run(Command(hostile, ("true",)))
+
+
+async def test_a_forks_pull_request_gets_no_network(world: World, commits: tuple[str, str]) -> None:
+    identity = run_of(commits[0], trusted=False)
+    with called_by(identity):
+        workspace = await world.artifacts.fork(REPO)
+        with pytest.raises(ForbiddenError, match="from forks"):
+            await world.commands.run(Command(workspace, ("true",), network=True))
+
+
+async def test_containers_can_be_switched_off(tmp_path: Path) -> None:
+    world = World(tmp_path, {"allow_containers": False})
+    command = Command(Workspace("1" * 32 + ".x-1", REPO, "0" * 40), ("true",), sandbox="container")
+    with called_by(run_of("0" * 40)), pytest.raises(ForbiddenError, match="allow_containers"):
+        await world.commands.run(command)
+
+
+async def test_work_outside_of_a_step_is_refused(world: World, commits: tuple[str, str]) -> None:
+    with called_by(run_of(commits[0]), step=None), pytest.raises(FailedError, match="belongs into a step"):
+        await world.artifacts.fork(REPO)
+
+
+async def test_who_is_no_run_reaches_nothing(world: World) -> None:
+    with called_by(None), pytest.raises(ForbiddenError):
+        await world.artifacts.fork(REPO)
