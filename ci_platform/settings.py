@@ -64,7 +64,7 @@ class Settings(BaseModel):
 
     data: Path = Field(
         default_factory=default_data_folder,
-        description="Folder of everything that must survive: databases, mirrors, workspaces, logs.",
+        description="Folder of everything that must survive: databases, repositories, workspaces, logs.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 listens on all.")
     port: int = Field(8420, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
@@ -120,7 +120,6 @@ class Settings(BaseModel):
     )
     command_memory: Size = Field(2048 * _MEBIBYTE, description="Memory that one command may use.")
     command_processes: int = Field(512, ge=1, description="Processes that one command may have at once.")
-    command_disk: Size = Field(8192 * _MEBIBYTE, description="What one command may write to its workspace.")
     max_log: Size = Field(
         64 * _MEBIBYTE, description="What one step may print; the rest is dropped, and said."
     )
@@ -129,14 +128,10 @@ class Settings(BaseModel):
         ge=1,
         description="Runs that work at the same time; others queue. Waiting runs do not count.",
     )
-    concurrency_per_repository: int = Field(8, ge=1, description="The same, within one repository.")
     retention: Duration = Field(
         timedelta(days=30), description="How long finished runs and their logs are kept."
     )
 
-    sandbox: Literal["isolate", "container"] = Field(
-        "isolate", description="Sandbox of commands whose pipeline does not choose one."
-    )
     copy_on_write: Literal["auto", "overlay", "reflink", "copy"] = Field(
         "auto", description="How workspaces are layered. auto takes the first that works here."
     )
@@ -187,11 +182,6 @@ class Settings(BaseModel):
         return self.data / "engine.db"
 
     @property
-    def mirrors_path(self) -> Path:
-        """Folder of bare mirrors."""
-        return self.data / "mirrors"
-
-    @property
     def workspaces_path(self) -> Path:
         """Folder of trees and layers."""
         return self.data / "workspaces"
@@ -228,7 +218,7 @@ def load_settings(
 def make_data_folder(settings: Settings) -> None:
     """Make the data folder and its parts, mode 0700. Raises InvalidInputError where it cannot be made."""
     try:
-        for folder in (settings.data, settings.mirrors_path, settings.workspaces_path, settings.logs_path):
+        for folder in (settings.data, settings.workspaces_path, settings.logs_path):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInputError(f"cannot make the data folder {settings.data}: {error.strerror}") from error

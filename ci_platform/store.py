@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,9 @@ class Store:
             return result
 
     def _migrate(self) -> None:
+        database = self._engine.url.database
+        if self.is_sqlite and database:
+            _make_private(Path(database))
         with _speaking_plainly(), self._engine.connect() as connection:
             migrate(connection)
 
@@ -191,6 +195,14 @@ def _make_engine(url: str) -> Engine:
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         # The URL may hold a password: the message names the kind of problem alone.
         raise InvalidInputError(f"database_url cannot be used: {type(error).__name__}") from None
+
+
+def _make_private(path: Path) -> None:
+    """Make the file before SQLite does, for its owner alone; what SQLite puts beside it takes over the mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise UnavailableError(f"the database {path} cannot be opened: {error.strerror}") from error
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

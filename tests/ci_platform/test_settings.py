@@ -23,8 +23,8 @@ def test_an_option_wins_over_the_environment_over_the_file_over_the_default(tmp_
     (tmp_path / "dynflow.toml").write_text('port = 1\nhost = "file"\nstatus_context = "file"\n')
     environ = {"DYNFLOW_DATA": str(tmp_path), "DYNFLOW_PORT": "2", "DYNFLOW_HOST": "environment"}
     settings = load_settings({"port": 3, "public_url": None}, environ)
-    found = (settings.port, settings.host, settings.status_context, settings.concurrency_per_repository)
-    assert found == (3, "environment", "file", 8)
+    found = (settings.port, settings.host, settings.status_context, settings.public_read)
+    assert found == (3, "environment", "file", False)
 
 
 def test_durations_and_sizes_are_written_as_people_write_them(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_settings_cannot_be_changed(tmp_path: Path) -> None:
         ({"DYNFLOW_PORT": "70000"}, "port"),
         ({"DYNFLOW_MAX_BODY": "0"}, "max_body"),
         ({"DYNFLOW_RUN_TIMEOUT": "1 h"}, "run_timeout"),
-        ({"DYNFLOW_SANDBOX": "vm"}, "sandbox"),
+        ({"DYNFLOW_COPY_ON_WRITE": "magic"}, "copy_on_write"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_name(

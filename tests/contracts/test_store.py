@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -182,8 +183,26 @@ async def test_queries_that_every_page_makes_use_an_index(store: Store, url: str
 
 async def test_a_database_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path}/not/there.db")
-    with pytest.raises(UnavailableError, match="does not answer"):
+    with pytest.raises(UnavailableError, match="No such file"):
         await store.open()
+    await store.close()
+
+
+async def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_not_told() -> None:
+    pytest.importorskip("psycopg")
+    store = Store("postgresql+psycopg://user:hunter2@127.0.0.1:1/db")
+    with pytest.raises(UnavailableError, match="does not answer") as caught:
+        await store.open()
+    assert "hunter2" not in str(caught.value)
+    await store.close()
+
+
+async def test_the_file_is_its_owners_alone(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path}/platform.db")
+    await store.open()
+    await store.write(lambda tx: tx.count("n"))
+    modes = {name.name: name.stat().st_mode & 0o077 for name in os.scandir(tmp_path)}
+    assert set(modes.values()) == {0}, modes
     await store.close()
 
 
