@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -91,9 +92,7 @@ def copy_file(name: str, source: int, onto: int, *, clone: bool = False) -> None
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         writer = os.open(name, flags, 0o600, dir_fd=onto)
         try:
-            if clone:
-                fcntl.ioctl(writer, FICLONE, reader)
-            else:
+            if not (clone and _clone(writer, reader)):
                 while os.sendfile(writer, reader, None, _CHUNK):
                     pass
             _copy_metadata(os.fstat(reader), writer)
@@ -102,6 +101,17 @@ def copy_file(name: str, source: int, onto: int, *, clone: bool = False) -> None
             os.close(writer)
     finally:
         os.close(reader)
+
+
+def _clone(writer: int, reader: int) -> bool:
+    """Share the blocks of a file; false where the two lie on different file systems."""
+    try:
+        fcntl.ioctl(writer, FICLONE, reader)
+    except OSError as error:
+        if error.errno in {errno.EXDEV, errno.ENOTSUP}:
+            return False
+        raise
+    return True
 
 
 def _copy_owner(found: os.stat_result, name: str, onto: int) -> None:

@@ -155,6 +155,15 @@ class Source:
         if not path.is_dir():
             _initialise(path, "main")
 
+    async def maintain(self, repo: str) -> None:
+        """Pack into one what fetches and pushes left in pieces; nothing is dropped. Worth it once a day."""
+        command = ["--git-dir", str(self.path(repo)), "repack", "-a", "-d", "--keep-unreachable", "--quiet"]
+        async with self._fetches[repo], self._builds[repo]:
+            try:
+                await git_commands.run(command, git_commands.environment(), within=self._fetch_within)
+            except git_commands.GitError as error:
+                raise UnavailableError(f"{repo!r} cannot be packed: {error}") from None
+
     # Repositories of our own
 
     async def create(self, repo: str, *, default_branch: str = "main") -> None:

@@ -187,7 +187,7 @@ class TreeStore:
             used_at = folder.stat().st_mtime
         except FileNotFoundError:
             return None
-        if record["boot"] != self._boot:
+        if (record["boot"], record["owner"]) != (self._boot, self._owner.uid):
             return None
         return StoredTree(folder.name, folder, record["base"], record["size"], used_at)
 
@@ -200,7 +200,7 @@ class TreeStore:
             (scratch / "tree").mkdir(parents=True)
             with TreeWriter(scratch / "tree", self._owner, self._limits) as writer:
                 fill(writer)
-            record = {"boot": self._boot, "base": base, "files": writer.files, "size": writer.size}
+            record = {"boot": self._boot, "owner": self._owner.uid, "base": base, "size": writer.size}
             (scratch / "tree.json").write_text(json.dumps(record), encoding="utf-8")
             self._publish(scratch, self._root / repo / key)
         finally:

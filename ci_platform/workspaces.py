@@ -141,10 +141,12 @@ class Workspaces:
             commit = await self._thread(stack.describe)
             base = await self._source.materialise(commit["repo"], commit["sha"])
             first, in_use = author not in state.started, self._in_use()
-            opened = await self._thread(lambda: self._prepare(stack, author, base, in_use, first=first))
+            # Shielded: a folder that nobody knows of would stay until the next start.
+            with anyio.CancelScope(shield=True):
+                opened = await self._thread(lambda: self._prepare(stack, author, base, in_use, first=first))
             state.started.add(author)
-            opened = replace(opened, seen=max(opened.seen, state.last_order))
-            state.last_order = opened.seen
+            state.last_order = max(opened.seen, state.last_order)
+            opened = replace(opened, seen=state.last_order)
             self._open[opened.folder] = opened
         if self._method.mounts:
             return Tree(opened.folder / "tree", opened.folder / "work", opened.lowers)

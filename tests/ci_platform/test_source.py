@@ -156,6 +156,15 @@ async def test_a_stale_lock_of_a_killed_fetch_is_swept(source: Source, remote: W
     await fetched(source, remote, sha)
 
 
+async def test_maintenance_packs_and_loses_nothing(source: Source, remote: WorkingCopy) -> None:
+    shas = [await fetched(source, remote, remote.commit({"a": b"%d" % number})) for number in range(5)]
+    await source.maintain(REPO)
+    packs = source.path(REPO) / "objects" / "pack"
+    assert len(list(packs.glob("*.pack"))) == 1
+    for number, sha in enumerate(shas):
+        assert await source.read_file(REPO, sha, "a") == b"%d" % number
+
+
 async def test_a_tree_on_disk_is_what_git_archive_gives(source: Source, remote: WorkingCopy) -> None:
     sha = await fetched(source, remote, remote.commit(FILES))
     (tree,) = await source.materialise(REPO, sha)

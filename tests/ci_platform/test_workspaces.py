@@ -304,6 +304,24 @@ async def test_a_sweep_keeps_what_lives_and_removes_the_rest(bench: Bench) -> No
     assert not (bench.root / "workspaces" / "run2.build").exists()
 
 
+async def test_a_runs_workspaces_are_rewound_and_removed_together(bench: Bench) -> None:
+    await bench.workspaces.fork("run1.other", REPO, bench.sha)
+    await bench.workspaces.fork("run10.build", REPO, bench.sha)
+    await bench.do("echo x > x", step="a")
+    await bench.workspaces.rewind_run("run1", [("a", 1)])
+    assert await bench.workspaces.read(ID, "x") is None
+    await bench.workspaces.delete_run("run1")
+    assert [path.name for path in (bench.root / "workspaces").glob("run*")] == ["run10.build"]
+
+
+async def test_a_cancelled_prepare_leaves_nothing_or_a_tree_to_drop(bench: Bench) -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await bench.workspaces.drop(await bench.prepare())
+    assert list((bench.root / "workspaces" / ID / "pending").iterdir()) == []
+    await bench.workspaces.delete(ID)
+
+
 HOSTILE = """
 echo target > ../victim 2>/dev/null || true
 ln -s / slash; ln -s /etc/passwd passwd; ln -s loop loop; mkfifo pipe
