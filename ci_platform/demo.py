@@ -23,6 +23,7 @@ from ci_platform.repository_push import Destination, push_folder
 from ci_platform.serving import Running, running, stop_signal
 from ci_platform.settings import Settings, default_data_folder
 from ci_platform.terminal import RunJson, RunWatcher, run_title, state_of
+from ci_platform.web.ansi import plain
 
 REPOSITORY = "demo/hello"
 FILES = Path(__file__).parent / "demo_repository"
@@ -147,7 +148,7 @@ class _Guide:
         style = "green" if state == "success" else "red"
         self._console.print(f"\nConclusion: [{style}]{state}[/{style}]", highlight=False)
         if run["reason"]:
-            self._console.print(run["reason"], highlight=False, markup=False)
+            self._console.print(plain(run["reason"].partition("\n")[0]), highlight=False, markup=False)
         if self._options.stay:
             link = self._login_link(f"/runs/{run['id']}")
             self._console.print(f"Look at it: {link}", highlight=False, soft_wrap=True)

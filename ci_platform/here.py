@@ -15,6 +15,7 @@ from ci_platform.repository_push import Destination, current_branch, push_folder
 from ci_platform.serving import Running, running
 from ci_platform.settings import Settings
 from ci_platform.terminal import RunJson, RunWatcher, failed_steps, print_log, run_title, state_of
+from ci_platform.web.ansi import plain
 
 PIPELINE = Path(".dynflow") / "ci.py"
 
@@ -75,7 +76,8 @@ class _Visit:
                 self._console.rule(step["name"], style="red")
                 print_log(self._client, self._console, run["id"], step["name"], step["count"], last=40)
             if run["reason"]:
-                self._console.print(run["reason"], highlight=False, markup=False)
+                reason = plain(run["reason"].partition("\n")[0])
+                self._console.print(reason, highlight=False, markup=False, soft_wrap=True)
         state = state_of(run)
         self._console.print(
             f"Conclusion: {state}", highlight=False, style="green" if state == "success" else "red"

@@ -169,7 +169,7 @@ class RunWatcher:
         for event in self._client.stream(f"{path}/events"):
             line = _event_line(event.data)
             if line:
-                self._console.print(line, highlight=False, markup=False)
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
             if event.data["type"] == "wait.started":
                 self._announce_gates(self._with_gates(path))
         return self._concluded(path)
