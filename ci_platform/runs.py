@@ -9,19 +9,18 @@ crash between two of its steps loses nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
 import anyio
 
 from ci_platform.backoff import backoff
-from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
-from ci_platform.gates import Gates, gates_of_run
+from ci_platform.errors import ConflictError, NotFoundError, UnavailableError
+from ci_platform.gates import Gates
 from ci_platform.instances import InstanceHandle, Layers, WorkflowsBinding
-from ci_platform.model import DeliveryRow, Gate, OutboxRow, Repository, Run
+from ci_platform.model import Repository, Run
 from ci_platform.notices import Notices
 from ci_platform.outcomes import (
     Outcome,
@@ -35,29 +34,20 @@ from ci_platform.outcomes import (
     waiting_for,
 )
 from ci_platform.reports import Reports
+from ci_platform.run_queries import RunQueries, existing_run
 from ci_platform.run_views import RunView, run_view
-from ci_platform.store import Store, Transaction, col, decode_cursor, encode_cursor, or_
+from ci_platform.store import Store, Transaction, col
 from ci_platform.triggers import RunRequest
 from dynflow.clock import Clock
 from dynflow.errors import IllegalMoveError, InstanceExistsError, InstanceNotFoundError
-from dynflow.types import HistoryEvent, InstanceStatus
+from dynflow.types import InstanceStatus
 
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
-_PHASES = frozenset({"queued", "running", "waiting", "paused", "finished"})
-_CONCLUSIONS = frozenset({"success", "failure", "error", "cancelled", "timed_out"})
 
 
-@dataclass(frozen=True, slots=True)
-class RunPage:
-    """Some runs, the newest first; `cursor` leads to the next ones, None where there are none."""
-
-    runs: tuple[RunView, ...]
-    cursor: str | None
-
-
-class Runs:
+class Runs(RunQueries):
     """Starts runs and sees them to their conclusions. `serve` runs beside the server, in the same event loop."""
 
     def __init__(
@@ -72,8 +62,8 @@ class Runs:
         layers: Layers,
         run_timeout: timedelta = timedelta(hours=6),
     ) -> None:
-        self._store, self._clock, self._notices = store, clock, notices
-        self._workflows, self._gates, self._reports = workflows, gates, reports
+        super().__init__(store, clock, workflows)
+        self._notices, self._gates, self._reports = notices, gates, reports
         self._layers, self._run_timeout = layers, run_timeout
         self._busy: set[str] = set()
         self._failures: dict[str, int] = {}
@@ -137,12 +127,12 @@ class Runs:
         why = f"cancelled by {by}" + (f": {reason[:500]}" if reason else "")
 
         def mark(tx: Transaction) -> Run:
-            run = _existing(tx, run_id)
+            run = existing_run(tx, run_id)
             if run.conclusion is not None:
                 raise ConflictError(f"the run has ended already: {run.conclusion}")
             stop = {"stop_conclusion": "cancelled", "stop_reason": why}
             tx.change(Run, stop, col(Run.id) == run_id, col(Run.stop_conclusion).is_(None))
-            return _existing(tx, run_id)
+            return existing_run(tx, run_id)
 
         run = await self._store.write(mark)
         self._notices.add(run_id)
@@ -154,7 +144,7 @@ class Runs:
         What came before that step is kept, files too. Durable when this returns. Raises NotFoundError (also
         for the step), or ConflictError while the run has not ended.
         """
-        run = await self._store.read(lambda tx: _existing(tx, run_id))
+        run = await self._store.read(lambda tx: existing_run(tx, run_id))
         if run.conclusion is None:
             raise ConflictError("the run has not ended: cancel it first, or wait")
         if from_step is not None:
@@ -177,7 +167,7 @@ class Runs:
         def mark(tx: Transaction) -> Run:
             if not tx.change(Run, values, col(Run.id) == run_id, col(Run.conclusion).is_not(None)):
                 raise ConflictError("the run is being rerun already")
-            again = _existing(tx, run_id)
+            again = existing_run(tx, run_id)
             self._reports.put_status(tx, again, "pending", "queued")
             return again
 
@@ -195,62 +185,6 @@ class Runs:
         if not any((one.kind, one.name, one.count) == ("do", name, count) for one in status.steps):
             raise NotFoundError(f"the run has no step {name[:256]!r} number {count} to rerun from")
 
-    # --- questions -----------------------------------------------------------------------------
-
-    async def get(self, run_id: str) -> RunView:
-        """Return a run with its steps, gates and cause. Raises NotFoundError."""
-
-        def find(tx: Transaction) -> tuple[Run, Sequence[Gate], DeliveryRow | None]:
-            run = _existing(tx, run_id)
-            cause = None if run.delivery is None else tx.get(DeliveryRow, run.delivery)
-            return run, gates_of_run(tx, run_id), cause
-
-        run, gates, delivery = await self._store.read(find)
-        try:
-            status = await (await self._workflows.get(run_id)).status()
-        except InstanceNotFoundError:
-            status = None
-        return run_view(run, status=status, gates=gates, delivery=delivery)
-
-    async def summary(self, run_id: str) -> RunView:
-        """Return a run as the database knows it, without asking the engine. Raises NotFoundError."""
-        return run_view(await self._store.read(lambda tx: _existing(tx, run_id)))
-
-    async def list(
-        self,
-        *,
-        repo: str | None = None,
-        ref: str | None = None,
-        status: str | None = None,
-        sha: str | None = None,
-        pr: int | None = None,
-        cursor: str | None = None,
-        limit: int = 50,
-    ) -> RunPage:
-        """Return runs, the newest first.
-
-        `ref` is a full ref or a branch's name; `status` a status or a conclusion. Raises InvalidInputError.
-        """
-        if not 1 <= limit <= 200:
-            raise InvalidInputError(f"limit is 1 to 200, not {limit}")
-        where = _conditions(repo=repo, ref=ref, status=status, sha=sha, pr=pr)
-        if cursor is not None:
-            where.append(col(Run.seq) < decode_cursor(cursor))
-        rows = await self._store.read(
-            lambda tx: tx.all(Run, *where, order=col(Run.seq).desc(), limit=limit + 1)
-        )
-        more = encode_cursor(cast("int", rows[limit - 1].seq)) if len(rows) > limit else None
-        return RunPage(tuple(run_view(row) for row in rows[:limit]), more)
-
-    async def events(self, run_id: str, cursor: int | None = None) -> AsyncIterator[HistoryEvent]:
-        """Yield the run's history after `cursor`, then what happens, until it has ended. Raises NotFoundError."""
-        try:
-            handle: InstanceHandle = await self._workflows.get(run_id)
-        except InstanceNotFoundError:
-            raise NotFoundError(f"there is no run {run_id[:100]}, or its history is gone") from None
-        async for event in handle.subscribe(cursor):
-            yield event
-
     async def concluded(self, run_id: str) -> RunView:
         """Wait until a run has ended, and return it. Raises NotFoundError."""
         while True:
@@ -259,36 +193,6 @@ class Runs:
             if view.conclusion is not None:
                 return await self.get(run_id)
             await changed.wait()
-
-    async def live_ids(self) -> set[str]:
-        """Return the ids of all runs that are kept, whose workspaces and logs must be kept too."""
-        return {run.id for run in await self._store.read(lambda tx: tx.all(Run))}
-
-    async def expired(self, retention: timedelta, *, limit: int = 100) -> Sequence[str]:
-        """Return runs that ended longer ago than `retention`, the oldest first."""
-        before = self._clock.now() - retention
-        rows = await self._store.read(
-            lambda tx: tx.all(
-                Run,
-                col(Run.conclusion).is_not(None),
-                col(Run.ended_at) < before,
-                order=col(Run.seq),
-                limit=limit,
-            )
-        )
-        return [row.id for row in rows]
-
-    async def forget(self, run_id: str) -> None:
-        """Delete a run that has ended from the database: the last thing, after its files and instance."""
-
-        def delete(tx: Transaction) -> None:
-            if _existing(tx, run_id).conclusion is None:
-                raise ConflictError("the run has not ended")
-            for table in (Gate, OutboxRow):
-                tx.remove(table, col(table.run_id) == run_id)
-            tx.remove(Run, col(Run.id) == run_id)
-
-        await self._store.write(delete)
 
     # --- seeing to it --------------------------------------------------------------------------
 
@@ -469,35 +373,6 @@ _ACTIVE = (
     col(Run.stop_conclusion).is_(None),
     col(Run.conclusion).is_(None),
 )
-
-
-def _existing(tx: Transaction, run_id: str) -> Run:
-    run = tx.first(Run, col(Run.id) == run_id)
-    if run is None:
-        raise NotFoundError(f"there is no run {run_id[:100]}")
-    return run
-
-
-def _conditions(
-    *, repo: str | None, ref: str | None, status: str | None, sha: str | None, pr: int | None
-) -> list[Any]:
-    where: list[Any] = []
-    if repo is not None:
-        where.append(col(Run.repo) == repo)
-    if ref is not None:
-        where.append(or_(col(Run.ref) == ref, col(Run.branch) == ref))
-    if sha is not None:
-        where.append(col(Run.sha) == sha)
-    if pr is not None:
-        where.append(col(Run.pr) == pr)
-    if status in _CONCLUSIONS:
-        where.append(col(Run.conclusion) == status)
-    elif status in _PHASES:
-        where.append(col(Run.phase) == status)
-    elif status is not None:
-        known = ", ".join(sorted(_PHASES | _CONCLUSIONS))
-        raise InvalidInputError(f"there is no status {status[:50]!r}: {known}")
-    return where
 
 
 def _params(run: Run) -> dict[str, Any]:
