@@ -1,0 +1,236 @@
+"""One command from the workspace to the log and the layer, in a real sandbox over a real repository."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import anyio
+import pytest
+
+from ci_platform import copy_on_write
+from ci_platform.errors import FailedError, InvalidInputError, LimitExceededError, UnavailableError
+from ci_platform.execution import KEPT_OUTPUT, Execution
+from ci_platform.logs import LogKey, LogLine, Logs
+from ci_platform.sandboxes import MEBIBYTE, SandboxLimits
+from ci_platform.sandboxes.container import ContainerSandbox
+from ci_platform.sandboxes.isolate import IsolateSandbox
+from ci_platform.source import Remote, Source
+from ci_platform.workspaces import LayerAuthor, Workspaces
+from pipelines.contract import Command, CommandResult, Workspace
+from tests.ci_platform.git_repositories import working_copy
+
+AUTHOR = LayerAuthor("unit tests", 1, 1)
+KEY = LogKey("run1", "unit tests", 1)
+
+
+@dataclass
+class Bench:
+    execution: Execution
+    workspaces: Workspaces
+    logs: Logs
+    workspace: Workspace
+
+    def command(self, script: str, **options: object) -> Command:
+        return Command(self.workspace, ("sh", "-c", script), **options)  # type: ignore[arg-type]
+
+    async def run(self, script: str, author: LayerAuthor = AUTHOR, **options: object) -> CommandResult:
+        given = {name: options.pop(name) for name in ("limits", "redact") if name in options}
+        command = self.command(script, **options)
+        return await self.execution.run(command, run_id="run1", author=author, **given)  # type: ignore[arg-type]
+
+    async def lines(self) -> list[LogLine]:
+        found: list[LogLine] = []
+        offset = 0
+        while (chunk := await self.logs.read(KEY, offset)).lines:
+            found += chunk.lines
+            offset = chunk.next_offset
+        return found
+
+    async def log(self, *kinds: str) -> list[str]:
+        return [line.text for line in await self.lines() if line.kind in kinds or not kinds]
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    remote = working_copy(tmp_path / "remote")
+    sha = remote.commit({"README.md": b"hello\n", "src/main.c": b"int main;\n"})
+    source = Source(tmp_path / "source", allow_file=True)
+    await source.fetch("ada/engine", sha, Remote(remote.url))
+    method = copy_on_write.probe(tmp_path / "workspaces")
+    workspaces = Workspaces(tmp_path / "workspaces", source, method, durable=False)
+    logs = Logs(tmp_path / "logs")
+    sandbox = IsolateSandbox()
+    missing = ContainerSandbox(url=f"unix://{tmp_path}/none.sock")
+    execution = Execution(workspaces, logs, {"isolate": sandbox, "container": missing})
+    yield Bench(execution, workspaces, logs, await workspaces.fork("run1.fork", "ada/engine", sha))
+    await sandbox.close()
+    await missing.close()
+
+
+async def test_a_command_runs_over_the_commits_files(bench: Bench) -> None:
+    result = await bench.run("cat README.md; ls src")
+    assert (result.exit_code, result.output, result.ok) == (0, "hello\nmain.c\n", True)
+    assert result.argv == ("sh", "-c", "cat README.md; ls src")
+    assert result.duration > timedelta()
+
+
+async def test_what_a_successful_command_changed_is_there_for_the_next(bench: Bench) -> None:
+    await bench.run("echo built >out; rm src/main.c")
+    other = LayerAuthor("next", 1, 1)
+    assert (await bench.run("cat out; ls src", other)).output == "built\n"
+
+
+async def test_what_a_failing_command_changed_is_dropped(bench: Bench) -> None:
+    result = await bench.run("echo half >out; exit 3")
+    assert (result.exit_code, result.ok) == (3, False)
+    assert (await bench.run("ls")).output == "README.md\nsrc\n"
+
+
+async def test_the_log_frames_output_with_the_command_and_its_end(bench: Bench) -> None:
+    await bench.run("echo one; echo two >&2")
+    kinds = [(line.kind, line.text) for line in await bench.lines()]
+    assert kinds[:3] == [("command", "sh -c 'echo one; echo two >&2'"), ("output", "one"), ("output", "two")]
+    assert kinds[3][0] == "result"
+    assert kinds[3][1].startswith("exited with 0 after ")
+    await bench.run("exit 7")
+    assert (await bench.log("result"))[1].startswith("exited with 7 after ")
+
+
+async def test_output_reaches_the_log_while_the_command_runs(bench: Bench) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bench.run, "echo early; sleep 600")
+        with anyio.fail_after(20):
+            async for chunk in bench.logs.follow(KEY):
+                if any(line.text == "early" for line in chunk.lines):
+                    break
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_cancelled_command_is_killed_and_its_layer_dropped(bench: Bench) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bench.run, "echo x >out; echo ready; sleep 600")
+        with anyio.fail_after(20):
+            async for chunk in bench.logs.follow(KEY):
+                if any(line.text == "ready" for line in chunk.lines):
+                    break
+        tasks.cancel_scope.cancel()
+    assert (await bench.log("notice"))[0].startswith("stopped after ")
+    assert (await bench.run("ls")).output == "README.md\nsrc\n"
+    await bench.workspaces.delete("run1.fork")
+
+
+async def test_the_result_carries_the_end_of_a_long_output(bench: Bench) -> None:
+    result = await bench.run("i=0; while [ $i -lt 3000 ]; do echo äöü $i; i=$((i+1)); done")
+    assert len(result.output.encode()) <= KEPT_OUTPUT
+    assert result.output.endswith("äöü 2999\n")
+    assert "\ufffd" not in result.output
+    assert len(await bench.log("output")) == 3000
+
+
+async def test_bytes_that_are_no_text_do_no_harm(bench: Bench) -> None:
+    result = await bench.run("head -c 9000 /dev/urandom; printf '\\0\\377end'")
+    assert result.output.endswith("\ufffd\ufffdend")
+    assert len(result.output.encode()) <= KEPT_OUTPUT
+
+
+async def test_secrets_appear_neither_in_the_result_nor_in_the_log(bench: Bench) -> None:
+    secret = "s3cr3t-value"
+    script = "printf s3cr3t; printf -- -value; echo; echo $TOKEN | base64; echo fine"
+    result = await bench.run(f"{script}; : {secret}", env={"TOKEN": secret}, redact=[secret])
+    assert "fine" in result.output
+    everything = result.output + "".join(await bench.log())
+    assert secret not in everything
+    assert "czNjcjN0" not in everything
+    assert "***" in result.output
+
+
+LIMITS: dict[str, tuple[str, SandboxLimits, str]] = {
+    "timeout": ("sleep 600", SandboxLimits(timeout=timedelta(seconds=0.5)), "(timeout) of 0.5 s"),
+    "output": ("yes", SandboxLimits(output=MEBIBYTE), "(output) is 1 MiB"),
+    "memory": ("tail /dev/zero", SandboxLimits(memory=64 * MEBIBYTE), "(memory) is 64 MiB"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+async def test_going_over_a_limit_fails_and_names_it(bench: Bench, name: str) -> None:
+    if name == "memory" and os.geteuid() != 0:
+        pytest.skip("without control groups a command that asks for too much is told so and ends by itself")
+    script, limits, told = LIMITS[name]
+    with pytest.raises(LimitExceededError) as caught:
+        await bench.run(f"echo x >out; {script}", limits=limits)
+    assert told in str(caught.value)
+    assert told in (await bench.log("notice"))[0]
+    assert (await bench.run("ls")).output == "README.md\nsrc\n"
+
+
+async def test_a_commands_own_timeout_holds_up_to_the_platforms(bench: Bench) -> None:
+    limits = SandboxLimits(timeout=timedelta(seconds=0.6))
+    with pytest.raises(LimitExceededError, match=r"0\.5 s"):
+        await bench.run("sleep 600", timeout=timedelta(seconds=0.5), limits=limits)
+    with pytest.raises(LimitExceededError, match=r"0\.6 s"):
+        await bench.run("sleep 600", timeout=timedelta(hours=5), limits=limits)
+
+
+async def test_parallel_commands_of_one_step_share_workspace_and_log(bench: Bench) -> None:
+    async with anyio.create_task_group() as tasks:
+        for name in ("a", "b", "c"):
+            tasks.start_soon(bench.run, f"echo {name} >{name}; echo did {name}")
+    assert sorted(await bench.log("output")) == ["did a", "did b", "did c"]
+    assert (await bench.run("cat a b c", LayerAuthor("next", 1, 1))).output == "a\nb\nc\n"
+
+
+async def test_a_retry_starts_from_the_files_before_the_first_attempt(bench: Bench) -> None:
+    await bench.run("echo first >>out")
+    await bench.run("echo second >>out", LayerAuthor("unit tests", 1, 2))
+    assert (await bench.run("cat out", LayerAuthor("next", 1, 1))).output == "second\n"
+
+
+async def test_a_cwd_outside_of_the_workspace_is_the_commands_failure(bench: Bench) -> None:
+    with pytest.raises(FailedError, match="leaves the workspace"):
+        await bench.run("true", cwd="../..")
+    assert "leaves the workspace" in (await bench.log("notice"))[0]
+
+
+async def test_a_sandbox_that_is_not_there_is_the_platforms_failure(bench: Bench) -> None:
+    with pytest.raises(UnavailableError, match="Docker"):
+        await bench.run("true", sandbox="container")
+    assert (await bench.run("ls")).ok
+
+
+async def test_an_unforeseen_error_of_a_sandbox_is_the_platforms_failure(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def explode(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(IsolateSandbox, "run", explode)
+    with pytest.raises(UnavailableError, match="boom"):
+        await bench.run("true")
+
+
+BROKEN: list[Callable[[Workspace], Command]] = [
+    lambda workspace: Command(workspace, ()),
+    lambda workspace: Command(workspace, "ls"),  # type: ignore[arg-type]
+    lambda workspace: Command(workspace, ("ls", 1)),  # type: ignore[arg-type]
+    lambda workspace: Command(workspace, ("ls", "a\0b")),
+    lambda workspace: Command(workspace, ("ls",), env={"A=B": "c"}),
+    lambda workspace: Command(workspace, ("ls",), env={"A": 1}),  # type: ignore[dict-item]
+    lambda workspace: Command(workspace, ("ls",), env=[("A", "b")]),  # type: ignore[arg-type]
+    lambda workspace: Command(workspace, ("ls",), cwd=None),  # type: ignore[arg-type]
+    lambda workspace: Command(workspace, ("ls",), timeout=timedelta(0)),
+    lambda workspace: Command(workspace, ("ls",), timeout=5),  # type: ignore[arg-type]
+    lambda workspace: Command(workspace, ("ls", "x" * 2_000_000)),
+]
+
+
+@pytest.mark.parametrize("make", BROKEN)
+async def test_values_of_wrong_types_are_refused_before_anything_happens(
+    bench: Bench, make: Callable[[Workspace], Command]
+) -> None:
+    with pytest.raises(InvalidInputError):
+        await bench.execution.run(make(bench.workspace), run_id="run1", author=AUTHOR)
+    assert await bench.lines() == []
