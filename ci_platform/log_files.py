@@ -65,29 +65,25 @@ class LogFile:
         self.open_by: object | None = None
         if goes_on:
             # A platform that was killed left half a line.
-            self._number -= 1
-            self._write(self._record("o", ""))
+            self.open_by = self
+            self._end_open_line()
 
     def append(self, writer: object, kind: LineKind, lines: list[str], *, goes_on: bool = False) -> None:
         """Write lines in one call. Output over the limit is dropped; what the platform says is not.
 
         With `goes_on` the last line stays open.
         """
-        data = b""
+        if kind == "output" and self._full:
+            return
         if self.open_by not in (None, writer):
-            self._number -= 1
-            data = self._record("o", "")
-            self.open_by = None
-        number = self._number
-        if self.open_by is writer:
-            self._number -= 1
-        data += b"".join(record for line in lines[:-1] for record in self._line(kind, line))
-        data += b"".join(self._line(kind, lines[-1], goes_on=goes_on))
-        if kind == "output" and (self._full or self._size + len(data) > self._largest):
-            self._number = number
+            self._end_open_line()
+        first = self._number + (self.open_by is None)
+        data = "".join(self._records(kind, lines, first, goes_on=goes_on)).encode("utf-8", "replace")
+        if kind == "output" and self._size + len(data) > self._largest:
             self._truncate()
             return
         self.open_by = writer if goes_on else None
+        self._number = first + len(lines) - 1
         self._write(data)
 
     def release(self) -> None:
@@ -96,29 +92,28 @@ class LogFile:
         if self.users == 0:
             self._log.close()
 
+    def _records(self, kind: LineKind, lines: list[str], first: int, *, goes_on: bool) -> Iterator[str]:
+        """Yield the records of lines: more than one for a line that is very long. Hot: a build prints a lot."""
+        now, mark = self._clock.now_us(), _KINDS[kind]
+        last = first + len(lines) - 1
+        for number, line in enumerate(lines, first):
+            text = line
+            while len(text) > LONGEST_LINE:
+                yield f"{number} {now} {_GOES_ON}{text[:LONGEST_LINE]}\n"
+                text = text[LONGEST_LINE:]
+            yield f"{number} {now} {_GOES_ON if goes_on and number == last else mark}{text}\n"
+
+    def _end_open_line(self) -> None:
+        if self.open_by is not None:
+            self.open_by = None
+            self._write(f"{self._number} {self._clock.now_us()} {_KINDS['output']}\n".encode())
+
     def _truncate(self) -> None:
-        self.open_by = None
-        if not self._full:
-            self._full = True
-            self._full_mark.touch()
-            text = f"truncated: this log has reached its limit of {self._largest} bytes; the rest is not kept"
-            self._write(self._record(_KINDS["notice"], text))
-
-    def _line(self, kind: LineKind, text: str, *, goes_on: bool = False) -> Iterator[bytes]:
-        """Yield the records of one line: more than one where it is very long."""
-        pieces = [text[at : at + LONGEST_LINE] for at in range(0, len(text), LONGEST_LINE)] or [""]
-        for index, piece in enumerate(pieces):
-            if index:
-                self._number -= 1
-            last = index == len(pieces) - 1 and not goes_on
-            yield self._record(
-                _KINDS[kind] if last else _GOES_ON, piece.removesuffix("\r") if last else piece
-            )
-
-    def _record(self, mark: str, text: str) -> bytes:
-        self._number += 1
-        clean = text.replace("\0", "\ufffd")
-        return f"{self._number} {self._clock.now_us()} {mark}{clean}\n".encode("utf-8", "replace")
+        self._full = True
+        self._full_mark.touch()
+        self._end_open_line()
+        text = f"truncated: this log has reached its limit of {self._largest} bytes; the rest is not kept"
+        self.append(self, "notice", [text])
 
     def _write(self, data: bytes) -> None:
         self._log.write(data)

@@ -150,7 +150,7 @@ class LogWriter:
 
     def write(self, data: bytes) -> None:
         """Append output: whole lines now, half a line in a moment."""
-        *lines, self._line = (self._line + self._decoder.decode(data)).split("\n")
+        *lines, self._line = _clean(self._line + self._decoder.decode(data)).split("\n")
         if lines:
             self._file.append(self, "output", lines)
         if len(self._line) > LONGEST_LINE:
@@ -161,7 +161,7 @@ class LogWriter:
     def note(self, kind: LineKind, text: str) -> None:
         """Append lines of the platform's own, after the end of a line that is open."""
         self._end_line()
-        self._file.append(self, kind, text.split("\n"))
+        self._file.append(self, kind, _clean(text).split("\n"))
 
     def finish(self) -> None:
         """Write what is left and let go of the file."""
@@ -184,6 +184,10 @@ class LogWriter:
     def _show_partial(self) -> None:
         line, self._line = self._line, ""
         self._file.append(self, "output", [line], goes_on=True)
+
+
+def _clean(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\0", "\ufffd")
 
 
 def _expire(root: Path, oldest: float) -> int:
