@@ -262,7 +262,9 @@ def _probe_inside(walls: frozenset[str], *, own_uids: bool) -> dict[str, str]:
         return {"filesystem": "up", "seccomp": f"missing: {error}"}
     return {
         "filesystem": "up",
-        "identity": "up" if own_uids else "up, but all isolates share this user's uid: only root can give each its own",
+        "identity": "up"
+        if own_uids
+        else "up, but all isolates share this user's uid: only root can give each its own",
         "limits": "up",
         "landlock": _describe_landlock(abi),
         "seccomp": "up",
@@ -272,7 +274,11 @@ def _probe_inside(walls: frozenset[str], *, own_uids: bool) -> dict[str, str]:
 def _describe_landlock(abi: int) -> str:
     if abi == 0:
         return "missing: this kernel has no Landlock, or it is not switched on (lsm=landlock,… at boot)"
-    return f"up (ABI {abi})" if abi >= 6 else f"up (ABI {abi}; signals and abstract sockets are scoped from ABI 6 on)"
+    return (
+        f"up (ABI {abi})"
+        if abi >= 6
+        else f"up (ABI {abi}; signals and abstract sockets are scoped from ABI 6 on)"
+    )
 
 
 def _write(path: str, text: str) -> None:

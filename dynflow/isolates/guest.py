@@ -25,7 +25,7 @@ from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
 from dynflow.isolates.wire import Call, Peer, ProtocolError, WireLimits
 from dynflow.isolates.worker import Env, Worker
 from dynflow.serialization import pack
-from dynflow.types import StepContext
+from dynflow.types import RollbackContext
 from dynflow.workflow import (
     Callback,
     ExecutionContext,
@@ -224,8 +224,7 @@ class Guest:
         number, argument, *more = call.args
         callback = self._callbacks[number]
         self._enter(call)
-        if isinstance(argument, StepContext):
-            current_step.set(argument)
+        current_step.set(argument.ctx if isinstance(argument, RollbackContext) else argument)
         if call.method == "delay":
             return await _result(callback(argument, _error_of(*more)))
         return await invoke(callback, argument)
@@ -300,7 +299,7 @@ class StepWire:
             raise _step_error(error) from None
         finally:
             for what, number in kept.items():
-                if what != "rollback":  # that one is called after `run` has failed
+                if not what.startswith("rollback"):  # those are called after `run` has failed
                     self._guest.drop(number)
 
     def _without_delay(self, config: Any, what: str, kept: dict[str, int]) -> Any:

@@ -20,7 +20,7 @@ from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from dynflow.isolates.pool import IsolatePool
 from dynflow.isolates.process import Isolate, OnOutput
 from dynflow.isolates.session import Session, error_of, load_error_of
-from dynflow.loop import outside
+from dynflow.loop import WorkflowLoop, outside
 from dynflow.serialization import pack
 from dynflow.workflow import WorkflowStep
 
@@ -28,6 +28,7 @@ _output = logging.getLogger("dynflow.output")
 # An isolate that has finished is kept for its worker's next call for so long: a burst of calls shares one.
 _KEEP_WARM = 10.0
 _WARM_PER_LOADER = 16
+_CLAIM_WITHIN = 5.0
 
 
 class ProcessLoader(WorkerLoader):
@@ -203,9 +204,12 @@ class _Entrypoint(EntrypointStub):
         """Run the workflow class; what the tenant's code raises comes as RemoteError."""
         port: Any = step.port
         activity = port.activity()
+        held: list[_Held] = []
         try:
-            return await outside(self._run(event, port, activity), keeps_awake=False)
+            return await outside(self._run(event, port, activity, held), keeps_awake=False)
         finally:
+            for each in held:
+                each.hold_until_cancelled()
             activity.close()
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,7 +232,7 @@ class _Entrypoint(EntrypointStub):
         await release(clean=True)
         return result
 
-    async def _run(self, event: Any, port: Any, activity: Any) -> Any:
+    async def _run(self, event: Any, port: Any, activity: Any, held: list[_Held]) -> Any:
         loaded = await self._worker.loaded()
         modules = await port.pin(loaded.digest, loaded.modules)
         if modules != loaded.modules:
@@ -237,15 +241,18 @@ class _Entrypoint(EntrypointStub):
             self._worker.id, loaded.code.metadata, self._props, port.instance_id, port.workflow_name
         )
         session, release = await self._session(loaded, caller, port, activity)
-        clean = False
         try:
             result = await session.call("run", "", [self._name, _plain(self._props), event])
-            clean = True
         except RemoteError as error:
-            clean = not session.has_rollbacks
+            if session.has_rollbacks:
+                held.append(_Held(release))
+            else:
+                await release(clean=True)
             raise load_error_of(error.failure) or error from None
-        finally:
-            await release(clean=clean)
+        except BaseException:
+            await release(clean=False)
+            raise
+        await release(clean=True)
         return result
 
     async def _session(
@@ -263,6 +270,32 @@ class _Entrypoint(EntrypointStub):
                 await loader.discard(isolate)
 
         return session, release
+
+
+class _Held:
+    """An isolate that has failed and still holds rollback handlers, which its segment calls next."""
+
+    def __init__(self, release: Callable[..., Any]) -> None:
+        self._release = release
+        self._host = asyncio.get_running_loop()
+        # Where the segment ends before it has even seen the failure, nobody else lets go.
+        self._timer = self._host.call_later(_CLAIM_WITHIN, self._let_go)
+
+    def hold_until_cancelled(self) -> None:
+        """Hold it as long as the workflow's loop lives; called on that loop."""
+        loop = asyncio.get_running_loop()
+        if isinstance(loop, WorkflowLoop):
+            self._timer.cancel()
+            loop.create_task(loop.outside(self._wait(), keeps_awake=False))
+
+    async def _wait(self) -> None:
+        try:
+            await self._host.create_future()
+        finally:
+            await self._release(clean=False)
+
+    def _let_go(self) -> None:
+        asyncio.ensure_future(self._release(clean=False))  # noqa: RUF006 - the loader waits for the isolate
 
 
 def code_digest(main_module: str, modules: Mapping[str, str]) -> str:

@@ -77,7 +77,9 @@ class Session:
         if self._activity is not None:
             self._activity.idle()
         elif not self._isolate.peer.performing:
-            self._isolate.fail(IsolateLimitError("the isolate was stopped: its code waits for what can never happen"))
+            self._isolate.fail(
+                IsolateLimitError("the isolate was stopped: its code waits for what can never happen")
+            )
 
     def perform(self, call: Call) -> Any:
         """Perform a call of the guest. What it asks for is checked here; it can ask for anything."""

@@ -140,8 +140,8 @@ class _Entrypoint(EntrypointStub):
         env = self._worker.env(code, caller)
         current_env.set(env)
         run = worker.find_workflow(self._name, ExecutionContext(_plain(self._props), code.metadata), env)
-        result = run(event, step)
-        return await result if inspect.isawaitable(result) else result
+        # Awaited where it is made: a coroutine that a variable holds too is not dropped unnoticed (discard.py).
+        return await run(event, step) if inspect.iscoroutinefunction(run) else run(event, step)
 
 
 def _plain(props: Any) -> Any:

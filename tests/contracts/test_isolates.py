@@ -28,7 +28,7 @@ from dynflow.isolates import (
     current_caller,
 )
 from dynflow.loop import WorkflowLoop
-from dynflow.types import StepContext, StepInfo, WorkflowEvent
+from dynflow.types import RollbackContext, StepContext, StepInfo, WorkflowEvent
 from dynflow.workflow import StepCall, WorkflowStep, current_step, invoke
 
 
@@ -106,9 +106,7 @@ class Segment:
         self, worker: Any, entrypoint: str | None = None, payload: Any = None, props: Any = None
     ) -> Any:
         """Run the workflow on a loop of its own, as an engine does."""
-        loop = WorkflowLoop(  # type: ignore[abstract]  # it has what tasks need
-            self._host, on_idle=lambda: None, on_active=lambda: None
-        )
+        loop = WorkflowLoop.inside(self._host, on_idle=lambda: None, on_active=lambda: None)
         event = WorkflowEvent(payload, datetime(2026, 1, 1, tzinfo=UTC), "i-1", "flow")
         stub = worker.get_entrypoint(entrypoint, props=props)
         step = WorkflowStep(self)
@@ -121,8 +119,13 @@ class Segment:
         task.add_done_callback(lambda _: self._host.call_soon(done.set))
         try:
             await done.wait()
+            if task.exception() is not None:
+                for call in reversed(self.calls):
+                    if call.rollback is not None:
+                        ctx = StepContext(StepInfo(call.name, call.count), 1, {})
+                        await invoke(call.rollback, RollbackContext(ctx, "it failed", call.name.upper()))
         finally:
-            await asyncio.gather(*loop.close(), return_exceptions=True)
+            await asyncio.gather(*loop.discard(), return_exceptions=True)
         return task.result()
 
 
@@ -244,12 +247,14 @@ class Notes(Capability):
 
     def __init__(self) -> None:
         self.callers: list[Caller] = []
+        self.added: list[str] = []
         self.cancelled = asyncio.Event()
         self.started = asyncio.Event()
         self.secret = "s3cret"
 
     async def add(self, text: str, *, times: int = 1) -> str:
         self.callers.append(current_caller.get())
+        self.added.append(text)
         return text * times
 
     async def fail(self, kind: str) -> None:
@@ -419,6 +424,13 @@ class Flow(WorkflowEntrypoint):
     async def hang(self, event, step):
         await step.do("hang", lambda: self.env.NOTES.forever())
 
+    async def rolled_back(self, event, step):
+        async def undo(rollback):
+            await self.env.NOTES.add(f"undo {rollback.output} of {current_step.get() or rollback.ctx}")
+        await step.do("a", lambda: 1, rollback=undo)
+        await step.do("b", lambda: 2, rollback=undo, rollback_config={"retries": {"limit": 1, "delay": lambda c, e: 1}})
+        raise ValueError("all is lost")
+
     async def bad_name(self, event, step):
         try:
             await step.do(object(), lambda: 1)
@@ -526,6 +538,12 @@ async def test_a_cancelled_step_cancels_its_capability_calls(loader: WorkerLoade
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_rollback_handlers_are_reached_after_run_has_failed(loader: WorkerLoader, notes: Notes) -> None:
+    with pytest.raises((ValueError, RemoteError), match="all is lost"):
+        await run(loader, "rolled_back", notes)
+    assert [text.split(" of ")[0] for text in notes.added] == ["undo B", "undo A"]
 
 
 async def test_a_name_that_is_no_data_is_a_fatal_error(loader: WorkerLoader) -> None:

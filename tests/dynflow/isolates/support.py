@@ -41,7 +41,11 @@ def host_to_attack(folder: Path) -> Iterator[dict[str, Any]]:
     folder.chmod(0o777)
     (folder / "file").write_text("the host's")
     column = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
-    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as abstract, socket.socket(socket.AF_UNIX) as named:
+    with (
+        socket.socket() as tcp,
+        socket.socket(socket.AF_UNIX) as abstract,
+        socket.socket(socket.AF_UNIX) as named,
+    ):
         tcp.bind(("127.0.0.1", 0))
         tcp.listen()
         name = f"dynflow-test-{os.getpid()}"

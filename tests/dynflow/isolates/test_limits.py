@@ -31,7 +31,9 @@ async def loader() -> AsyncIterator[ProcessLoader]:
 
 
 @pytest.mark.parametrize("attack", ["spin", "spin_while_claiming_to_wait"])
-async def test_code_that_does_not_come_back_to_its_loop_is_stopped(loader: ProcessLoader, attack: str) -> None:
+async def test_code_that_does_not_come_back_to_its_loop_is_stopped(
+    loader: ProcessLoader, attack: str
+) -> None:
     with pytest.raises(IsolateLimitError, match="ran for 0.3 seconds without coming back"):
         await hostile(loader, busy=SHORT).get_entrypoint().call(attack, {})
 
@@ -61,7 +63,9 @@ async def fetch(request, env):
     await asyncio.sleep(0.5)
     return await env.SLOW.answer()
 """
-    code = WorkerCode("index.py", {"index.py": source}, env={"SLOW": Slow()}, limits=IsolateLimits(busy=SHORT))
+    code = WorkerCode(
+        "index.py", {"index.py": source}, env={"SLOW": Slow()}, limits=IsolateLimits(busy=SHORT)
+    )
     assert await loader.get("w", lambda: code).get_entrypoint().fetch() == 1
 
 
@@ -83,7 +87,9 @@ async def test_printing_has_an_end(loader: ProcessLoader) -> None:
 
 async def test_what_is_printed_reaches_the_host_with_who_printed_it() -> None:
     printed: list[tuple[str, str]] = []
-    async with ProcessLoader(on_output=lambda caller, text: printed.append((caller.worker_id, text))) as loader:
+    async with ProcessLoader(
+        on_output=lambda caller, text: printed.append((caller.worker_id, text))
+    ) as loader:
         source = "import sys\ndef say():\n    print('to out')\n    print('to err', file=sys.stderr)"
         await loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint().say()
     assert {worker_id for worker_id, _ in printed} == {"w"}
@@ -145,7 +151,9 @@ def frame(text: str) -> bytes:
         frame('["load", 1]'),
     ],
 )
-async def test_malformed_messages_stop_the_isolate_and_nothing_else(loader: ProcessLoader, sent: bytes) -> None:
+async def test_malformed_messages_stop_the_isolate_and_nothing_else(
+    loader: ProcessLoader, sent: bytes
+) -> None:
     with pytest.raises(IsolateCrashedError, match="sent what it never may"):
         await hostile(loader).get_entrypoint().write_to_the_host({"bytes": list(sent)})
 
@@ -160,7 +168,9 @@ async def test_malformed_messages_stop_the_isolate_and_nothing_else(loader: Proc
         '["call", 7, "elsewhere", "x", [], {}, null]',
     ],
 )
-async def test_calls_of_what_is_not_there_are_answered_with_an_error(loader: ProcessLoader, call: str) -> None:
+async def test_calls_of_what_is_not_there_are_answered_with_an_error(
+    loader: ProcessLoader, call: str
+) -> None:
     source = """
 import os
 def call(sent):
@@ -199,9 +209,13 @@ def flood():
         os.write(3, data)
 """
     limits = IsolateLimits(busy=timedelta(seconds=2))
-    stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source}, limits=limits)).get_entrypoint()
+    stub = loader.get(
+        "w", lambda: WorkerCode("index.py", {"index.py": source}, limits=limits)
+    ).get_entrypoint()
     flood = asyncio.create_task(stub.call("flood"))
-    innocent = loader.get("i", lambda: WorkerCode("index.py", {"index.py": "def f(): return 1"})).get_entrypoint()
+    innocent = loader.get(
+        "i", lambda: WorkerCode("index.py", {"index.py": "def f(): return 1"})
+    ).get_entrypoint()
     slowest = 0.0
     for _ in range(20):
         started = time.perf_counter()
@@ -212,15 +226,15 @@ def flood():
         await flood
 
 
-@pytest.mark.parametrize(
-    ("attack", "message"), [("crash", "SIGSEGV"), ("leave", "exited with 7")]
-)
+@pytest.mark.parametrize(("attack", "message"), [("crash", "SIGSEGV"), ("leave", "exited with 7")])
 async def test_a_crash_says_how_the_process_ended(loader: ProcessLoader, attack: str, message: str) -> None:
     with pytest.raises(IsolateCrashedError, match=message):
         await hostile(loader).get_entrypoint().call(attack, {})
 
 
-async def test_code_that_ignores_signals_and_cancellation_is_stopped_within_two_seconds(loader: ProcessLoader) -> None:
+async def test_code_that_ignores_signals_and_cancellation_is_stopped_within_two_seconds(
+    loader: ProcessLoader,
+) -> None:
     class Signal(Capability):
         def __init__(self) -> None:
             self.here = asyncio.Event()
@@ -243,7 +257,9 @@ async def fetch(request, env):
             pass
 """
     code = WorkerCode("index.py", {"index.py": source}, env={"SIGNAL": arrived})
-    call: asyncio.Task[Any] = asyncio.create_task(loader.get("w", lambda: code).get_entrypoint().call("fetch"))
+    call: asyncio.Task[Any] = asyncio.create_task(
+        loader.get("w", lambda: code).get_entrypoint().call("fetch")
+    )
     await arrived.here.wait()
     call.cancel()
     async with asyncio.timeout(2):

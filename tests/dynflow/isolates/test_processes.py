@@ -137,8 +137,17 @@ def test_the_walls_stand_for_an_unprivileged_user_too(tmp_path: Path) -> None:
 
 def test_where_the_walls_cannot_be_put_up_the_loader_says_which_and_why(tmp_path: Path) -> None:
     # Inside this user namespace, none may be made: as on hosts that switch unprivileged ones off.
-    script = "echo 0 > /proc/sys/user/max_user_namespaces && exec \"$@\""
-    command = ["unshare", "--user", "--map-root-user", "sh", "-c", script, "sh", *host_command(tmp_path, "once")]
+    script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    command = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "sh",
+        "-c",
+        script,
+        "sh",
+        *host_command(tmp_path, "once"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if "host.py" not in done.stderr:
         pytest.skip(f"no user namespace here to try it in: {done.stderr}")
@@ -163,7 +172,10 @@ async def test_each_isolate_of_a_root_host_has_a_host_uid_of_its_own() -> None:
             stub = loader.get(name, lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
             calls.append(asyncio.create_task(stub.call("fetch")))
         async with asyncio.timeout(10):
-            while len(isolates := [found for found in descendants(os.getpid()) if found.uids().real > 2**30]) < 5:
+            while (
+                len(isolates := [found for found in descendants(os.getpid()) if found.uids().real > 2**30])
+                < 5
+            ):
                 await asyncio.sleep(0)  # the zygote, two at work, two ready
         assert len({process.uids().real for process in isolates}) == 5
         for call in calls:

@@ -16,7 +16,9 @@ ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 def decide(machine: str, number: int, *args: int, arch: int | None = None) -> int:
     """Return what the filter answers to a system call."""
-    data = struct.pack("=IIQ6Q", number, ARCH[machine] if arch is None else arch, 0, *(*args, 0, 0, 0, 0, 0, 0)[:6])
+    data = struct.pack(
+        "=IIQ6Q", number, ARCH[machine] if arch is None else arch, 0, *(*args, 0, 0, 0, 0, 0, 0)[:6]
+    )
     program = list(struct.iter_unpack("HBBI", isolate_filter(machine)))
     at, accumulator = 0, 0
     while True:
@@ -27,12 +29,18 @@ def decide(machine: str, number: int, *args: int, arch: int | None = None) -> in
         elif code == 0x06:
             return int(value)
         else:
-            holds = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
+            holds = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[
+                code
+            ]
             at += if_true if holds else if_false
 
 
-@pytest.mark.parametrize(("machine", "read", "socket", "execve"), [("x86_64", 0, 41, 59), ("aarch64", 63, 198, 221)])
-def test_reading_is_answered_and_sockets_and_programs_are_not(machine: str, read: int, socket: int, execve: int) -> None:
+@pytest.mark.parametrize(
+    ("machine", "read", "socket", "execve"), [("x86_64", 0, 41, 59), ("aarch64", 63, 198, 221)]
+)
+def test_reading_is_answered_and_sockets_and_programs_are_not(
+    machine: str, read: int, socket: int, execve: int
+) -> None:
     assert decide(machine, read) == ALLOW
     assert decide(machine, socket) == EPERM
     assert decide(machine, execve) == EPERM
@@ -49,7 +57,9 @@ def test_memory_is_never_executable(machine: str, mmap: int, mprotect: int) -> N
 
 
 @pytest.mark.parametrize(("machine", "openat", "prlimit"), [("x86_64", 257, 302), ("aarch64", 56, 261)])
-def test_files_are_opened_for_reading_and_limits_set_for_oneself_only(machine: str, openat: int, prlimit: int) -> None:
+def test_files_are_opened_for_reading_and_limits_set_for_oneself_only(
+    machine: str, openat: int, prlimit: int
+) -> None:
     assert decide(machine, openat, 0, 0, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) == ALLOW
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_APPEND, os.O_TMPFILE):
         assert decide(machine, openat, 0, 0, flags) == EPERM

@@ -16,17 +16,36 @@ from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from tests.dynflow.isolates.support import HOSTILE, host_to_attack, hostile, without_walls
 
 _NO_ATTACKS = {"syscall"}
-_OTHER_TESTS = (
-    "environment open_descriptors everything_in_sight arguments_and_paths spin spin_while_claiming_to_wait take_memory "
-    "take_memory_and_hide_it print_without_end recurse answer_with_a_giant crash leave ignore_signals write_to_the_host"
-).split()  # noqa: SIM905 - a list of names
+_OTHER_TESTS = [
+    "environment",
+    "open_descriptors",
+    "everything_in_sight",
+    "arguments_and_paths",
+    "spin",
+    "spin_while_claiming_to_wait",
+    "take_memory",
+    "take_memory_and_hide_it",
+    "print_without_end",
+    "recurse",
+    "answer_with_a_giant",
+    "crash",
+    "leave",
+    "ignore_signals",
+    "write_to_the_host",
+]
 ATTACKS = [
     node.name
     for node in ast.parse(HOSTILE).body
     if isinstance(node, ast.FunctionDef) and node.name not in {*_NO_ATTACKS, *_OTHER_TESTS}
 ]
 # Not worth a control: they need more than root, or what this kernel was built with.
-_ROOT_ONLY = {"mount_something", "set_the_host_name", "climb_out_with_chroot", "unshare_in_place", "become_root"}
+_ROOT_ONLY = {
+    "mount_something",
+    "set_the_host_name",
+    "climb_out_with_chroot",
+    "unshare_in_place",
+    "become_root",
+}
 _ROOT_ONLY |= {"enter_a_namespace", "load_a_bpf_program", "create_a_file_beside_the_standard_library"}
 _ROOT_ONLY |= {"raise_ones_own_limits", "watch_performance_counters"}
 
@@ -57,7 +76,9 @@ async def test_all_walls_are_up(confined: ProcessLoader) -> None:
 async def test_the_attack_fails_behind_the_walls(
     confined: ProcessLoader, about: dict[str, Any], attack: str
 ) -> None:
-    with pytest.raises((OSError, RuntimeError, ValueError, InstanceFailedError, StopIteration, ZeroDivisionError)):
+    with pytest.raises(
+        (OSError, RuntimeError, ValueError, InstanceFailedError, StopIteration, ZeroDivisionError)
+    ):
         await hostile(confined).get_entrypoint().call(attack, about)
     assert sorted(path.name for path in Path(about["folder"]).iterdir()) == ["file", "socket"]
 
@@ -76,7 +97,9 @@ async def test_the_attack_works_without_the_walls(
         Path(about["folder"], "written").unlink(missing_ok=True)
 
 
-async def test_an_isolate_has_no_environment_no_arguments_and_four_descriptors(confined: ProcessLoader) -> None:
+async def test_an_isolate_has_no_environment_no_arguments_and_four_descriptors(
+    confined: ProcessLoader,
+) -> None:
     assert os.environ  # there is something that could leak
     stub = hostile(confined).get_entrypoint()
     assert await stub.environment({}) == {}

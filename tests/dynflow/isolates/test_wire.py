@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from dynflow.errors import IsolateLimitError, UnserializableError, ValueTooLargeError
 from dynflow.failure import RemoteError
-from dynflow.isolates.wire import Call, FrameReader, OversizeError, Peer, ProtocolError, WireLimits, encode_frame
+from dynflow.isolates.wire import (
+    Call,
+    FrameReader,
+    OversizeError,
+    Peer,
+    ProtocolError,
+    WireLimits,
+    encode_frame,
+)
 
 
 @given(st.lists(st.lists(st.integers() | st.text(), max_size=5), max_size=5), st.integers(1, 40))
