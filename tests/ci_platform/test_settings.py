@@ -143,3 +143,37 @@ def test_a_data_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 )
 def test_links_start_with_the_public_address(tmp_path: Path, options: dict[str, object], url: str) -> None:
     assert load_settings({"data": tmp_path, **options}, {}).base_url == url
+
+
+def settings_table() -> str:
+    """Return the table of `docs/settings.md` as it must be."""
+    rows = ["| Setting | Default | |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        if name == "data":
+            shown = "`~/.local/share/dynflow`"
+        elif name == "concurrency":
+            shown = "the processors, at least 2"
+        else:
+            shown = in_words(field.default)
+        text = (field.description or "").replace("<", "&lt;")
+        rows.append(f"| `{name}` | {shown} | {text} |")
+    return "\n".join(rows)
+
+
+def in_words(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, timedelta):
+        seconds = round(value.total_seconds())
+        for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1)):
+            if seconds % length == 0:
+                count = seconds // length
+                return f"{count} {unit}{'' if count == 1 else 's'}"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= MEBIBYTE:
+        return f"{value // MEBIBYTE} MB"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    assert settings_table() in page, "\n" + settings_table()
