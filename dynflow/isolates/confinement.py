@@ -80,6 +80,7 @@ def _unshare_with_map(flags: int, ids: str) -> bool:
     helper = os.fork()
     if helper == 0:
         code = 1
+        os.close(ready_write)  # so that the read ends where the parent gives up
         with contextlib.suppress(OSError):
             if os.read(ready_read, 1):
                 _write(f"/proc/{parent}/uid_map", ids)

@@ -286,7 +286,8 @@ class _Held:
         loop = asyncio.get_running_loop()
         if isinstance(loop, WorkflowLoop):
             self._timer.cancel()
-            loop.create_task(loop.outside(self._wait(), keeps_awake=False))
+            # The loop itself keeps its tasks.
+            loop.create_task(loop.outside(self._wait(), keeps_awake=False))  # noqa: RUF006
 
     async def _wait(self) -> None:
         try:

@@ -75,6 +75,7 @@ def main(control_fd: int, options: dict[str, Any]) -> None:
 
 def _start(control: socket.socket, options: dict[str, Any]) -> None:
     os.environ.clear()  # it was started with none, but Python itself sets LC_CTYPE
+    sys.argv[:] = sys.orig_argv[:] = [""]
     confinement.die_with_parent()
     preload(options["preload"])
     walls = frozenset(options["walls"])

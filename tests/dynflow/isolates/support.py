@@ -13,7 +13,7 @@ import pytest
 
 from dynflow.isolates import IsolateLimits, ProcessLoader, WorkerCode, WorkerStub
 
-HOSTILE = Path(__file__).with_name("hostile_tenant.py").read_text()
+HOSTILE = Path(__file__).with_name("hostile_tenant.py.txt").read_text()
 
 # x86_64, aarch64
 _NUMBERS = {
@@ -76,4 +76,7 @@ def without_walls() -> ProcessLoader:
 def hostile(loader: ProcessLoader, worker_id: str = "hostile", **limits: Any) -> WorkerStub:
     """Return the hostile tenant."""
     modules = {"index.py": HOSTILE}
-    return loader.get(worker_id, lambda: WorkerCode("index.py", modules, limits=IsolateLimits(**limits)))
+    stub: WorkerStub = loader.get(
+        worker_id, lambda: WorkerCode("index.py", modules, limits=IsolateLimits(**limits))
+    )
+    return stub

@@ -34,7 +34,7 @@ async def loader() -> AsyncIterator[ProcessLoader]:
 async def test_code_that_does_not_come_back_to_its_loop_is_stopped(
     loader: ProcessLoader, attack: str
 ) -> None:
-    with pytest.raises(IsolateLimitError, match="ran for 0.3 seconds without coming back"):
+    with pytest.raises(IsolateLimitError, match=r"ran for 0\.3 seconds without coming back"):
         await hostile(loader, busy=SHORT).get_entrypoint().call(attack, {})
 
 

@@ -61,6 +61,25 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def all_over(processes: list[psutil.Process]) -> bool:
+    return not [found for found in processes if found.is_running() and found.status() != psutil.STATUS_ZOMBIE]
+
+
+def uids_above(lowest: int) -> list[int]:
+    return [uid for process in descendants(os.getpid()) if (uid := process.uids().real) > lowest]
+
+
+def descriptors() -> int:
+    return psutil.Process().num_fds()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for what no event tells: the state of another process."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -73,7 +92,12 @@ def other_python() -> str:
     for path in (sys.executable, "/usr/bin/python3.13", "/usr/bin/python3.12", "/usr/bin/python3.11"):
         command = [path, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
         try:
-            if subprocess.run(command, user=NOBODY, group=NOBODY, extra_groups=[], cwd="/").returncode == 0:
+            if (
+                subprocess.run(
+                    command, user=NOBODY, group=NOBODY, extra_groups=[], cwd="/", check=False
+                ).returncode
+                == 0
+            ):
                 return path
         except OSError:
             continue
@@ -129,6 +153,7 @@ def test_the_walls_stand_for_an_unprivileged_user_too(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=60,
+        check=False,
     )
     walls = tuple(sorted(confinement.WALLS))
     assert done.stderr == ""
@@ -171,13 +196,9 @@ async def test_each_isolate_of_a_root_host_has_a_host_uid_of_its_own() -> None:
         for name in ("a", "b"):
             stub = loader.get(name, lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
             calls.append(asyncio.create_task(stub.call("fetch")))
-        async with asyncio.timeout(10):
-            while (
-                len(isolates := [found for found in descendants(os.getpid()) if found.uids().real > 2**30])
-                < 5
-            ):
-                await asyncio.sleep(0)  # the zygote, two at work, two ready
-        assert len({process.uids().real for process in isolates}) == 5
+        # The zygote, two at work, two ready.
+        await until(lambda: len(uids_above(2**30)) == 5)
+        assert len(set(uids_above(2**30))) == 5
         for call in calls:
             call.cancel()
 
@@ -193,7 +214,7 @@ async def fetch(request, env):
         raise ValueError("broken")
     os._exit(3)
 """
-    before = len(os.listdir("/proc/self/fd"))
+    before = early = descriptors()
     async with ProcessLoader(workers=10) as loader:
         for number in range(200):
             code = WorkerCode("index.py", {"index.py": source})
@@ -203,12 +224,12 @@ async def fetch(request, env):
             except (ValueError, IsolateCrashedError):
                 assert number % 3
             if number == 20:
-                early = len(os.listdir("/proc/self/fd"))
-        assert len(os.listdir("/proc/self/fd")) <= early + 32  # warm isolates are kept, sixteen at most
+                early = descriptors()
+        assert descriptors() <= early + 32  # warm isolates are kept, sixteen at most
         # Outer process, zygote, the warm, the ready, and some that are just ending.
         assert len(descendants(os.getpid())) <= 2 + 16 + 2 + 5
     assert descendants(os.getpid()) == []
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert descriptors() <= before + 1
 
 
 async def test_a_parked_session_leaves_no_process() -> None:
@@ -217,9 +238,7 @@ async def test_a_parked_session_leaves_no_process() -> None:
         stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
         idle = len(descendants(os.getpid()))
         call: asyncio.Task[object] = asyncio.create_task(stub.call("fetch"))
-        async with asyncio.timeout(10):
-            while len(descendants(os.getpid())) == idle:
-                await asyncio.sleep(0)
+        await until(lambda: len(descendants(os.getpid())) > idle)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -234,9 +253,7 @@ async def test_a_new_zygote_is_started_where_one_has_ended() -> None:
             assert await stub.f() == 1
             family = descendants(os.getpid())
             family[0].kill()
-            async with asyncio.timeout(10):
-                while any(process.is_running() and process.status() != "zombie" for process in family):
-                    await asyncio.sleep(0)
+            await until(lambda: all_over(family))  # noqa: B023 - awaited at once
 
 
 async def test_outside_of_its_context_a_loader_refuses() -> None:
