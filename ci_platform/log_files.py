@@ -53,15 +53,19 @@ class LogChunk:
 
 
 class LogFile:
-    """One log open for appending, by one or more writers. `open_by` is whose line the next piece continues."""
+    """One log open for appending, by one or more writers. `open_by` is whose line the next piece continues.
+
+    `ending`: the log is over with its last writer.
+    """
 
     def __init__(self, path: Path, clock: Clock, largest: int, on_change: Callable[[], None]) -> None:
         self._clock, self._largest, self._on_change = clock, largest, on_change
-        self._log = path.open("ab", buffering=0)
+        self._path, self._log = path, path.open("ab", buffering=0)
         self._size, self._number, goes_on = _mend(path)
         self._full_mark = path.with_suffix(".full")
         self._full = self._full_mark.exists()
         self.users = 0
+        self.ending = False
         self.open_by: object | None = None
         if goes_on:
             # A platform that was killed left half a line.
@@ -87,10 +91,13 @@ class LogFile:
         self._write(data)
 
     def release(self) -> None:
-        """Close the file after its last writer."""
+        """Close the file after its last writer, and the log too if it is `ending`."""
         self.users -= 1
         if self.users == 0:
             self._log.close()
+            if self.ending:
+                closed_mark(self._path).touch()
+                self._on_change()
 
     def _records(self, kind: LineKind, lines: list[str], first: int, *, goes_on: bool) -> Iterator[str]:
         """Yield the records of lines: more than one for a line that is very long. Hot: a build prints a lot."""

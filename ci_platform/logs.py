@@ -59,25 +59,29 @@ class Logs:
         if file is None or file.users == 0:
             file = self._files[path] = LogFile(path, self._clock, self._largest, lambda: self._wake(path))
         file.users += 1
+        file.ending = False
         return LogWriter(file, self._clock)
 
     def close(self, key: LogKey) -> None:
         """Say that the step is over: followers come to their end."""
-        path = self._path(key)
-        # Also where nothing was printed: a follower may be waiting for it.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        closed_mark(path).touch()
-        self._wake(path)
+        self._close(self._path(key))
 
     def close_run(self, run_id: str) -> None:
         """Say that the run is over: no log of it grows any more."""
         folder = self._folder(run_id)
-        for path in folder.glob("*.log"):
-            closed_mark(path).touch()
-        for path in [path for path in self._changed if path.parent == folder]:
-            folder.mkdir(parents=True, exist_ok=True)
-            closed_mark(path).touch()
-            self._wake(path)
+        followed = [path for path in self._changed if path.parent == folder]
+        for path in {*folder.glob("*.log"), *followed}:
+            self._close(path)
+
+    def _close(self, path: Path) -> None:
+        file = self._files.get(path)
+        if file is not None and file.users:
+            file.ending = True  # a command that is being stopped still says so
+            return
+        # Also where nothing was printed: a follower may be waiting for it.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        closed_mark(path).touch()
+        self._wake(path)
 
     async def read(self, key: LogKey, offset: int = 0, limit: int = 1000) -> LogChunk:
         """Return up to `limit` records from `offset` on, a `next_offset` of an earlier chunk.

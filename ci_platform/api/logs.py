@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
-from litestar import MediaType, Response, get
+from litestar import Response, get
 from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, HeaderParameter, QueryParameter
 from litestar.response import Stream
@@ -23,7 +23,6 @@ _MARKS = {"output": "", "command": "$ ", "result": "= ", "notice": "! "}
 
 @get(
     "/runs/{run_id:str}/steps/{step:str}/log",
-    media_type=MediaType.TEXT,
     opt={"scope": "read"},
     tags=["runs"],
     summary="Read or follow a step's log",
@@ -53,7 +52,7 @@ async def read_log(  # noqa: PLR0913 - the address's parts and parameters
         # A log that is over is not waited for: a crash may have left it without the mark that says so.
         chunks = whole(logs, key, offset) if over else logs.follow(key, offset)
         return event_stream(_events(chunks), stopping)
-    return Stream(_text(logs, key, timestamps=timestamps), media_type="text/plain; charset=utf-8")
+    return Stream(_text(logs, key, timestamps=timestamps), media_type="text/plain")
 
 
 async def is_over(runs: Runs, key: LogKey) -> bool:

@@ -93,6 +93,8 @@ def _of_http(error: HTTPException) -> Problem:
     if isinstance(error, ValidationException) and error.extra:
         details = {"problems": [_problem(item) for item in error.extra]}
     headers = {key: value for key, value in (error.headers or {}).items() if key.lower() == "allow"}
+    if status == 413:
+        headers["Connection"] = "close"  # or the rest would still be read, to be thrown away
     message = phrase.capitalize() if status >= 500 else _message(status, error.detail)
     return Problem(status, code, message, details, headers)
 
