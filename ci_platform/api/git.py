@@ -110,7 +110,9 @@ class GitServer:
             await _respond(send, error.status, "text/plain; charset=utf-8", f"{error}\n".encode(), headers)
 
     async def _answer(self, connection: Connection) -> None:
-        method, address = connection.scope.get("method"), _ADDRESS.fullmatch(connection.scope["path"].rstrip("/"))
+        method = connection.scope.get("method")
+        # A mount's path comes with a slash at its end in some versions of Litestar.
+        address = _ADDRESS.fullmatch(connection.scope["path"].rstrip("/"))
         if address is None:
             raise NotFoundError("there is nothing at this address; repositories are /git/<owner>/<name>.git")
         repo, action = address.groups()
