@@ -148,7 +148,7 @@ class GitHubForge(Forge):
         if author is None:  # GitHub's for an account that is gone: nobody can edit it any more
             return True
         login = self._own_login()
-        return author.get("login") == login if login else author.get("type") == "Bot"
+        return bool(author.get("login") == login if login else author.get("type") == "Bot")
 
     def _own_login(self) -> str:
         if self._login is None:
