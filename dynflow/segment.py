@@ -142,7 +142,7 @@ class Segment:
             record.state, record.output, record.failure = ended.state, ended.output, ended.failure
             record.ended_at = ended.ended_at
             if record.seq in self._waits:
-                _resolve(self._waits[record.seq].over)
+                self._resolve(self._waits[record.seq].over)
 
     def pause(self) -> None:
         """Start no more steps, end no more waits; the segment ends `Paused` when running attempts are done."""
@@ -153,10 +153,10 @@ class Segment:
         """Take a pause back that has not taken effect."""
         self._pausing = False
         for held in self._held:
-            _resolve(held)
+            self._resolve(held)
         for wait in self._waits.values():
             if wait.record.deadline is not None and wait.record.deadline <= self.clock.now_us():
-                _resolve(wait.over)
+                self._resolve(wait.over)
 
     def abort(self) -> None:
         """End at once: the instance was terminated, restarted or deleted."""
@@ -248,14 +248,21 @@ class Segment:
         self._host.call_soon(self.look)
         try:
             await future
-        finally:
+        except asyncio.CancelledError:
+            self._active_calls += future.cancelled()
+            raise
+
+    def _resolve(self, future: asyncio.Future[None]) -> None:
+        # Active from here and not from when its task goes on: nothing may look and find it idle in between.
+        if not future.done():
             self._active_calls += 1
+            future.set_result(None)
 
     # --- inside ---
 
     def _due(self, wait: _Wait) -> None:
         if not self._pausing:
-            _resolve(wait.over)
+            self._resolve(wait.over)
 
     async def _perform(self, call: StepCall, future: asyncio.Future[Any]) -> None:
         try:
@@ -368,11 +375,6 @@ class Segment:
 
 async def _call_main(main: Main, event: WorkflowEvent, step: WorkflowStep) -> Any:
     return await main(event, step)
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _settle_future(future: asyncio.Future[Any], record: StepRecord) -> None:

@@ -28,6 +28,16 @@ def quick(limit: int, delay: Any = "10 seconds", backoff: str = "constant") -> d
     return {"retries": {"limit": limit, "delay": delay, "backoff": backoff}}
 
 
+def noting(calls: list[Any], what: Any, result: Any = None) -> Callable[[], Any]:
+    """A step callback that appends `what` to `calls` and returns `result`."""
+
+    def callback() -> Any:
+        calls.append(what)
+        return result
+
+    return callback
+
+
 class World:
     """One engine at a time over one storage; `restart` closes it and opens the next."""
 
@@ -68,7 +78,13 @@ class World:
         self.engine.register(name, entrypoint, **options)
         return self.engine.binding(name)  # type: ignore[no-any-return]
 
-    async def start(self, run: Run, params: Any = None, id: str | None = None, **options: Any) -> WorkflowInstance:  # noqa: A002
+    async def start(
+        self,
+        run: Run,
+        params: Any = None,
+        id: str | None = None,  # noqa: A002 - the contract's name
+        **options: Any,
+    ) -> WorkflowInstance:
         """Register `run` and create an instance of it."""
         return await self.register(run, **options).create(id=id, params=params)
 

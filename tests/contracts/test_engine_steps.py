@@ -20,7 +20,7 @@ from dynflow.errors import (
     WorkflowTimeoutError,
 )
 from dynflow.types import StepContext
-from tests.engine_world import DEADLINE, NO_RETRIES, Gate, World, quick, step_of
+from tests.engine_world import DEADLINE, NO_RETRIES, Gate, World, noting, quick, step_of
 
 
 async def test_the_output_is_what_run_returns(world: World) -> None:
@@ -61,9 +61,9 @@ async def test_a_step_runs_once_however_often_run_is_replayed(world: World) -> N
     calls: list[str] = []
 
     async def run(event: Any, step: Any) -> Any:
-        first = await step.do("first", lambda: calls.append("first") or "a")
+        first = await step.do("first", noting(calls, "first", "a"))
         await step.sleep("nap", 60)
-        second = await step.do("second", lambda: calls.append("second") or "b")
+        second = await step.do("second", noting(calls, "second", "b"))
         await step.sleep("nap", 60)
         return first + second
 
@@ -98,12 +98,12 @@ async def test_the_decorator_form_runs_when_it_is_awaited(world: World) -> None:
     calls = []
 
     async def run(event: Any, step: Any) -> Any:
-        @step.do("decorated")
+        @step.do("decorated")  # type: ignore[untyped-decorator]
         async def plain() -> int:
             calls.append("plain")
             return 1
 
-        @step.do("configured", NO_RETRIES)
+        @step.do("configured", NO_RETRIES)  # type: ignore[untyped-decorator]
         def with_arguments(left: int, right: int) -> int:
             return left + right
 
@@ -280,7 +280,7 @@ async def test_a_callback_cancelled_from_inside_fails_its_step(world: World) -> 
     async def run(event: Any, step: Any) -> None:
         await step.do("odd", cancels)
 
-    with pytest.raises(WorkflowFatalError, match="odd.*CancelledError"):
+    with pytest.raises(WorkflowFatalError, match=r"odd.*CancelledError"):
         await world.result(run)
 
 
@@ -404,7 +404,7 @@ async def test_steps_nest(world: World) -> None:
 
     async def run(event: Any, step: Any) -> Any:
         async def outer() -> Any:
-            return 1 + await step.do("inner", lambda: calls.append("inner") or 20)
+            return 1 + await step.do("inner", noting(calls, "inner", 20))
 
         result = await step.do("outer", outer)
         await step.sleep("nap", 1)
@@ -453,7 +453,7 @@ async def test_an_unserialisable_result_fails_its_step_at_once_naming_the_path(w
 
     async def run(event: Any, step: Any) -> Any:
         try:
-            await step.do("bad", lambda: calls.append(1) or {"deep": [1, object()]})
+            await step.do("bad", noting(calls, 1, {"deep": [1, object()]}))
         except UnserializableError as error:
             return str(error)
 
@@ -490,12 +490,16 @@ async def test_an_output_that_cannot_be_stored_fails_the_instance(world: World) 
         await world.result(too_large)
 
 
-class Refused(NonRetryableError):
+class RefusedError(NonRetryableError):
     """A tenant's own."""
 
 
-@pytest.mark.parametrize("error", [NonRetryableError("no"), Refused("no"), NonRetryableError("no", "Mine"), Refused()])
-async def test_a_non_retryable_error_of_any_class_and_name_ends_the_step(world: World, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [NonRetryableError("no"), RefusedError("no"), NonRetryableError("no", "Mine"), RefusedError()]
+)
+async def test_a_non_retryable_error_of_any_class_and_name_ends_the_step(
+    world: World, error: Exception
+) -> None:
     calls: list[int] = []
 
     def fail() -> None:
@@ -518,7 +522,9 @@ async def test_a_non_retryable_error_of_any_class_and_name_ends_the_step(world: 
     assert shown.name == (getattr(error, "name", None) or type(error).__name__)
 
 
-async def test_a_caught_failure_does_not_fail_the_instance_and_is_raised_again_on_replay(world: World) -> None:
+async def test_a_caught_failure_does_not_fail_the_instance_and_is_raised_again_on_replay(
+    world: World,
+) -> None:
     caught: list[str] = []
 
     def fail() -> None:
@@ -553,7 +559,12 @@ async def test_an_error_whose_class_is_not_importable_is_a_step_failed_error(wor
         except Exception as error:  # noqa: BLE001
             return [type(error).__name__, error.step, error.attempts, error.cause]  # type: ignore[attr-defined]
 
-    assert await world.run_through(await world.start(run)) == ["StepFailedError", "fails", 2, "Local: here only"]
+    assert await world.run_through(await world.start(run)) == [
+        "StepFailedError",
+        "fails",
+        2,
+        "Local: here only",
+    ]
 
 
 async def test_the_instance_keeps_name_and_message_of_what_was_not_caught(world: World) -> None:
@@ -572,8 +583,12 @@ async def test_the_instance_keeps_name_and_message_of_what_was_not_caught(world:
     assert (status.error.name, status.error.message) == ("Local", "gone wrong")
 
 
-@pytest.mark.parametrize("leave", [SystemExit(3), asyncio.CancelledError(), KeyError("x"), BaseException("odd")])
-async def test_whatever_leaves_run_ends_the_instance_and_nothing_else(world: World, leave: BaseException) -> None:
+@pytest.mark.parametrize(
+    "leave", [SystemExit(3), asyncio.CancelledError(), KeyError("x"), BaseException("odd")]
+)
+async def test_whatever_leaves_run_ends_the_instance_and_nothing_else(
+    world: World, leave: BaseException
+) -> None:
     async def leaves(event: Any, step: Any) -> None:
         raise leave
 
@@ -589,7 +604,7 @@ async def test_sys_exit_in_a_step_fails_the_step(world: World) -> None:
     async def run(event: Any, step: Any) -> None:
         await step.do("exits", NO_RETRIES, lambda: (_ for _ in ()).throw(SystemExit(1)))
 
-    with pytest.raises(WorkflowFatalError, match="exits.*SystemExit"):
+    with pytest.raises(WorkflowFatalError, match=r"exits.*SystemExit"):
         await world.result(run)
 
 
@@ -622,7 +637,7 @@ async def test_the_step_limit_counts_do_steps_alone(engine_factory: Any) -> None
         await step.do("one too many", lambda: 1)
 
     async with World(engine_factory, limits=Limits(steps=3)) as world:
-        with pytest.raises(WorkflowFatalError, match="one too many.*3 steps"):
+        with pytest.raises(WorkflowFatalError, match=r"one too many.*3 steps"):
             await world.result(run)
 
 
@@ -671,7 +686,7 @@ async def test_a_loop_that_spins_does_not_stop_the_host(world: World) -> None:
     spinning = True
 
     async def spins(event: Any, step: Any) -> str:
-        while spinning:
+        while spinning:  # noqa: ASYNC110 - spinning is the point
             await asyncio.sleep(0)
         return "done"
 

@@ -276,17 +276,19 @@ async def test_a_deadline_that_passed_while_the_engine_was_down_wins_over_a_late
     world.advance(2)
     await world.__aenter__()
     late, early = [await world.engine.binding("run").get(id_) for id_ in ("late", "early")]
-    with pytest.raises(IllegalMoveError):  # unless it is sent before the timeout was noticed: then it is buffered
+    with pytest.raises(
+        IllegalMoveError
+    ):  # unless it is sent before the timeout was noticed: then it is buffered
         while True:
             await late.send_event(type="go")
     assert await late.result(timeout=DEADLINE) == "timed out"
     assert await early.result(timeout=DEADLINE) == "event"
 
 
-@pytest.mark.parametrize("timeout", [0, -1, "soon", "366 days"])
-async def test_a_wrong_event_timeout_is_refused(world: World, timeout: Any) -> None:
+@pytest.mark.parametrize("limit", [0, -1, "soon", "366 days"])
+async def test_a_wrong_event_timeout_is_refused(world: World, limit: Any) -> None:
     async def run(event: Any, step: Any) -> None:
-        await step.wait_for_event("w", type="go", timeout=timeout)
+        await step.wait_for_event("w", type="go", timeout=limit)
 
     with pytest.raises(WorkflowFatalError, match="timeout"):
         await world.result(run)
@@ -417,7 +419,7 @@ async def test_catch_alls_task_groups_and_context_managers_do_not_see_the_suspen
     async def branch(step: Any, name: str) -> str:
         try:
             await step.sleep(name, 10)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - a tenant's catch-all
             seen.append(f"caught {error!r}")
         finally:
             seen.append(f"{name} woke")
