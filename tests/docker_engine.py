@@ -22,7 +22,9 @@ def require_image() -> None:
 @cache
 def _problem() -> str:
     for command in (["docker_engine"], ["build_images", "base"]):
-        done = subprocess.run([_SCRIPTS / command[0], *command[1:]], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [_SCRIPTS / command[0], *command[1:]], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             return f"no containers here: {done.stderr.strip().splitlines()[-1]}"
     return ""

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
@@ -456,6 +457,72 @@ async def test_an_image_that_is_missing_fails_and_says_how_to_get_it(tmp_path: P
     ):
         await run("true", image="dynflow/nothing:latest")
     await sandbox.close()
+
+
+DOOMED = """
+import asyncio, sys
+from pathlib import Path
+from ci_platform.sandboxes import SandboxJob, Tree
+from ci_platform.sandboxes.container import ContainerSandbox
+
+async def main():
+    upper, work, lower = map(Path, sys.argv[2:5])
+    job = SandboxJob("doomed", ("sh", "-c", "echo up; sleep 4711"), Tree(upper, work, (lower,)))
+    await ContainerSandbox(image=sys.argv[1]).run(job, lambda piece: print(piece.decode(), end="", flush=True))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.docker
+async def test_containers_of_a_dead_platform_are_swept(tmp_path: Path) -> None:
+    require_image()
+    sandbox = ContainerSandbox(image=IMAGE)
+    tree = Run(sandbox, tmp_path).tree()
+    folders = [str(path) for path in (tree.upper, tree.work, tree.lowers[0])]
+    before = mounts()
+    platform = subprocess.Popen(  # noqa: ASYNC220 - it is killed, not waited for
+        [sys.executable, "-c", DOOMED, IMAGE, *folders], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert platform.stdout is not None
+    with platform.stdout:
+        assert await anyio.to_thread.run_sync(platform.stdout.readline) == b"up\n"
+    platform.kill()
+    platform.wait()
+    assert len(containers()) == 1
+    assert await sandbox.sweep() >= 1
+    assert containers() == []
+    assert sleepers() == []
+    assert await anyio.to_thread.run_sync(mounts) == before
+    await sandbox.close()
+
+
+async def test_a_job_that_may_have_the_hosts_network_gets_it(tmp_path: Path) -> None:
+    sandbox = IsolateSandbox(allow_network=True)
+    run = Run(sandbox, tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        probe = f"bash -c 'exec 3<>/dev/tcp/127.0.0.1/{server.getsockname()[1]}'"
+        assert (await run(probe, network=True)).exit_code == 0, run.text
+        assert (await run(probe)).exit_code != 0
+    await sandbox.close()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts on the host")
+async def test_a_file_system_mounted_while_a_sandbox_stood_ready_is_seen(tmp_path: Path) -> None:
+    sandbox = IsolateSandbox(ready=1)
+    run = Run(sandbox, tmp_path)
+    assert (await run("true")).exit_code == 0
+    late = tmp_path / "late"
+    run.layer("late")
+    await anyio.run_process(["mount", "-t", "tmpfs", "none", str(late)])
+    try:
+        run.home = late
+        assert (await run("cat file", run.tree(run.layer("base", {"file": "seen"})))).exit_code == 0
+        assert run.text == "seen"
+    finally:
+        await sandbox.close()
+        await anyio.run_process(["umount", str(late)])
 
 
 async def test_without_an_engine_the_container_sandbox_is_unavailable(tmp_path: Path) -> None:
