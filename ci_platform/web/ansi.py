@@ -79,6 +79,11 @@ def plain(line: str) -> str:
     return "".join(text for _, text in Terminal().render(line))
 
 
+def clean(text: str) -> str:
+    """Return text of several lines without any control sequence."""
+    return "\n".join(plain(line) for line in text.split("\n"))
+
+
 def _last_overwrite(line: str) -> str:
     # A progress bar goes back with carriage returns; what stands at the end is what a terminal shows.
     parts = [part for part in line.rstrip("\r\n").split("\r") if part]

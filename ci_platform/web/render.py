@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from ci_platform.access import Actor
 from ci_platform.api.problems import describe
 from ci_platform.sessions import Session
+from ci_platform.web.ansi import clean
 
 HERE = Path(__file__).parent
 
@@ -62,6 +63,7 @@ class Pages:
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
             undefined=StrictUndefined,
+            finalize=_harmless,
             trim_blocks=True,
             lstrip_blocks=True,
         )
@@ -123,6 +125,11 @@ def query(path: str, values: Mapping[str, Any]) -> str:
     """Return `path` with those of `values` that are set."""
     given = {key: value for key, value in values.items() if value not in {None, ""}}
     return f"{path}?{urlencode(given)}" if given else path
+
+
+def _harmless(value: Any) -> Any:
+    """Take control characters off every text that gets into a page: titles, errors, names are others' words."""
+    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _csrf_field(session: Session | None) -> Callable[[], Markup]:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from ci_platform.logs import LogChunk, LogKey, LogLine, Logs
 from ci_platform.run_views import RunView, StepView
-from ci_platform.web.ansi import Run, Terminal, plain
+from ci_platform.web.ansi import Run, Terminal
 from ci_platform.web.render import query
 from dynflow.types import AttemptInfo, ErrorInfo
 
@@ -74,14 +74,14 @@ def _step_line(step: StepView, begin: datetime, span: float, now: datetime) -> S
     start = int(1000 * (step.started_at - begin).total_seconds() / span)
     width = int(1000 * ((step.ended_at or now) - step.started_at).total_seconds() / span)
     return StepLine(
-        name=plain(step.name),
+        name=step.name,
         count=step.count,
         kind=step.kind,
         state=_STATES.get(step.status, step.status),
         started_at=step.started_at,
         ended_at=step.ended_at,
         attempts=step.attempts,
-        error=step.error and ErrorInfo(step.error.name, _without_escapes(step.error.message)),
+        error=step.error and ErrorInfo(step.error.name, step.error.message),
         note=_note(step),
         bar=(min(start, 995), max(width, 5)),
     )
@@ -160,7 +160,3 @@ async def live_lines(chunks: AsyncIterator[LogChunk]) -> AsyncIterator[tuple[int
 
 def _path(run_id: str, step: str) -> str:
     return f"/runs/{run_id}/steps/{quote(step, safe='')}/log"
-
-
-def _without_escapes(text: str) -> str:
-    return "\n".join(plain(line) for line in text.splitlines())
