@@ -27,6 +27,8 @@ _START = (
 )
 # Seconds for a zygote to come up: 0.2 on an idle machine; a loaded CI host may take long.
 _START_TIMEOUT = 60
+# Seconds until a taken isolate is replaced: by then it has loaded its code.
+_FILL_AFTER = 0.005
 
 
 def describe_walls() -> dict[str, str]:
@@ -241,6 +243,7 @@ class IsolatePool:
         self._zygote: Zygote | None = None
         self._starting = asyncio.Lock()
         self._ready: deque[asyncio.Task[IsolateProcess]] = deque()
+        self._filling: asyncio.TimerHandle | None = None
         self.walls: list[str] = []
 
     async def start(self) -> None:
@@ -252,7 +255,7 @@ class IsolatePool:
         """Return a fresh child."""
         while self._ready:
             task = self._ready.popleft()
-            self._fill()
+            self._fill_later()
             try:
                 child = await task
             except IsolateCrashedError:
@@ -263,6 +266,8 @@ class IsolatePool:
 
     async def close(self) -> None:
         """End everything."""
+        if self._filling is not None:
+            self._filling.cancel()
         for task in self._ready:
             task.cancel()
         await asyncio.gather(*self._ready, return_exceptions=True)
@@ -271,7 +276,13 @@ class IsolatePool:
             await self._zygote.close()
             self._zygote = None
 
+    def _fill_later(self) -> None:
+        # Not at once: the fork would compete with the very isolate that was asked for.
+        if self._filling is None:
+            self._filling = asyncio.get_running_loop().call_later(_FILL_AFTER, self._fill)
+
     def _fill(self) -> None:
+        self._filling = None
         zygote = self._zygote
         while zygote is not None and not zygote.ended and len(self._ready) < self._size:
             self._ready.append(asyncio.get_running_loop().create_task(zygote.fork()))

@@ -62,7 +62,7 @@ class WireLimits:
 
 def encode_frame(frame: list[Any], limit: int | None = None) -> bytes:
     """Return `frame`, which holds packed values, as bytes. Raises ValueTooLargeError above `limit` bytes."""
-    data = json.dumps(frame, separators=(",", ":"), allow_nan=False).encode()
+    data = _ENCODER.encode(frame).encode()
     if limit is not None and len(data) > limit:
         raise ValueTooLargeError(f"the message is {len(data):,} bytes; the limit is {limit:,} bytes")
     if _items(data) > _MAX_ITEMS:
@@ -75,7 +75,7 @@ def decode_frame(data: bytes) -> list[Any]:
     if _items(data) > _MAX_ITEMS:
         raise OversizeError(f"the message has more than {_MAX_ITEMS:,} items")
     try:
-        frame = json.loads(data, parse_constant=_refuse_constant)
+        frame = _DECODER.decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a frame is not JSON: {type(error).__name__}") from None
     if type(frame) is not list or not frame or type(frame[0]) is not str:
@@ -90,6 +90,11 @@ def _items(data: bytes) -> int:
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(text)
+
+
+# Made once: `json.dumps` and `json.loads` make theirs at every call with options.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 class FrameReader:

@@ -328,6 +328,25 @@ async def wrong(env=None):
         await stub.wrong()
 
 
+async def test_unexpected_errors_of_the_platform_tell_the_tenant_nothing(
+    loader: WorkerLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    if isinstance(loader, TrustedLoader):
+        pytest.skip("trusted code may know")
+    source = """
+import traceback
+async def fetch(request, env):
+    try:
+        await env.NOTES.fail("else")
+    except Exception as error:
+        return [str(error), "".join(traceback.format_exception(error))]
+"""
+    message, told = await loader.get("w", code(source, {"NOTES": Notes()})).get_entrypoint().fetch()
+    assert message == "PlatformError: the platform failed to perform NOTES.fail"
+    assert "/var/lib" not in told
+    assert "/var/lib/platform/secret" in caplog.text
+
+
 async def test_env_is_a_copy_and_says_what_it_has(loader: WorkerLoader) -> None:
     shared = {"list": [1]}
     source = """
