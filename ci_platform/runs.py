@@ -8,11 +8,13 @@ crash between two of its steps loses nothing.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import anyio
 
@@ -66,6 +68,7 @@ class Runs(RunQueries):
         self._notices, self._gates, self._reports = notices, gates, reports
         self._layers, self._run_timeout = layers, run_timeout
         self._busy: set[str] = set()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._failures: dict[str, int] = {}
         self._retry_at: dict[str, datetime] = {}
         self._concluded = anyio.Event()
@@ -235,7 +238,12 @@ class Runs(RunQueries):
         _log.warning("run %s could not be looked at: %s", run_id, error, exc_info=None if known else error)
 
     async def project(self, run_id: str) -> None:
-        """Make row and instance of a run agree; see the module's docstring. One caller per run at a time."""
+        """Make row and instance of a run agree; see the module's docstring. Callers of one run take turns."""
+        lock = self._turns.setdefault(run_id, asyncio.Lock())
+        async with lock:
+            await self._project(run_id)
+
+    async def _project(self, run_id: str) -> None:
         run = await self._store.read(lambda tx: tx.first(Run, col(Run.id) == run_id))
         if run is None or run.conclusion is not None:
             return
@@ -297,7 +305,7 @@ class Runs(RunQueries):
 
     def _write_down(self, tx: Transaction, run_id: str, attempt: int, status: InstanceStatus) -> bool:
         """Store what `status` says of attempt `attempt`; return whether the run has concluded."""
-        run = tx.first(Run, col(Run.id) == run_id)
+        run = tx.lock(Run, col(Run.id) == run_id)
         if run is None or run.attempt != attempt or run.conclusion is not None or run.rerun_pending:
             return False  # the status is of an earlier attempt
         self._gates.project(tx, run_id, status)
