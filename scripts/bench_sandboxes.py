@@ -8,7 +8,6 @@ The ways take turns, so that a busy moment of the machine hits all of them alike
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import anyio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ci_platform import layers
 from ci_platform.errors import PlatformError
 from ci_platform.sandboxes import SANDBOX_UID, Sandbox, SandboxJob, Tree
 from ci_platform.sandboxes.container import ContainerSandbox
@@ -116,7 +116,7 @@ async def main() -> None:
     finally:
         await isolate.close()
         await container.close()
-        shutil.rmtree(home, ignore_errors=True)
+        layers.remove_tree(home)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,11 @@ async def test_secrets_appear_neither_in_the_result_nor_in_the_log(bench: Bench)
 
 LIMITS: dict[str, tuple[str, SandboxLimits, str]] = {
     "timeout": ("sleep 600", SandboxLimits(timeout=timedelta(seconds=0.5)), "(timeout) of 0.5 s"),
-    "output": ("yes", SandboxLimits(output=MEBIBYTE), "(output) is 1 MiB"),
+    "output": (
+        "yes a line that is not too short to be read back in good time",
+        SandboxLimits(output=MEBIBYTE),
+        "(output) is 1 MiB",
+    ),
     "memory": ("tail /dev/zero", SandboxLimits(memory=64 * MEBIBYTE), "(memory) is 64 MiB"),
 }
 

@@ -27,6 +27,7 @@ from ci_platform.sandboxes import SANDBOX_UID, SandboxJob, SandboxOutcome, Tree
 from ci_platform.sandboxes.isolate import IsolateSandbox
 
 SECRET = "secret-of-the-host-4711"
+NAP = str(200_000 + os.getpid())
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do it without confinement")
 SYSCALL = """
 import ctypes, os, sys
@@ -367,7 +368,7 @@ from ci_platform.sandboxes.isolate import IsolateSandbox
 async def main():
     upper, work, lower = map(Path, sys.argv[1:4])
     sandbox = IsolateSandbox()
-    argv = ("sh", "-c", "(setsid sleep 4712 &); echo up; sleep 4712")
+    argv = ("sh", "-c", f"(setsid sleep {sys.argv[4]} &); echo up; sleep {sys.argv[4]}")
     job = SandboxJob("doomed", argv, Tree(upper, work, (lower,)))
     await sandbox.run(job, lambda piece: print(piece.decode(), end="", flush=True))
 
@@ -378,9 +379,8 @@ asyncio.run(main())
 async def test_killing_the_platform_leaves_nothing(confined: Confined) -> None:
     tree = confined.tree()
     folders = [str(path) for path in (tree.upper, tree.work, tree.lowers[0])]
-    before = groups()
     platform = subprocess.Popen(  # noqa: ASYNC220 - it is killed, not waited for
-        [sys.executable, "-c", PLATFORM, *folders], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", PLATFORM, *folders, NAP], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
     assert platform.stdout is not None
     with platform.stdout:
@@ -390,7 +390,7 @@ async def test_killing_the_platform_leaves_nothing(confined: Confined) -> None:
     platform.send_signal(signal.SIGKILL)
     platform.wait()
     await eventually(lambda: not sleepers() and not any(psutil.pid_exists(pid) for pid in family))
-    await eventually(lambda: groups() <= before)
+    await eventually(lambda: not groups(platform.pid))
 
 
 async def test_a_launcher_that_was_killed_is_replaced(confined: Confined) -> None:
@@ -408,12 +408,12 @@ async def test_a_launcher_that_was_killed_is_replaced(confined: Confined) -> Non
 
 def sleepers() -> list[int]:
     return [
-        found.pid for found in psutil.process_iter(["cmdline"]) if found.info["cmdline"] == ["sleep", "4712"]
+        found.pid for found in psutil.process_iter(["cmdline"]) if found.info["cmdline"] == ["sleep", NAP]
     ]
 
 
-def groups() -> set[Path]:
-    return {path for path in Path("/sys/fs/cgroup").glob("**/dynflow-*") if path.is_dir()}
+def groups(pid: int) -> list[Path]:
+    return list(Path("/sys/fs/cgroup").glob(f"**/dynflow-{pid}-*"))
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
