@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from dynflow.errors import IsolateCrashedError, IsolateError
-from dynflow.isolates import ProcessLoader, WorkerCode, confinement, describe_walls
+from dynflow.isolates import Capability, ProcessLoader, WorkerCode, confinement, describe_walls
 
 ROOT = Path(__file__).parents[3]
 NOBODY = 65534
@@ -62,7 +62,15 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def all_over(processes: list[psutil.Process]) -> bool:
-    return not [found for found in processes if found.is_running() and found.status() != psutil.STATUS_ZOMBIE]
+    _, alive = psutil.wait_procs(processes, timeout=0)
+    return not [found for found in alive if not is_zombie(found)]
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def uids_above(lowest: int) -> list[int]:
@@ -232,17 +240,33 @@ async def fetch(request, env):
     assert descriptors() <= before + 1
 
 
-async def test_a_parked_session_leaves_no_process() -> None:
-    source = "import asyncio\nasync def fetch(request, env): await asyncio.sleep(1000)"
+async def test_a_cancelled_session_leaves_no_process() -> None:
+    class Signal(Capability):
+        def __init__(self) -> None:
+            self.here = asyncio.Event()
+
+        async def arrive(self) -> None:
+            self.here.set()
+
+    arrived = Signal()
+    source = """
+import asyncio
+async def fetch(request, env):
+    await env.SIGNAL.arrive()
+    await asyncio.sleep(1000)
+"""
+    code = WorkerCode("index.py", {"index.py": source}, env={"SIGNAL": arrived})
     async with ProcessLoader(ready=0) as loader:
-        stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
         idle = len(descendants(os.getpid()))
-        call: asyncio.Task[object] = asyncio.create_task(stub.call("fetch"))
-        await until(lambda: len(descendants(os.getpid())) > idle)
+        call: asyncio.Task[object] = asyncio.create_task(
+            loader.get("w", lambda: code).get_entrypoint().call("fetch")
+        )
+        await arrived.here.wait()
+        assert len(descendants(os.getpid())) == idle + 1
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert len(descendants(os.getpid())) == idle
+        await until(lambda: len(descendants(os.getpid())) == idle)  # gone at once, and reaped by its parent
 
 
 async def test_a_new_zygote_is_started_where_one_has_ended() -> None:
