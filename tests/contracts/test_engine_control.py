@@ -207,7 +207,8 @@ async def test_a_wrong_retention_is_refused(world: World, retention: Any) -> Non
 
 
 async def test_pause_lets_the_running_attempt_finish_and_starts_no_other(world: World) -> None:
-    gate, calls = Gate(), []
+    gate = Gate()
+    calls: list[int] = []
 
     async def run(event: Any, step: Any) -> Any:
         await step.do("first", gate)

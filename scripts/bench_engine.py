@@ -1,0 +1,201 @@
+"""Measure the embedded engine: creations, three-step runs, a step, a wake-up. Trusted workflows in this process.
+
+Prints a Markdown table; with `--json` one JSON object instead. Every figure is a median over 20 rounds or more.
+`--synchronous NORMAL` for commits that a power loss may take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from dynflow.binding import WorkflowBinding
+from dynflow.engines.embedded import EmbeddedEngine
+from dynflow.workflow import WorkflowEntrypoint
+
+ROUNDS = 20
+# How many callers a concurrent round has.
+CALLERS = 64
+
+
+class Three(WorkflowEntrypoint):
+    """Three trivial steps."""
+
+    async def run(self, _event: Any, step: Any) -> Any:
+        """Run them."""
+        first = await step.do("one", lambda: 1)
+        second = await step.do("two", lambda: first + 1)
+        return await step.do("three", lambda: second + 1)
+
+
+class Many(WorkflowEntrypoint):
+    """As many trivial steps as it is told."""
+
+    async def run(self, event: Any, step: Any) -> Any:
+        """Run them."""
+        for _ in range(event.payload):
+            await step.do("work", lambda: 1)
+
+
+class Waits(WorkflowEntrypoint):
+    """Waits for an event and says when the step after it ran."""
+
+    async def run(self, _event: Any, step: Any) -> Any:
+        """Run it."""
+        await step.do("one", lambda: 1)
+        await step.wait_for_event("w", type="go")
+        return await step.do("woken", time.perf_counter)
+
+
+class Nothing(WorkflowEntrypoint):
+    """Is never claimed in the measurement of creations: its engine has no free slot."""
+
+    async def run(self, _event: Any, step: Any) -> Any:
+        """Sleep for ever, awake."""
+        await step.do("block", asyncio.Event().wait)
+
+
+async def timed(work: Callable[[], Awaitable[Any]]) -> float:
+    """Return the seconds that `work` took."""
+    start = time.perf_counter()
+    await work()
+    return time.perf_counter() - start
+
+
+async def creations(binding: WorkflowBinding) -> float:
+    """Return creations a second: concurrent callers of `create`, one instance a call."""
+    each = 20
+
+    async def caller() -> None:
+        for _ in range(each):
+            await binding.create()
+
+    seconds = await timed(lambda: asyncio.gather(*(caller() for _ in range(CALLERS))))
+    return CALLERS * each / seconds
+
+
+async def batches(binding: WorkflowBinding) -> float:
+    """Return creations a second by batches of a hundred."""
+    seconds = await timed(
+        lambda: asyncio.gather(*(binding.create_batch([{}] * 100) for _ in range(20))),
+    )
+    return 2000 / seconds
+
+
+async def runs(binding: WorkflowBinding) -> float:
+    """Return whole three-step runs a second with concurrent callers."""
+    each = 5
+
+    async def caller() -> None:
+        for _ in range(each):
+            await (await binding.create()).result()
+
+    seconds = await timed(lambda: asyncio.gather(*(caller() for _ in range(CALLERS))))
+    return CALLERS * each / seconds
+
+
+async def run_alone(binding: WorkflowBinding) -> float:
+    """Return the milliseconds from create to result of one three-step run."""
+
+    async def one() -> None:
+        await (await binding.create()).result()
+
+    return 1000 * await timed(one)
+
+
+async def step_alone(binding: WorkflowBinding) -> float:
+    """Return the milliseconds that a step adds to a run."""
+
+    async def with_steps(count: int) -> float:
+        async def one() -> None:
+            await (await binding.create(params=count)).result()
+
+        return await timed(one)
+
+    return 1000 * (await with_steps(110) - await with_steps(10)) / 100
+
+
+async def wake(binding: WorkflowBinding) -> float:
+    """Return the milliseconds from `send_event` to the next step's start."""
+    instance = await binding.create()
+    async for event in instance.subscribe(types={"workflow.waiting"}):
+        if event:
+            break
+    start = time.perf_counter()
+    await instance.send_event(type="go")
+    return 1000 * (await instance.result() - start)
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """Return median and 95th percentile."""
+    ordered = sorted(samples)
+    return {
+        "p50": round(statistics.median(ordered), 3),
+        "p95": round(ordered[max(0, round(0.95 * len(ordered)) - 1)], 3),
+        "rounds": len(ordered),
+    }
+
+
+async def rounds(count: int, work: Callable[[], Awaitable[float]]) -> dict[str, float]:
+    """Measure `count` times after one round that is not counted."""
+    await work()
+    return summary([await work() for _ in range(count)])
+
+
+async def measure(folder: Path, synchronous: Any) -> dict[str, dict[str, float]]:
+    """Return all figures by name."""
+    figures: dict[str, dict[str, float]] = {}
+    blocked = EmbeddedEngine(folder / "create.db", synchronous=synchronous, concurrency=1)
+    blocked.register("nothing", Nothing)
+    async with blocked:
+        print("bench: creations", file=sys.stderr)
+        figures["create, concurrent callers (per second)"] = await rounds(
+            ROUNDS, lambda: creations(blocked.binding("nothing"))
+        )
+        figures["create, batches of 100 (per second)"] = await rounds(
+            ROUNDS, lambda: batches(blocked.binding("nothing"))
+        )
+    engine = EmbeddedEngine(folder / "run.db", synchronous=synchronous)
+    for workflow in (Three, Many, Waits):
+        engine.register(workflow.__name__, workflow)
+    three, many, waits = (engine.binding(workflow.__name__) for workflow in (Three, Many, Waits))
+    async with engine:
+        print("bench: runs", file=sys.stderr)
+        figures["three-step run, concurrent (per second)"] = await rounds(ROUNDS, lambda: runs(three))
+        figures["three-step run, alone (ms)"] = await rounds(200, lambda: run_alone(three))
+        print("bench: steps and wake-ups", file=sys.stderr)
+        figures["added by a step, alone (ms)"] = await rounds(ROUNDS, lambda: step_alone(many))
+        figures["event to next step, alone (ms)"] = await rounds(200, lambda: wake(waits))
+    return figures
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| Embedded engine | median | p95 | rounds |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {name} | {each['p50']:,} | {each['p95']:,} | {each['rounds']} |" for name, each in figures.items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--synchronous", choices=["FULL", "NORMAL"], default="FULL")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="dynflow-bench-") as folder:
+        figures = asyncio.run(measure(Path(folder), options.synchronous))
+    print(json.dumps(figures, indent=2) if options.json else table(figures))
+
+
+if __name__ == "__main__":
+    main()
