@@ -98,12 +98,10 @@ def path_variable(toolchains: Sequence[str]) -> str:
     return ":".join(dict.fromkeys([*(f"{path}/bin" for path in toolchains), *system]))
 
 
-def mount_proc(root: str, *, masks: bool = True) -> None:
+def mount_proc(root: str) -> None:
     """Mount /proc of the calling process's pid namespace, without the entries that speak of the host."""
     target = f"{root}/proc"
     linux.mount("proc", target, "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC, "hidepid=2")
-    if not masks:
-        return
     linux.bind(f"{target}/sys", f"{target}/sys", linux.ATTR_RDONLY)
     for name in _HIDDEN_IN_PROC:
         entry = Path(target, name)

@@ -137,11 +137,6 @@ def supported() -> bool:
     return platform.machine() in _BY_MACHINE
 
 
-def denied() -> tuple[str, ...]:
-    """Return the names of the calls that are refused, whatever their arguments."""
-    return tuple(sorted({*_EVERYWHERE, *_BY_MACHINE[platform.machine()][1]}))
-
-
 def program() -> bytes:
     """Return the seccomp program for this machine, which must be `supported`."""
     machine = platform.machine()
