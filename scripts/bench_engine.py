@@ -126,12 +126,11 @@ async def step_alone(binding: WorkflowBinding) -> float:
 async def wake(binding: WorkflowBinding) -> float:
     """Return the milliseconds from `send_event` to the next step's start."""
     instance = await binding.create()
-    async for event in instance.subscribe(types={"workflow.waiting"}):
-        if event:
-            break
+    await anext(instance.subscribe(types={"workflow.waiting"}))
     start = time.perf_counter()
     await instance.send_event(type="go")
-    return 1000 * (await instance.result() - start)
+    woken: float = await instance.result()
+    return 1000 * (woken - start)
 
 
 def summary(samples: list[float]) -> dict[str, float]:
