@@ -12,7 +12,7 @@ import pytest
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from ci_platform.serving import Running, running
-from ci_platform.settings import Settings
+from ci_platform.settings import load_settings
 from tests.ci_platform.api.world import World
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -33,7 +33,7 @@ _FLAGS = [
 @pytest.fixture(scope="module")
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     data = tmp_path_factory.mktemp("platform") / "data"
-    async with running(Settings(data=data, port=0, allow_containers=False)) as platform:
+    async with running(load_settings({"data": data, "port": 0, "allow_containers": False}, {})) as platform:
         yield platform
 
 

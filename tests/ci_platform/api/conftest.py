@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from ci_platform.serving import Running, running
-from ci_platform.settings import Settings
+from ci_platform.settings import load_settings
 from tests.ci_platform.api.world import SECRET, World
 
 
@@ -17,9 +17,8 @@ from tests.ci_platform.api.world import SECRET, World
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     """One server for a module's tests; each works in repositories of its own."""
     data = tmp_path_factory.mktemp("platform") / "data"
-    settings = Settings(
-        data=data, port=0, github_webhook_secret=SECRET, max_body=64 * 1024, allow_containers=False
-    )
+    options = {"port": 0, "github_webhook_secret": SECRET, "max_body": 64 * 1024, "allow_containers": False}
+    settings = load_settings({"data": data, **options}, {})
     async with running(settings) as platform:
         yield platform
 

@@ -55,9 +55,11 @@ async def test_without_a_token_nothing_is_shown(nobody: httpx.AsyncClient) -> No
     assert answer.headers["www-authenticate"].startswith("Bearer")
 
 
-@pytest.mark.parametrize("header", ["Bearer wrong", "Bearer", "Basic !!", "Digest x", "Bearer é".encode()])
-async def test_a_wrong_token_is_401(nobody: httpx.AsyncClient, header: str | bytes) -> None:
-    assert_problem(await nobody.get("/api/v1/runs", headers={"Authorization": header}), 401, "unauthorized")
+@pytest.mark.parametrize("header", ["Bearer wrong", "Bearer", "Basic !!", "Digest x", "Bearer \u00e9"])
+async def test_a_wrong_token_is_401(nobody: httpx.AsyncClient, header: str) -> None:
+    assert_problem(
+        await nobody.get("/api/v1/runs", headers={b"Authorization": header.encode()}), 401, "unauthorized"
+    )
 
 
 async def test_a_token_may_only_do_what_its_scope_says(

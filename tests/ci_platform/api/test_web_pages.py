@@ -108,17 +108,17 @@ async def test_a_form_without_its_own_token_changes_nothing(world: World, browse
     for csrf in ({}, {"csrf": ""}, {"csrf": "guessed"}):
         answer = await browser.post(f"/runs/{run_id}/gates", data={**decision, **csrf})
         assert answer.status_code == 403
-    csrf = csrf_of((await browser.get(f"/runs/{run_id}")).text)
+    own = csrf_of((await browser.get(f"/runs/{run_id}")).text)
     cross = await browser.post(
         f"/runs/{run_id}/gates",
-        data={**decision, "csrf": csrf},
+        data={**decision, "csrf": own},
         headers={"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.example"},
     )
     assert cross.status_code == 403
     assert (await world.run(run_id))["gates"][0]["state"] == "open"
     # The JSON API takes no cookie for changes, so no form of another site can reach it.
     assert (await browser.post(f"/api/v1/runs/{run_id}/cancel")).status_code == 401
-    answer = await browser.post(f"/runs/{run_id}/gates", data={**decision, "csrf": csrf})
+    answer = await browser.post(f"/runs/{run_id}/gates", data={**decision, "csrf": own})
     assert (answer.status_code, answer.headers["location"]) == (303, f"/runs/{run_id}")
     assert (await world.concluded(run_id))["conclusion"] == "success"
 
