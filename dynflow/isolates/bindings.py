@@ -38,8 +38,9 @@ class HostBinding(ABC):
             raise InvalidArgumentError(f"{self.name}.{method}: {error}") from None
         try:
             return await function(*args, **kwargs)
-        except Exception as error:
-            raise RemoteError(self._shown(error, method)) from error
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not carry the platform's insides
+            failed = error
+        raise RemoteError(self._shown(failed, method)) from failed
 
     @abstractmethod
     def find(self, method: str) -> Callable[..., Any]:

@@ -27,6 +27,8 @@ _START = (
 )
 # Seconds for a zygote to come up: 0.2 on an idle machine; a loaded CI host may take long.
 _START_TIMEOUT = 60
+# Requests that wait in the control socket; it holds some hundred.
+_FORKS_AT_ONCE = 16
 # Seconds until a taken isolate is replaced: by then it has loaded its code.
 _FILL_AFTER = 0.005
 
@@ -98,6 +100,7 @@ class Zygote:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self._turn = asyncio.Semaphore(_FORKS_AT_ONCE)
         self._asked: deque[tuple[socket.socket, asyncio.Future[IsolateProcess]]] = deque()
         self._children: dict[int, IsolateProcess] = {}
         self.ended = False
@@ -133,7 +136,11 @@ class Zygote:
 
     async def fork(self) -> IsolateProcess:
         """Return a new child. Raises IsolateCrashedError where the zygote is gone."""
+        await (
+            self._turn.acquire()
+        )  # given back by the answer, which comes even if nobody waits for it any more
         if self.ended or self._control is None:
+            self._turn.release()
             raise IsolateCrashedError("the zygote has ended")
         ours, theirs = socket.socketpair()
         ours.settimeout(0)
@@ -141,15 +148,16 @@ class Zygote:
         self._asked.append((ours, answer))
         try:
             socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
-        except BlockingIOError:  # some hundred forks are under way already
-            self._asked.pop()
-            ours.close()
-            raise IsolateError("too many isolates are being started at once") from None
         except OSError:
             self._end()
         finally:
             theirs.close()
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                answer.result().drop()  # it came just now
+            raise
 
     async def close(self) -> None:
         """End it and all of its children; returns when the kernel has done so."""
@@ -177,6 +185,7 @@ class Zygote:
     def _act(self, message: dict[str, Any], fds: list[int]) -> None:
         if "forked" in message:
             sock, answer = self._asked.popleft()
+            self._turn.release()
             child = IsolateProcess(sock, fds[0])
             self._children[message["forked"]] = child
             if answer.done():  # nobody waits any more
@@ -209,6 +218,7 @@ class Zygote:
         if not self._ready.done():
             self._ready.set_exception(IsolateError("the zygote ended while it was starting"))
         for sock, answer in self._asked:
+            self._turn.release()
             sock.close()
             if not answer.done():
                 answer.set_exception(error)

@@ -57,7 +57,11 @@ class Isolate(asyncio.Protocol):
     async def start(process: IsolateProcess, on_output: OnOutput) -> Isolate:
         """Return the isolate of `process`."""
         isolate = Isolate(process, on_output)
-        await isolate._loop.create_connection(lambda: isolate, sock=process.take_socket())
+        try:
+            await isolate._loop.create_connection(lambda: isolate, sock=process.take_socket())
+        except BaseException:
+            process.kill()
+            raise
         return isolate
 
     def load(
