@@ -62,7 +62,7 @@ def unpack(data: Any) -> Any:
 
 def encode(value: object, *, limit: int | None = None, what: str = "value") -> bytes:
     """Return `value` as bytes. Raises UnserializableError, or ValueTooLargeError above `limit` bytes."""
-    data = json.dumps(_pack(value, what, 0), separators=(",", ":"), allow_nan=False).encode()
+    data = _to_json(_pack(value, what, 0)).encode()
     if limit is not None and len(data) > limit:
         raise ValueTooLargeError(f"{what} is {len(data):,} bytes when stored; the limit is {limit:,} bytes")
     return data
@@ -71,13 +71,18 @@ def encode(value: object, *, limit: int | None = None, what: str = "value") -> b
 def decode(data: bytes | str) -> Any:
     """Return the value that `encode` made `data` from. Raises ValueError for anything else."""
     try:
-        return unpack(json.loads(data, parse_constant=_refuse_constant))
+        return unpack(_from_json(data if isinstance(data, str) else data.decode()))
     except (AttributeError, KeyError, TypeError, IndexError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not an encoded value: {error!r}") from error
 
 
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not part of the format")
+
+
+# Made once: `json.dumps` and `json.loads` make a new one at every call with options.
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+_from_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _pack(value: Any, path: str, depth: int) -> Any:

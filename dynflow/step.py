@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,7 +29,7 @@ from dynflow.step_config import DelayFunction, StepConfig, merge_config
 from dynflow.step_host import StepHost, checked_name, final_result, new_record
 from dynflow.types import RollbackContext, StepContext, StepInfo
 from dynflow.waits import sleep, wait_for_event
-from dynflow.workflow import Callback, StepCall, current_step, invoke
+from dynflow.workflow import Callback, StepCall, begin, current_step
 
 # A delay function answers within this or fails its step (workflows.md section 2).
 _DELAY_FUNCTION_TIMEOUT = timedelta(seconds=5)
@@ -213,10 +214,15 @@ async def _call_within(
         expired = True
         task.cancel()
 
+    started_at = clock.now_us()
     token = current_step.set(ctx)
-    timer = clock.call_at(clock.now_us() + limit // MICROSECOND, expire)
+    timer = None
     try:
-        return await invoke(callback, argument)
+        result = begin(callback, argument)
+        if not inspect.isawaitable(result):  # what is not awaited cannot be cancelled: no timer
+            return result
+        timer = clock.call_at(started_at + limit // MICROSECOND, expire)
+        return await result
     except (Exception, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
@@ -224,7 +230,8 @@ async def _call_within(
             raise
         raise WorkflowFatalError(f"{what} raised {type(error).__name__}({error})") from error
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         current_step.reset(token)
         # Whatever the callback made of its cancellation, the attempt is over; unless someone else cancelled too.
         if expired and task.uncancel() <= 0:

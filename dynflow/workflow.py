@@ -187,9 +187,14 @@ class _Decorated:
         return self._start(self._function).__await__()
 
 
+def begin(callback: Callback, argument: Any) -> Any:
+    """Call a tenant's callback, which takes `argument` or nothing; returns its result or an awaitable of it."""
+    return callback(argument) if _takes_argument(callback) else callback()
+
+
 async def invoke(callback: Callback, argument: Any) -> Any:
     """Call a tenant's callback, which is sync or async and takes `argument` or nothing."""
-    result = callback(argument) if _takes_argument(callback) else callback()
+    result = begin(callback, argument)
     return await result if inspect.isawaitable(result) else result
 
 
@@ -222,6 +227,7 @@ __all__ = [
     "WorkerEntrypoint",
     "WorkflowEntrypoint",
     "WorkflowStep",
+    "begin",
     "current_env",
     "current_step",
     "invoke",

@@ -137,7 +137,7 @@ class EmbeddedEngine(Engine):
         )
         for item, made in zip(items, created, strict=True):
             if made is not None:
-                self._telling.tell(made[0], InstanceRef(workflow, item.id, tenant), [made[1]])
+                self._telling.tell(InstanceRef(workflow, item.id, tenant), [made])
         self._scheduler.pump()
         return [made is not None for made in created]
 
@@ -179,7 +179,7 @@ class EmbeddedEngine(Engine):
         segment = self._scheduler.segment(row.key)
         if row.status == "running" and segment is not None:
             segment.pause()
-        self._telling.tell(row.key, row.ref, [happened])
+        self._telling.tell(row.ref, [happened])
 
     async def _resume(self, ref: InstanceRef) -> None:
         now = self.clock.now_us()
@@ -198,7 +198,7 @@ class EmbeddedEngine(Engine):
             segment.resume()
             for waiter in waiters:
                 segment.deliver(waiter)
-        self._telling.tell(row.key, row.ref, happened)
+        self._telling.tell(row.ref, happened)
         self._scheduler.pump()
 
     async def _terminate(self, ref: InstanceRef, *, rollback: bool) -> None:
@@ -215,7 +215,7 @@ class EmbeddedEngine(Engine):
 
         row, happened, expires_at = await self._storage.submit(write)
         if happened is not None:
-            self._telling.tell(row.key, row.ref, [happened])
+            self._telling.tell(row.ref, [happened])
             self._scheduler.arm(expires_at)
             await self._scheduler.abort(row.key)
             self._scheduler.pump()
@@ -229,7 +229,7 @@ class EmbeddedEngine(Engine):
             return row, instances.restart(db, self._storage.queue, row, from_step, now)
 
         row, happened = await self._storage.submit(write)
-        self._telling.tell(row.key, row.ref, [happened])
+        self._telling.tell(row.ref, [happened])
         await self._scheduler.abort(row.key)
         self._scheduler.pump()
 
@@ -250,21 +250,21 @@ class EmbeddedEngine(Engine):
             segment = self._scheduler.segment(row.key)
             if segment is not None:
                 segment.deliver(waiter)
-            self._telling.tell(row.key, row.ref, [happened])
+            self._telling.tell(row.ref, [happened])
             self._scheduler.pump()
 
     async def delete(self, refs: Sequence[InstanceRef]) -> list[bool]:
         """Delete instances with all they have."""
 
-        def write(db: Any) -> list[int | None]:
+        def write(db: Any) -> list[InstanceRow | None]:
             return [_delete(db, ref) for ref in refs]
 
-        keys = await self._storage.submit(write)
-        for key in keys:
-            if key is not None:
-                self._telling.wake(key, ended=True)
-                await self._scheduler.abort(key)
-        return [key is not None for key in keys]
+        deleted = await self._storage.submit(write)
+        for row in deleted:
+            if row is not None:
+                self._telling.wake(row.ref, ended=True)
+                await self._scheduler.abort(row.key)
+        return [row is not None for row in deleted]
 
     async def history(self, ref: InstanceRef, cursor: int) -> AsyncGenerator[HistoryEvent, None]:
         """Yield what happened after `cursor`, then what happens, up to the end of the instance."""
@@ -300,12 +300,10 @@ class EmbeddedEngine(Engine):
 
     @contextlib.asynccontextmanager
     async def _followed(self, ref: InstanceRef) -> AsyncIterator[tuple[InstanceRow, Watch]]:
-        key = (await self._storage.submit(lambda db: rows.find(db, ref))).key
-        with self._telling.watch(key) as watch:
-            row = await self._storage.submit(lambda db: rows.by_key(db, key))
-            if row is None:
-                raise InstanceNotFoundError(f"there is no instance {ref.id!r} of workflow {ref.workflow!r}")
-            yield row, watch
+        if ref.tenant is None:
+            ref = await self.find(ref)
+        with self._telling.watch(ref) as watch:
+            yield await self._storage.submit(lambda db: rows.find(db, ref)), watch
 
 
 class Env(dict[str, Any]):
@@ -323,10 +321,10 @@ def _check_entrypoint(given: object) -> None:
         raise InvalidArgumentError(f"{given!r:.200} is not a class with run(event, step)")
 
 
-def _delete(db: Any, ref: InstanceRef) -> int | None:
+def _delete(db: Any, ref: InstanceRef) -> InstanceRow | None:
     try:
-        key = rows.find(db, ref).key
+        row = rows.find(db, ref)
     except InstanceNotFoundError:
         return None
-    instances.delete(db, key)
-    return key
+    instances.delete(db, row.key)
+    return row

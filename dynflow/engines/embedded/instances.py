@@ -70,14 +70,14 @@ def create(
     tenant: str,
     items: Sequence[NewInstance],
     now: int,
-) -> list[tuple[int, Happened] | None]:
+) -> list[Happened | None]:
     """Queue new instances; None for each whose id exists."""
     return [_create_one(db, queue, workflow, tenant, item, now) for item in items]
 
 
 def _create_one(
     db: sqlite3.Connection, queue: FairQueue, workflow: str, tenant: str, item: NewInstance, now: int
-) -> tuple[int, Happened] | None:
+) -> Happened | None:
     found = db.execute(
         "INSERT INTO instances (workflow, tenant, id, status, rank, created_at, events)"
         " VALUES (?, ?, ?, 'queued', ?, ?, 1) ON CONFLICT DO NOTHING RETURNING key",
@@ -89,7 +89,7 @@ def _create_one(
     retention = None if item.retention is None else encode(dict(item.retention))
     db.execute("INSERT INTO inputs VALUES (?, ?, ?, ?)", (key, item.params, item.schedule, retention))
     db.execute("INSERT INTO history VALUES (?, ?, 'workflow.queued', '{}')", (row_of(key, 1), now))
-    return key, Happened(1, now, ("workflow.queued",), {})
+    return Happened(1, now, ("workflow.queued",), {})
 
 
 def recover(db: sqlite3.Connection, queue: FairQueue, now: int) -> None:
@@ -127,19 +127,21 @@ def claim(
 
 def _claim_one(db: sqlite3.Connection, queue: FairQueue, key: int, rank: int, now: int) -> ClaimedRow:
     queue.served(rank)
-    changes = "status = 'running', rank = NULL, epoch = epoch + 1, started_at = ifnull(started_at, ?)"
-    found = db.execute(
-        f"UPDATE instances SET {changes} WHERE key = ? RETURNING {COLUMNS}, events",  # noqa: S608 - constants
-        (now, key),
-    ).fetchone()
-    row = InstanceRow(*found[:-1])
-    params, schedule = db.execute("SELECT params, schedule FROM inputs WHERE key = ?", (key,)).fetchone()
     # Ranks of never started instances are not negative: woken ones need not say that they started.
-    happened = log(db, key, now, "workflow.running" if rank < 0 else "workflow.started+workflow.running")
-    steps = (
-        load_steps(db, key) if found[-1] > 1 else []
-    )  # the one event of a new instance is that it was queued
-    return ClaimedRow(row, params, schedule, steps, happened)
+    types = ("workflow.running",) if rank < 0 else ("workflow.started", "workflow.running")
+    changes = (
+        "status = 'running', rank = NULL, epoch = epoch + 1, started_at = ifnull(started_at, ?),"
+        " events = events + ?, size = size + 64"
+    )
+    *columns, number = db.execute(
+        f"UPDATE instances SET {changes} WHERE key = ? RETURNING {COLUMNS}, events",  # noqa: S608 - constants
+        (now, len(types), key),
+    ).fetchone()
+    db.execute("INSERT INTO history VALUES (?, ?, ?, '{}')", (row_of(key, number), now, "+".join(types)))
+    params, schedule = db.execute("SELECT params, schedule FROM inputs WHERE key = ?", (key,)).fetchone()
+    is_new = number == len(types) + 1  # all that has happened to it is that it was queued
+    steps = [] if is_new else load_steps(db, key)
+    return ClaimedRow(InstanceRow(*columns), params, schedule, steps, Happened(number, now, types, {}))
 
 
 def wake_due(db: sqlite3.Connection, queue: FairQueue, now: int) -> int | None:

@@ -67,4 +67,4 @@ class EmbeddedJournal(Journal):
         )
 
     async def _write(self, operation: Operation[list[Happened]]) -> None:
-        self._telling.tell(self._key, self._ref, await self._storage.submit(operation))
+        self._telling.tell(self._ref, await self._storage.submit(operation))

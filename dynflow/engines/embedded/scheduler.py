@@ -148,7 +148,7 @@ class Scheduler:
             self._later(self.pump)
             return
         for claimed in claim.result():
-            self._telling.tell(claimed.row.key, claimed.row.ref, [claimed.happened])
+            self._telling.tell(claimed.row.ref, [claimed.happened])
             self._start(claimed)
         if claim.result() or self._more_queued:
             self.pump()
@@ -231,7 +231,7 @@ class Scheduler:
                 self._later(again.set)
                 await again.wait()
             else:
-                self._telling.tell(row.key, row.ref, [happened])
+                self._telling.tell(row.ref, [happened])
                 self.arm(look_at)
                 return
 

@@ -25,32 +25,32 @@ class Telling:
 
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
-        self._watches: dict[int, set[Watch]] = {}
+        self._watches: dict[InstanceRef, set[Watch]] = {}
 
     def add_listener(self, listener: Listener) -> None:
         """Call `listener` at every event of every instance; its errors go to the loop's exception handler."""
         self._listeners.append(listener)
 
     @contextlib.contextmanager
-    def watch(self, key: int) -> Iterator[Watch]:
+    def watch(self, ref: InstanceRef) -> Iterator[Watch]:
         """Watch an instance inside of the `with` block."""
         watch = Watch()
-        self._watches.setdefault(key, set()).add(watch)
+        self._watches.setdefault(ref, set()).add(watch)
         try:
             yield watch
         finally:
-            self._watches[key].discard(watch)
-            if not self._watches[key]:
-                del self._watches[key]
+            self._watches[ref].discard(watch)
+            if not self._watches[ref]:
+                del self._watches[ref]
 
-    def tell(self, key: int, ref: InstanceRef, happened: Iterable[Happened | None]) -> None:
+    def tell(self, ref: InstanceRef, happened: Iterable[Happened | None]) -> None:
         """Tell watchers and listeners of history rows that are durable."""
-        if key not in self._watches and not self._listeners:
+        if ref not in self._watches and not self._listeners:
             return
         real = [item for item in happened if item is not None]
         if not real:
             return
-        self.wake(key, ended=any(kind in ENDS for item in real for kind in item.types))
+        self.wake(ref, ended=any(kind in ENDS for item in real for kind in item.types))
         for event in history_events(real) if self._listeners else ():
             for listener in self._listeners:
                 try:
@@ -62,14 +62,14 @@ class Telling:
                     }
                     asyncio.get_running_loop().call_exception_handler(context)
 
-    def wake(self, key: int, *, ended: bool) -> None:
+    def wake(self, ref: InstanceRef, *, ended: bool) -> None:
         """Let the watchers of an instance look again."""
-        for watch in self._watches.get(key, ()):
+        for watch in self._watches.get(ref, ()):
             watch.changed.set()
             if ended:
                 watch.ended.set()
 
     def wake_all(self) -> None:
         """Let all watchers look again: the engine closes."""
-        for key in self._watches:
-            self.wake(key, ended=True)
+        for ref in self._watches:
+            self.wake(ref, ended=True)
