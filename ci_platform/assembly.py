@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import anyio
@@ -28,6 +29,7 @@ from ci_platform.pipeline_code import PipelineCode
 from ci_platform.pushes import Pushes
 from ci_platform.reports import Reports
 from ci_platform.repositories import Repositories
+from ci_platform.retention import Retention
 from ci_platform.runs import Runs
 from ci_platform.sandboxes import Sandbox, SandboxLimits
 from ci_platform.sandboxes.container import ContainerSandbox
@@ -47,6 +49,21 @@ from pipelines.contract import SandboxKind
 _log = logging.getLogger(__name__)
 
 WORKFLOW = "ci"
+
+# Gates open and close, and runs end, before people's eyes; the progress of steps can be a moment late.
+_URGENT = frozenset(
+    {
+        "wait.started",
+        "wait.completed",
+        "wait.timed_out",
+        "workflow.paused",
+        "workflow.completed",
+        "workflow.errored",
+        "workflow.terminated",
+    }
+)
+
+_PACK_EVERY = timedelta(days=1)
 
 # Identities in memory; what a run is never changes.
 _REMEMBERED = 10_000
@@ -106,7 +123,6 @@ class StoredIdentities:
         return self._known[run_id]
 
     async def _read(self, run_id: str) -> RunIdentity:
-
         def find(tx: Transaction) -> RunIdentity:
             run = tx.first(Run, col(Run.id) == run_id)
             if run is None:
@@ -127,6 +143,7 @@ async def open_platform(settings: Settings) -> AsyncIterator[Platform]:
         async with _assembled(settings, clock, store) as platform, anyio.create_task_group() as services:
             for serve in (platform.deliveries.serve, platform.reports.serve, platform.runs.serve):
                 services.start_soon(serve)
+            services.start_soon(_housekeeping(platform).serve)
             for sandbox in platform.sandboxes.values():
                 services.start_soon(_sweep, sandbox)
             yield platform
@@ -210,6 +227,29 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
             await sandbox.close()
 
 
+def _housekeeping(platform: Platform) -> Retention:
+    """Return what forgets old runs and keeps the data folder within its budget."""
+    packed_at = platform.clock.now()
+
+    async def tidy() -> None:
+        nonlocal packed_at
+        await platform.logs.expire(platform.settings.retention)
+        await platform.workspaces.evict(platform.settings.tree_cache)
+        if platform.clock.now() - packed_at > _PACK_EVERY:
+            packed_at = platform.clock.now()
+            for repo in await platform.source.repositories():
+                await platform.source.maintain(repo)
+
+    return Retention(
+        platform.runs,
+        RunInstances(platform.engine),
+        platform.clock,
+        keep=platform.settings.retention,
+        files=[platform.workspaces.delete_run],
+        tidy=tidy,
+    )
+
+
 async def _sweep(sandbox: Sandbox) -> None:
     # Beside the service: what is swept belongs to platforms that are dead, and Docker may be slow or absent.
     try:
@@ -271,9 +311,10 @@ def _closing(logs: Logs) -> Any:
 
 
 def _noticing(notices: Notices) -> Any:
+    """Return what has a run looked at when something happens to it: at once where somebody may wait for it."""
+
     def listener(ref: InstanceRef, event: HistoryEvent) -> None:
-        del event
         if ref.workflow == WORKFLOW:
-            notices.add(ref.id)
+            notices.add(ref.id, urgent=event.type in _URGENT)
 
     return listener

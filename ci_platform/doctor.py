@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sqlite3
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -69,7 +68,6 @@ def _machine() -> Iterator[Finding]:
     yield Finding("machine", "system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     yield Finding("machine", "user", user)
     yield Finding("machine", "Python", platform.python_version(), "good")
-    yield Finding("machine", "SQLite", sqlite3.sqlite_version, "good")
 
 
 def _git() -> Finding:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from ci_platform.waking import Waker
-from dynflow.clock import Clock
+from dynflow.clock import Clock, to_microseconds
+
+# What is not urgent is looked at this much later, together with what comes until then: looking costs a few
+# transactions, which a run that is just starting should not have to share its time with.
+_LINGER = timedelta(milliseconds=150)
 
 
 class Notices:
@@ -14,12 +18,22 @@ class Notices:
 
     def __init__(self, clock: Clock) -> None:
         self._waker = Waker(clock)
+        self._clock = clock
         self._run_ids: set[str] = set()
+        self._lingering: set[str] = set()
 
-    def add(self, run_id: str) -> None:
-        """Have the run looked at soon."""
-        self._run_ids.add(run_id)
-        self._waker.wake()
+    def add(self, run_id: str, *, urgent: bool = True) -> None:
+        """Have the run looked at now, or shortly if it is not urgent."""
+        if urgent:
+            self._run_ids.add(run_id)
+            self._waker.wake()
+        elif run_id not in self._lingering:
+            self._lingering.add(run_id)
+            self._clock.call_at(to_microseconds(self._clock.now() + _LINGER), lambda: self._lingered(run_id))
+
+    def _lingered(self, run_id: str) -> None:
+        self._lingering.discard(run_id)
+        self.add(run_id)
 
     def take(self, *, but: Collection[str] = ()) -> set[str]:
         """Return the noted runs and forget them, leaving those in `but` for later."""

@@ -1,4 +1,7 @@
-"""Retention: runs that ended long ago go, with their workspaces and instances, and their rows last."""
+"""Retention: runs that ended long ago go, with their workspaces and instances, and their rows last.
+
+With them goes what only time uses up: old logs, trees above their budget, loose objects of repositories.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ Delete = Callable[[str], Awaitable[object]]
 
 
 class Retention:
-    """Forgets runs. `files` delete what a run has on disk, by its id; each may be repeated."""
+    """Forgets runs. `files` delete what a run has on disk, by its id; each may be repeated. `tidy` does the rest."""
 
     def __init__(
         self,
@@ -32,9 +35,10 @@ class Retention:
         *,
         keep: timedelta,
         files: Sequence[Delete] = (),
+        tidy: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._runs, self._workflows, self._clock = runs, workflows, clock
-        self._keep, self._files = keep, files
+        self._keep, self._files, self._tidy = keep, files, tidy
 
     async def serve(self) -> None:
         """Forget what is due, now and every hour, for ever."""
@@ -42,8 +46,10 @@ class Retention:
         while True:
             try:
                 await self.purge()
+                if self._tidy is not None:
+                    await self._tidy()
             except Exception:  # noqa: BLE001 - what could not be deleted is tried again; it must not stop the server
-                _log.exception("some runs that are too old could not be deleted")
+                _log.exception("some of what is too old could not be deleted")
             await waker.wait(self._clock.now() + _EVERY)
 
     async def purge(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, cast
@@ -20,7 +20,7 @@ import anyio
 
 from ci_platform.backoff import backoff
 from ci_platform.errors import ConflictError, NotFoundError, UnavailableError
-from ci_platform.gates import Gates
+from ci_platform.gates import Decision, Gates, GateView
 from ci_platform.instances import InstanceHandle, Layers, WorkflowsBinding
 from ci_platform.model import Repository, Run
 from ci_platform.notices import Notices
@@ -42,11 +42,13 @@ from ci_platform.store import Store, Transaction, col
 from ci_platform.triggers import RunRequest
 from dynflow.clock import Clock
 from dynflow.errors import IllegalMoveError, InstanceExistsError, InstanceNotFoundError
-from dynflow.types import InstanceStatus
+from dynflow.types import HistoryEvent, InstanceStatus
 
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 16
+# Deadlines are known when they arise; this is for those that another process may have written.
+_LOOK_EVERY = timedelta(minutes=1)
 
 
 class Runs(RunQueries):
@@ -71,6 +73,7 @@ class Runs(RunQueries):
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._failures: dict[str, int] = {}
         self._retry_at: dict[str, datetime] = {}
+        self._due_at: datetime | None = None
         self._concluded = anyio.Event()
 
     # --- decisions -----------------------------------------------------------------------------
@@ -82,7 +85,7 @@ class Runs(RunQueries):
         row = await self._store.write(lambda tx: self._insert(tx, request, delivery, pipeline_digest))
         if row.conclusion is None:
             await self._instance(row)
-            self._notices.add(row.id)
+            self._notices.add(row.id, urgent=False)
             self._reports.wake()
         return run_view(row)
 
@@ -197,6 +200,23 @@ class Runs(RunQueries):
                 return await self.get(run_id)
             await changed.wait()
 
+    # --- questions that need a run to be under way ---
+
+    async def events(self, run_id: str, cursor: int | None = None) -> AsyncIterator[HistoryEvent]:
+        """Yield the run's history after `cursor`, then what happens, until it has ended. Raises NotFoundError."""
+        run = await self._store.read(lambda tx: existing_run(tx, run_id))
+        if run.conclusion is None:
+            await self._instance(run)  # its row can be there a moment before its instance
+        async for event in super().events(run_id, cursor):
+            yield event
+
+    async def decide(
+        self, run_id: str, name: str, decision: Decision, *, by: str, comment: str | None = None
+    ) -> GateView:
+        """Decide a gate, see `Gates.decide`: also one that has opened in the engine just now."""
+        await self.project(run_id)
+        return await self._gates.decide(run_id, name, decision, by=by, comment=comment)
+
     # --- seeing to it --------------------------------------------------------------------------
 
     async def serve(self) -> None:
@@ -210,7 +230,7 @@ class Runs(RunQueries):
                 for run_id in self._notices.take(but=self._busy):
                     self._busy.add(run_id)
                     group.start_soon(self._project_in_lane, run_id, limiter)
-                await self._notices.wait(await self._next_deadline())
+                await self._notices.wait(self._due_at)
 
     async def sweep(self) -> int:
         """Look at every unfinished run, one after the other, and return how many there were."""
@@ -234,6 +254,7 @@ class Runs(RunQueries):
     def _try_later(self, run_id: str, error: Exception) -> None:
         failures = self._failures[run_id] = self._failures.get(run_id, 0) + 1
         self._retry_at[run_id] = self._clock.now() + backoff(failures)
+        self._due_by(self._retry_at[run_id])
         known = isinstance(error, UnavailableError)
         _log.warning("run %s could not be looked at: %s", run_id, error, exc_info=None if known else error)
 
@@ -324,6 +345,8 @@ class Runs(RunQueries):
             "active_since": (run.active_since or now) if active else None,
         }
         tx.change(Run, values, col(Run.id) == run_id)
+        if active:
+            self._due_by(now + self._run_timeout)
         if stop is None:
             self._reports.put_status(tx, run, *shown(status))
         return False
@@ -353,6 +376,8 @@ class Runs(RunQueries):
 
     async def _note_what_is_due(self) -> None:
         now = self._clock.now()
+        if self._due_at is not None and now < self._due_at:
+            return
         for run_id in [run_id for run_id, when in self._retry_at.items() if when <= now]:
             del self._retry_at[run_id]
             self._notices.add(run_id)
@@ -362,18 +387,20 @@ class Runs(RunQueries):
         for run in late:
             await self._stop_for_time(run.id)
             self._notices.add(run.id)
+        first = await self._store.read(lambda tx: tx.first(Run, *_ACTIVE, order=col(Run.active_since)))
+        moments = [*self._retry_at.values(), now + _LOOK_EVERY]
+        if first is not None and first.active_since is not None:
+            moments.append(first.active_since + self._run_timeout)
+        self._due_at = min(moments)
 
     async def _stop_for_time(self, run_id: str) -> None:
         reason = f"the run worked for more than {in_words(self._run_timeout)} without waiting"
         stop = {"stop_conclusion": "timed_out", "stop_reason": reason}
         await self._store.write(lambda tx: tx.change(Run, stop, col(Run.id) == run_id, *_ACTIVE))
 
-    async def _next_deadline(self) -> datetime | None:
-        first = await self._store.read(lambda tx: tx.first(Run, *_ACTIVE, order=col(Run.active_since)))
-        moments = list(self._retry_at.values())
-        if first is not None and first.active_since is not None:
-            moments.append(first.active_since + self._run_timeout)
-        return min(moments, default=None)
+    def _due_by(self, moment: datetime) -> None:
+        """See to it that something is looked at again by then."""
+        self._due_at = None if self._due_at is None else min(self._due_at, moment)
 
 
 _ACTIVE = (

@@ -124,9 +124,12 @@ class Settings(BaseModel):
         64 * _MEBIBYTE, description="What one step may print; the rest is dropped, and said."
     )
     concurrency: int = Field(
-        default_factory=lambda: max(2, os.cpu_count() or 1),
+        default_factory=lambda: max(4, 2 * (os.cpu_count() or 1)),
         ge=1,
         description="Runs that work at the same time; others queue. Waiting runs do not count.",
+    )
+    tree_cache: Size = Field(
+        10 * 1024 * _MEBIBYTE, description="Disk that commits' files may use while no run needs them."
     )
     retention: Duration = Field(
         timedelta(days=30), description="How long finished runs and their logs are kept."

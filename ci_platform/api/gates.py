@@ -11,6 +11,7 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
 from ci_platform.access import Actor
 from ci_platform.gates import Decision, Gates, GateView
+from ci_platform.runs import Runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,8 @@ async def decide_gate(
     run_id: FromPath[str],
     name: FromPath[str],
     data: JSONBody[GateDecision],
-    gates: NamedDependency[Gates],
+    runs: NamedDependency[Runs],
     actor: NamedDependency[Actor],
 ) -> GateView:
     """Decide a gate. The first decision wins; a later one gets 409 with who was first."""
-    return await gates.decide(run_id, name, data.decision, by=actor.name, comment=data.comment)
+    return await runs.decide(run_id, name, data.decision, by=actor.name, comment=data.comment)

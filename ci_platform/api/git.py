@@ -251,7 +251,8 @@ def git_router(platform: Platform) -> ASGIRouteHandler:
             return [f"dynflow: {delivery.reason}" for delivery in accepted if delivery.reason]
         return [f"dynflow: follow the run at {platform.settings.base_url}/"]
 
-    return git_handler(GitServer(platform.source, authorize, on_push))
+    limits = GitLimits(push=platform.settings.max_push)
+    return git_handler(GitServer(platform.source, authorize, on_push, limits=limits))
 
 
 def git_handler(server: GitServer) -> ASGIRouteHandler:

@@ -34,7 +34,7 @@ async def list_repos(repositories: NamedDependency[Repositories]) -> RepositoryL
     return RepositoryList(await repositories.list())
 
 
-@post("/repos", opt={"scope": "write"}, tags=["repositories"], summary="Register a repository")
+@post("/repos", opt={"scope": "admin"}, tags=["repositories"], summary="Register a repository")
 async def register_repo(
     data: JSONBody[NewRepository], repositories: NamedDependency[Repositories]
 ) -> RepositoryView:

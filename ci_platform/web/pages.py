@@ -163,14 +163,14 @@ async def decide(
     request: AnyRequest,
     run_id: FromPath[str],
     data: Form,
-    gates: NamedDependency[Gates],
+    runs: NamedDependency[Runs],
     sessions: NamedDependency[Sessions],
 ) -> Redirect:
     """Approve or reject a gate."""
     session = require_form(request, sessions, data.get("csrf"))
     decision: Any = data.get("decision", "")
     comment = data.get("comment") or None
-    await gates.decide(run_id, data.get("name", ""), decision, by=session.actor.name, comment=comment)
+    await runs.decide(run_id, data.get("name", ""), decision, by=session.actor.name, comment=comment)
     return _back_to(run_id)
 
 

@@ -152,7 +152,7 @@ def settings_table() -> str:
         if name == "data":
             shown = "`~/.local/share/dynflow`"
         elif name == "concurrency":
-            shown = "the processors, at least 2"
+            shown = "twice the processors, at least 4"
         else:
             shown = in_words(field.default)
         text = (field.description or "").replace("<", "&lt;")
