@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from ci_platform.cli import main as command_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +106,22 @@ def test_public_names_have_docstrings() -> None:
                 and ast.get_docstring(node) is None
             ]
     assert missing == []
+
+
+def test_every_command_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "command-line.md").read_text()
+    assert [name for name in command_line.commands if f"`dynflow {name}" not in reference] == []
+
+
+def test_every_path_of_the_api_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "http-api.md").read_text()
+    paths = [
+        re.sub(r":\w+}", "}", path)
+        for file in (ROOT / "ci_platform" / "api").glob("*.py")
+        for path in re.findall(r'@(?:get|post|delete)\(\s*"([^"]+)"', file.read_text())
+    ]
+    assert len(paths) > 10
+    assert [path for path in paths if path not in reference] == []
 
 
 def test_every_decision_is_in_the_index() -> None:
