@@ -714,6 +714,51 @@ async def test_surplus_instances_queue_and_all_run(engine_factory: Any) -> None:
     assert most == 3
 
 
+@pytest.mark.parametrize("which", ["workflow", "tenant"])
+async def test_concurrency_of_a_workflow_and_of_a_tenant_hold_while_others_run(
+    engine_factory: Any, which: str
+) -> None:
+    gate, other_ran = Gate(), asyncio.Event()
+    running, most = 0, 0
+
+    async def limited(event: Any, step: Any) -> None:
+        async def work() -> None:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await gate()
+            running -= 1
+
+        await step.do("work", work)
+
+    async def other(event: Any, step: Any) -> None:
+        await step.do("work", other_ran.set)
+
+    options = {"tenant_concurrency": 2} if which == "tenant" else {}
+    async with World(engine_factory, **options) as world:
+        binding = world.register(limited, concurrency=None if options else 2)
+        params = {"__dispatcher_metadata": {"tenant_id": "busy"}, "params": {}}
+        instances = await binding.create_batch([{"params": params} for _ in range(20)])
+        await gate.reached()
+        await world.start(other)
+        await asyncio.wait_for(other_ran.wait(), DEADLINE)
+        assert [(await instance.status()).status for instance in instances].count("queued") == 18
+        gate.opened.set()
+        for instance in instances:
+            await instance.result(timeout=DEADLINE)
+    assert most == 2
+
+
+@pytest.mark.parametrize("concurrency", [0, -1, True, 1.5, "2"])
+async def test_a_wrong_concurrency_is_refused(engine_factory: Any, concurrency: Any) -> None:
+    for options in ({"concurrency": concurrency}, {"tenant_concurrency": concurrency}):
+        with pytest.raises(InvalidArgumentError, match="concurrency"):
+            engine_factory(**options)
+    async with World(engine_factory) as world:
+        with pytest.raises(InvalidArgumentError, match="concurrency"):
+            world.register(one, concurrency=concurrency)
+
+
 async def test_waiting_instances_hold_no_slot_and_woken_go_before_new(engine_factory: Any) -> None:
     order: list[str] = []
     gate = Gate()

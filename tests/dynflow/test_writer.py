@@ -13,8 +13,9 @@ import pytest
 
 from dynflow.clock import ManualClock
 from dynflow.engines.embedded import EmbeddedEngine
+from dynflow.engines.embedded.rows import MASK
 from dynflow.engines.embedded.writer import SCHEMA_VERSION, Writer
-from dynflow.errors import EngineClosedError, StorageError
+from dynflow.errors import EngineClosedError, StorageError, WorkflowInternalError
 from dynflow.workflow import WorkflowEntrypoint
 from tests.engine_world import DEADLINE, Gate, World
 
@@ -223,6 +224,28 @@ async def test_a_full_disk_is_said_loses_nothing_and_work_goes_on_when_there_is_
             await asyncio.wait({started}, timeout=0.01)
         assert started.result() == ["kept", 200_000]
         assert gate.times == 1
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 4, 5])
+async def test_an_instance_whose_history_is_full_ends_and_touches_no_other(tmp_path: Path, room: int) -> None:
+    async def run(event: Any, step: Any) -> Any:
+        await step.wait_for_event("w", type="go")
+        for _ in range(50):
+            await step.sleep("nap", 0.001)
+
+    async with World(lambda **options: EmbeddedEngine(tmp_path / "flow.db", **options)) as world:
+        full, next_ = [await world.register(run).create() for _ in range(2)]
+        for instance in (full, next_):
+            await world.parked(instance)
+        neighbour = await next_.status()
+        await world.engine._storage.submit(
+            lambda db: db.execute("UPDATE instances SET events = ? WHERE id = ?", (MASK - 64 - room, full.id))
+        )
+        await full.send_event(type="go")
+        with pytest.raises(WorkflowInternalError, match="history"):
+            await world.run_through(full)
+        assert (await full.status()).status == "errored"
+        assert await next_.status() == neighbour
 
 
 async def test_clocks_that_jump_wake_what_is_due(tmp_path: Path) -> None:

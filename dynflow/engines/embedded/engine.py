@@ -46,6 +46,7 @@ class EmbeddedEngine(Engine):
     loss; `"NORMAL"`: a process crash only. `concurrency`: how many instances run at a time (waiting ones do not
     count). `tenant_key`: the metadata key, or a function of the metadata, that says whose an instance is.
     `retention`: how long an instance is kept after its end where `create` says nothing else.
+    `tenant_concurrency`: how many instances of one tenant run at a time; the others queue.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class EmbeddedEngine(Engine):
         tenant_key: str | Callable[[Any], str] = "tenant_id",
         limits: Limits | None = None,
         retention: Any = timedelta(days=30),
+        tenant_concurrency: int | None = None,
     ) -> None:
-        if concurrency < 1:
-            raise InvalidArgumentError(f"concurrency must be an int of at least 1, not {concurrency!r}")
+        self._concurrency = _at_least_one(concurrency, "concurrency")
+        if tenant_concurrency is not None:
+            _at_least_one(tenant_concurrency, "tenant_concurrency")
         if synchronous not in {"FULL", "NORMAL"}:
             raise InvalidArgumentError(f'synchronous must be "FULL" or "NORMAL", not {synchronous!r}')
         self.limits = limits or Limits()
@@ -70,7 +73,13 @@ class EmbeddedEngine(Engine):
         self._storage = Storage(Path(path), synchronous)
         self._telling = Telling()
         self._scheduler = Scheduler(
-            self._storage, self._telling, self.clock, self.limits, concurrency=concurrency, keep=self._keep
+            self._storage,
+            self._telling,
+            self.clock,
+            self.limits,
+            concurrency=concurrency,
+            per_tenant=tenant_concurrency,
+            keep=self._keep,
         )
 
     # --- setting up ---
@@ -83,11 +92,13 @@ class EmbeddedEngine(Engine):
         env: Any = None,
         binding: str | None = None,
         step_defaults: Mapping[str, Any] | None = None,
+        concurrency: int | None = None,
     ) -> None:
         """Make a workflow known: a class made by `create_dynamic_workflow_entrypoint`, or one of the host's own.
 
         `env` becomes `self.env` (a dict's items are attributes too). `binding`: under this name the loaders in
         `env` give tenants the workflow. `step_defaults`: a step config in place of the contract's defaults.
+        `concurrency`: how many of its instances run at a time, where that is fewer than the engine's.
         """
         check_workflow_name(name)
         _check_entrypoint(entrypoint)
@@ -95,7 +106,8 @@ class EmbeddedEngine(Engine):
             step_defaults, defaults=StepConfig(), max_retries=self.limits.retries, step="(defaults)"
         )
         bound = Env(env) if isinstance(env, Mapping) else env
-        self._scheduler.register(name, Registered(entrypoint, bound, defaults))
+        most = self._concurrency if concurrency is None else _at_least_one(concurrency, "concurrency")
+        self._scheduler.register(name, Registered(entrypoint, bound, defaults, most))
         if binding is not None:
             raw = self.binding(name)
             for item in env.values() if isinstance(env, Mapping) else ():
@@ -314,6 +326,12 @@ class Env(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"env has no binding {name!r}; it has {sorted(self)}") from None
+
+
+def _at_least_one(given: object, what: str) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise InvalidArgumentError(f"{what} must be an int of at least 1, not {given!r:.100}")
+    return given
 
 
 def _check_entrypoint(given: object) -> None:

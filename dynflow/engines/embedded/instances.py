@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -112,17 +113,54 @@ def requeue(db: sqlite3.Connection, queue: FairQueue, key: int) -> None:
     )
 
 
-def claim(
-    db: sqlite3.Connection, queue: FairQueue, limit: int, workflows: Collection[str], now: int
-) -> list[ClaimedRow]:
-    """Take up to `limit` queued instances of these workflows in the order of their ranks."""
-    marks = ",".join("?" * len(workflows))
-    which = f"status = 'queued' AND workflow IN ({marks})"
-    chosen = db.execute(
-        f"SELECT key, rank FROM instances WHERE {which} ORDER BY rank LIMIT ?",  # noqa: S608 - only marks
-        (*workflows, limit),
+@dataclass(slots=True)
+class Room:
+    """What may be claimed: slots in all, slots of each workflow, and of each tenant where `per_tenant` says so."""
+
+    slots: int
+    workflows: dict[str, int]
+    running: Counter[str]
+    per_tenant: int | None
+
+    def take(self, workflow: str, tenant: str) -> bool:
+        """Take a slot if there is one."""
+        if not self.workflows[workflow] or self.is_full(tenant):
+            return False
+        self.workflows[workflow] -= 1
+        self.running[tenant] += 1
+        return True
+
+    def is_full(self, tenant: str) -> bool:
+        """Whether the tenant has no slot left."""
+        return self.per_tenant is not None and self.running[tenant] >= self.per_tenant
+
+
+def claim(db: sqlite3.Connection, queue: FairQueue, room: Room, now: int) -> list[ClaimedRow]:
+    """Take queued instances in the order of their ranks, as many as there is room for.
+
+    One that finds its workflow or tenant full stays; then something else was claimed, and the next call leaves
+    that workflow or tenant out from the start.
+    """
+    workflows = [name for name, slots in room.workflows.items() if slots]
+    full = [tenant for tenant in room.running if room.is_full(tenant)]
+    which = (
+        f"status = 'queued' AND workflow IN ({_marks(workflows)}) AND tenant NOT IN ({_marks(full)})"
+        if full
+        else f"status = 'queued' AND workflow IN ({_marks(workflows)})"
+    )
+    queued = db.execute(
+        f"SELECT key, rank, workflow, tenant FROM instances WHERE {which} ORDER BY rank LIMIT ?",  # noqa: S608 - only marks
+        (*workflows, *full, room.slots),
     ).fetchall()
-    return [_claim_one(db, queue, key, rank, now) for key, rank in chosen]
+    return [
+        _claim_one(db, queue, key, rank, now)
+        for key, rank, workflow, tenant in queued
+        if room.take(workflow, tenant)
+    ]
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))
 
 
 def _claim_one(db: sqlite3.Connection, queue: FairQueue, key: int, rank: int, now: int) -> ClaimedRow:
@@ -233,8 +271,7 @@ def _retention(db: sqlite3.Connection, key: int, status: Status, keep: timedelta
 def _any_ended(db: sqlite3.Connection, key: int, waits: Sequence[int]) -> bool:
     for first in range(0, len(waits), _MARKS):
         part = [row_of(key, seq) for seq in waits[first : first + _MARKS]]
-        marks = ",".join("?" * len(part))
-        sql = f"SELECT 1 FROM steps WHERE step IN ({marks}) AND state != 'waiting' LIMIT 1"  # noqa: S608 - only marks
+        sql = f"SELECT 1 FROM steps WHERE step IN ({_marks(part)}) AND state != 'waiting' LIMIT 1"  # noqa: S608 - only marks
         if db.execute(sql, part).fetchone():
             return True
     return False

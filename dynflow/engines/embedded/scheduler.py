@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +12,7 @@ from typing import Any
 from dynflow.clock import MICROSECOND, Clock, TimerHandle, to_datetime
 from dynflow.engines import Blocked, Completed, Failed, Interrupted, Limits, Outcome, Terminated
 from dynflow.engines.embedded import instances
-from dynflow.engines.embedded.instances import ClaimedRow
+from dynflow.engines.embedded.instances import ClaimedRow, Room
 from dynflow.engines.embedded.journal import EmbeddedJournal
 from dynflow.engines.embedded.rows import InstanceRow, step_records
 from dynflow.engines.embedded.storage import Storage
@@ -46,6 +47,7 @@ class Registered:
     entrypoint: type[WorkflowEntrypoint]
     env: Any
     step_defaults: StepConfig
+    concurrency: int
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +56,7 @@ class _Live:
 
     segment: Segment
     task: asyncio.Task[None]
+    row: InstanceRow
 
 
 class Scheduler:
@@ -67,10 +70,11 @@ class Scheduler:
         limits: Limits,
         *,
         concurrency: int,
+        per_tenant: int | None,
         keep: timedelta,
     ) -> None:
         self._storage, self._telling, self._clock, self._limits = storage, telling, clock, limits
-        self._concurrency, self._keep = concurrency, keep
+        self._concurrency, self._per_tenant, self._keep = concurrency, per_tenant, keep
         self._registered: dict[str, Registered] = {}
         self._live: dict[int, _Live] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,9 +140,18 @@ class Scheduler:
         if free <= 0:
             return
         self._claiming, self._more_queued = True, False
-        now, limit, known = self._clock.now_us(), min(free, _CLAIMED_AT_ONCE), list(self._registered)
-        claim = self._storage.submit(lambda db: instances.claim(db, self._storage.queue, limit, known, now))
+        now, room = self._clock.now_us(), self._room(min(free, _CLAIMED_AT_ONCE))
+        claim = self._storage.submit(lambda db: instances.claim(db, self._storage.queue, room(), now))
         claim.add_done_callback(self._claimed)
+
+    def _room(self, slots: int) -> Callable[[], Room]:
+        """Return what makes the room: an operation may run twice, and using room up is not undone."""
+        workflows = {name: registered.concurrency for name, registered in self._registered.items()}
+        running: Counter[str] = Counter()
+        for live in self._live.values():
+            workflows[live.row.workflow] -= 1
+            running[live.row.tenant] += 1
+        return lambda: Room(slots, dict(workflows), Counter(running), self._per_tenant)
 
     def _claimed(self, claim: asyncio.Future[list[ClaimedRow]]) -> None:
         self._claiming = False
@@ -164,7 +177,7 @@ class Scheduler:
             task = loop.create_task(self._settle(row, Failed(failure)))
         else:
             task = loop.create_task(self._run(row, segment, _main_of(registered), before))
-            self._live[row.key] = _Live(segment, task)
+            self._live[row.key] = _Live(segment, task, row)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -220,12 +233,14 @@ class Scheduler:
             now = self._clock.now_us()
             try:
                 happened, look_at = await self._storage.submit(
-                    lambda db, now=now: instances.settle(  # type: ignore[misc]
+                    lambda db, outcome=outcome, now=now: instances.settle(  # type: ignore[misc]
                         db, self._storage.queue, row, outcome, self._keep, now
                     )
                 )
             except (LeaseLostError, EngineClosedError):
                 return
+            except WorkflowInternalError as error:  # its history is full: the end has a number kept for it
+                outcome = Failed(Failure.of(error))
             except StorageError:
                 again = asyncio.Event()
                 self._later(again.set)
