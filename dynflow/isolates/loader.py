@@ -319,5 +319,8 @@ def _ignore(answer: asyncio.Future[Any]) -> None:
 
 
 def _log_output(caller: Caller, text: str) -> None:
-    if text.strip():
-        _output.info("%s: %s", caller.worker_id, text.rstrip("\n"))
+    for line in text.splitlines():
+        # Without control characters: a tenant shall not forge lines of a log, or talk to a terminal.
+        _output.info(
+            "%s: %s", caller.worker_id, "".join(char if char.isprintable() else "\ufffd" for char in line)
+        )

@@ -32,6 +32,9 @@ _HEADER = struct.Struct(">I")
 _MAX_ITEMS = 500_000
 
 
+_MAX_ERROR_NAME, _MAX_ERROR_TEXT = 300, 16_000
+
+
 class ProtocolError(Exception):
     """The other side sent what it never may send."""
 
@@ -299,7 +302,9 @@ class Peer:
             raise ValueError("not a failure")
         future = self._answered(number)
         if not future.done():
-            future.set_exception(RemoteError(failure, step, attempts if type(attempts) is int else None))
+            future.set_exception(
+                RemoteError(_bounded(failure), step, attempts if type(attempts) is int else None)
+            )
 
     def _answered(self, number: Any) -> CallFuture:
         future = self._calls.pop(number)
@@ -358,6 +363,21 @@ def _error_frame(number: int, error: Failure | Exception) -> bytes:
     step, attempts = getattr(error, "step", None), getattr(error, "attempts", None)
     step = step if isinstance(step, str) else None
     return encode_frame(["error", number, pack(failure), step, attempts if type(attempts) is int else None])
+
+
+def _bounded(failure: Failure) -> Failure:
+    """Return `failure` no larger than `Failure.of` makes it: a hostile one may fill its whole message."""
+    args = failure.args
+    if args is not None and len(encode_frame([pack(args)])) > _MAX_ERROR_TEXT:
+        args = None
+    return Failure(
+        failure.name[:_MAX_ERROR_NAME],
+        failure.message[:_MAX_ERROR_TEXT],
+        failure.type[:_MAX_ERROR_NAME],
+        args,
+        failure.traceback[-_MAX_ERROR_TEXT:],
+        failure.retry,
+    )
 
 
 def _is_failure(value: Any) -> bool:
