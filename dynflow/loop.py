@@ -249,7 +249,7 @@ def _refuse(name: str, *_: Any, **__: Any) -> Any:
 
 for _name in dir(asyncio.AbstractEventLoop):
     if not _name.startswith("_") and _name not in vars(WorkflowLoop):
-        setattr(WorkflowLoop, _name, functools.partial(_refuse, _name))
+        setattr(WorkflowLoop, _name, staticmethod(functools.partial(_refuse, _name)))
 
 
 def _nothing() -> None:

@@ -492,6 +492,7 @@ async def test_two_thousand_waiting_instances_cost_rows_only(world: World) -> No
     assert len(asyncio.all_tasks()) == tasks
     # The handles that this test holds, and the manual clock's cancelled timers: seven small objects each.
     assert len(gc.get_objects()) - objects < 7 * 2000
-    assert psutil.Process().memory_info().rss - before < 10 * 2**20  # most of it pages that SQLite caches
+    # Most of it are pages that SQLite caches; segments that stayed would take twice as much.
+    assert psutil.Process().memory_info().rss - before < 20 * 2**20
     await instances[-1].send_event(type="go", payload="woken")
     assert await instances[-1].result(timeout=DEADLINE) == "woken"

@@ -335,3 +335,20 @@ async def test_a_host_can_subclass_and_dispatch_by_itself(tmp_path: Path) -> Non
     async with engine:
         instance = await DynamicWorkflowBinding(engine.binding("mine"), "m").create()
         assert await instance.result(timeout=DEADLINE) == "of the host"
+
+
+async def test_code_that_no_instance_is_pinned_to_goes_with_the_last_one(tenants: Tenants) -> None:
+    async def kept() -> int:
+        stored = await tenants.engine._storage.submit(
+            lambda db: db.execute("SELECT count(*) FROM code").fetchone()[0]
+        )
+        return int(stored)
+
+    for id_ in ("one", "two"):
+        await tenants.create("a", id=id_)
+        await (await tenants.bound("a").get(id_)).result(timeout=DEADLINE)
+    assert await kept() == 1
+    await tenants.bound("a").delete_batch(["one"])
+    assert await kept() == 1
+    await tenants.bound("a").delete_batch(["two"])
+    assert await kept() == 0

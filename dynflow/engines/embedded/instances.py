@@ -371,7 +371,7 @@ def delete(db: sqlite3.Connection, key: int) -> None:
     db.execute("DELETE FROM instances WHERE key = ?", (key,))
     if code is not None and code[0] is not None:
         db.execute(
-            "DELETE FROM code WHERE digest = ?1 AND NOT EXISTS (SELECT 1 FROM instances WHERE code = ?1)",
+            "DELETE FROM code WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM instances WHERE code = digest)",
             code,
         )
 
