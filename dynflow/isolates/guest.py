@@ -121,6 +121,7 @@ class Guest:
     def __init__(self, loop: GuestLoop, *, until_idle: bool = False) -> None:
         self._loop, self._until_idle = loop, until_idle
         self._peer = Peer(loop.write, self._perform, WireLimits(), incoming=_FROM_HOST)
+        self._output = Output(self._peer)
         self._worker: Worker | None = None
         self._load_error: WorkerLoadError | None = None
         self._env = Env({})
@@ -132,7 +133,7 @@ class Guest:
     def serve(self, sock: socket.socket) -> None:
         """Serve the host until it closes its end."""
         self._loop.attach(sock, self._received, self._before_wait)
-        sys.stdout = sys.stderr = Output(self._peer)
+        sys.stdout = sys.stderr = self._output
         while not self._ended:
             # A tenant's task may raise SystemExit or KeyboardInterrupt, which asyncio lets out of the loop.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
@@ -146,6 +147,7 @@ class Guest:
 
     def _before_wait(self, timeout: float | None) -> None:
         if not self._ended:
+            self._output.flush()
             self._peer.send("idle", self._peer.seen, timeout is None, timeout)
         if self._until_idle:
             self._end()
@@ -317,21 +319,35 @@ def _step_error(error: RemoteError) -> BaseException:
 
 
 class Output(io.TextIOBase):
-    """stdout and stderr of the tenant: frames to the host."""
+    """stdout and stderr of the tenant: whole lines become frames to the host."""
 
     def __init__(self, peer: Peer) -> None:
         super().__init__()
         self._peer = peer
+        self._begun = ""
 
     def writable(self) -> bool:
         """Return True."""
         return True
 
     def write(self, text: str) -> int:
-        """Send `text`, in pieces that fit a frame."""
-        for start in range(0, len(text), _FLUSH_AT):
-            self._peer.send("output", text[start : start + _FLUSH_AT])
+        """Take `text`; send the lines that are complete."""
+        self._begun += text
+        if "\n" in text:
+            lines, _, self._begun = self._begun.rpartition("\n")
+            self._send(lines + "\n")
+        if len(self._begun) > _FLUSH_AT:
+            self.flush()
         return len(text)
+
+    def flush(self) -> None:
+        """Send what there is."""
+        text, self._begun = self._begun, ""
+        self._send(text)
+
+    def _send(self, text: str) -> None:
+        for start in range(0, len(text), _FLUSH_AT):  # in pieces that fit a frame
+            self._peer.send("output", text[start : start + _FLUSH_AT])
 
 
 def limit_memory(more: int | None) -> None:

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import pkgutil
+import select
 import signal
 import socket
 import sys
@@ -141,17 +142,28 @@ class Zygote:
         gc.collect()
         gc.freeze()  # collections in the children shall not touch, and so copy, what they share
         gc.disable()
-        signal.signal(signal.SIGCHLD, self._reap)
+        ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(
+            wake, warn_on_full_buffer=False
+        )  # a handler alone could come just before the poll
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(ended, select.POLLIN)
         _tell(self._control, {"ready": True, "walls": self._walls.names})
         while True:
-            message, fds = _receive(self._control)
-            if not message:
-                return
-            self._fork(fds[0])
+            for fd, _ in poll.poll():
+                if fd == ended:
+                    os.read(ended, 4096)
+                    self._reap()
+                    continue
+                message, fds = _receive(self._control)
+                if not message:
+                    return
+                self._fork(fds[0])
 
     def _fork(self, fd: int) -> None:
         loop = guest.GuestLoop()  # before the fork: its pages are then shared
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
         uid = self._walls.prepare()
         pid = os.fork()
         if pid == 0:
@@ -161,9 +173,8 @@ class Zygote:
         pidfd = os.pidfd_open(pid)
         _tell(self._control, {"forked": pid}, [pidfd])
         os.close(pidfd)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
-    def _reap(self, *_: Any) -> None:
+    def _reap(self) -> None:
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -178,8 +189,8 @@ class Zygote:
 def _be_guest(fd: int, loop: guest.GuestLoop, walls: confinement.ChildWalls, uid: int) -> None:
     code = 1
     try:
+        signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         confinement.keep_only_descriptors(fd)
         sock = socket.socket(
             socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=3

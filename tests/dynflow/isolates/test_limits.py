@@ -90,7 +90,7 @@ async def test_what_is_printed_reaches_the_host_with_who_printed_it() -> None:
     async with ProcessLoader(
         on_output=lambda caller, text: printed.append((caller.worker_id, text))
     ) as loader:
-        source = "import sys\ndef say():\n    print('to out')\n    print('to err', file=sys.stderr)"
+        source = "import sys\ndef say():\n    print('to', 'out')\n    print('to err', file=sys.stderr)"
         await loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint().say()
     assert {worker_id for worker_id, _ in printed} == {"w"}
     assert "".join(text for _, text in printed) == "to out\nto err\n"
@@ -277,3 +277,27 @@ def fail():
     stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
     with pytest.raises(InstanceFailedError, match="LeaseLostError: give it up"):
         await stub.fail()
+
+
+async def test_a_giant_error_is_cut_to_the_size_of_an_error(loader: ProcessLoader) -> None:
+    source = """
+from dynflow import failure
+def fail():
+    failure._MAX_TEXT = 1 << 30
+    class Own(Exception): pass
+    raise Own("x" * 1_000_000)
+"""
+    stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
+    with pytest.raises(InstanceFailedError) as caught:
+        await stub.fail()
+    assert len(caught.value.message) == 16_000
+
+
+async def test_what_is_printed_cannot_forge_lines_of_a_log(
+    loader: ProcessLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    source = "def say(): print('one\\r\\x1b[2Jtwo\\nthree')"
+    await loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint().say()
+    lines = [record.getMessage() for record in caplog.records if record.name == "dynflow.output"]
+    assert lines == ["w: one", "w: \ufffd[2Jtwo", "w: three"]
