@@ -121,6 +121,21 @@ async def test_an_engine_can_be_opened_again_in_the_same_process(tmp_path: Path)
                 await engine.__aenter__()
 
 
+async def test_an_engine_that_cannot_start_leaves_no_lock_and_no_thread(tmp_path: Path) -> None:
+    engine = EmbeddedEngine(tmp_path / "flow.db")
+
+    async def fails() -> None:
+        raise StorageError("no recovery")
+
+    start, engine._scheduler.start = engine._scheduler.start, fails  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="no recovery"):
+        await engine.__aenter__()
+    assert "dynflow-writer" not in {thread.name for thread in threading.enumerate()}
+    engine._scheduler.start = start  # type: ignore[method-assign]
+    async with engine:
+        pass
+
+
 def foreign(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE theirs (x)")

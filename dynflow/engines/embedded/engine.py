@@ -128,16 +128,22 @@ class EmbeddedEngine(Engine):
 
     async def __aenter__(self) -> Self:
         await self._storage.open()
-        await self._scheduler.start()
+        try:
+            await self._scheduler.start()
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Stop: running attempts are cancelled and count as made; everything goes on at the next start."""
         writer = self._storage.refuse()
         if writer is not None:
-            await self._scheduler.stop()
-            self._telling.wake_all()
-            await writer.close()
+            try:
+                await self._scheduler.stop()
+            finally:
+                self._telling.wake_all()
+                await writer.close()
 
     # --- Engine ---
 

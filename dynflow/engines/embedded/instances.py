@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ from dynflow.engines.embedded.rows import (
     rows_of,
     status_of,
 )
-from dynflow.errors import InvalidArgumentError, LeaseLostError
+from dynflow.errors import InvalidArgumentError, LeaseLostError, WorkflowInternalError
 from dynflow.failure import Failure
 from dynflow.serialization import decode, encode
 from dynflow.types import RollbackStatus, Status
@@ -98,10 +99,11 @@ def recover(db: sqlite3.Connection, queue: FairQueue, now: int) -> None:
     for key, status in db.execute(
         "SELECT key, status FROM instances WHERE status IN ('running', 'waiting_for_pause')"
     ).fetchall():
-        if status == "running":
-            requeue(db, queue, key)
-        else:
-            paused(db, key, None, now)
+        if status == "waiting_for_pause":
+            with contextlib.suppress(WorkflowInternalError):  # its history is full: it goes on, to its end
+                paused(db, key, None, now)
+                continue
+        requeue(db, queue, key)
 
 
 def requeue(db: sqlite3.Connection, queue: FairQueue, key: int) -> None:
