@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dynflow.errors import IsolateLimitError, UnserializableError, ValueTooLargeError
+from dynflow.errors import IsolateLimitError, ValueTooLargeError
 from dynflow.failure import Failure, RemoteError
 from dynflow.serialization import MEBIBYTE, pack, unpack
 
@@ -388,17 +388,3 @@ def _is_failure(value: Any) -> bool:
         and type(value.args) in (tuple, type(None))
         and value.retry in ("yes", "no", "when_configured")
     )
-
-
-__all__ = [
-    "Call",
-    "CallFuture",
-    "FrameReader",
-    "OversizeError",
-    "Peer",
-    "ProtocolError",
-    "UnserializableError",
-    "WireLimits",
-    "decode_frame",
-    "encode_frame",
-]
