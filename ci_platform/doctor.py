@@ -95,7 +95,7 @@ async def _isolates(settings: Settings) -> list[Finding]:
         async with make_loader(settings) as loader:
             standing = set(loader.walls)
     except (DynflowError, OSError) as error:
-        advice = "pipelines cannot run here: see docs/isolates, or allow_unconfined for code that you trust"
+        advice = "pipelines cannot run here; for code that you trust there is the setting allow_unconfined"
         return [Finding("isolates", "walls", f"cannot be raised: {error}", "bad", advice)]
     return [_wall(name, meaning, stands=name in standing) for name, meaning in WALLS.items()]
 

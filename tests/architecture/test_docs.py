@@ -108,6 +108,21 @@ def test_public_names_have_docstrings() -> None:
     assert missing == []
 
 
+def test_every_test_that_a_security_page_names_exists() -> None:
+    existing = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in (file.name, *re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE))
+    }
+    missing = [
+        f"{page.name}: {name}"
+        for page in [ROOT / "SECURITY.md", *(ROOT / "docs").glob("security-*.md")]
+        for name in re.findall(r"`(?:tests/[\w/]*/)?(test_\w+(?:\.py)?)`", page.read_text())
+        if name not in existing
+    ]
+    assert missing == []
+
+
 def test_every_command_is_in_the_reference() -> None:
     reference = (ROOT / "docs" / "command-line.md").read_text()
     assert [name for name in command_line.commands if f"`dynflow {name}" not in reference] == []
