@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -30,6 +31,7 @@ class GitHubServer:
     down: bool = False
     calls: list[Call] = field(default_factory=list)
     comments: dict[int, dict[str, Any]] = field(default_factory=dict)
+    issues: dict[int, tuple[str, str]] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def statuses(self, sha: str, context: str | None = None) -> list[dict[str, Any]]:
@@ -57,9 +59,11 @@ class GitHubServer:
         if listing and call.method == "POST":
             number = 1000 + len(self.comments)
             self.comments[number] = self._comment(listing[1], number, call.body["body"])
+            self.issues[number] = (listing[1], listing[2])
             return 201, self.comments[number]
         if listing and call.method == "GET":
-            return 200, list(self.comments.values())
+            wanted = (listing[1], listing[2])
+            return 200, [made for number, made in self.comments.items() if self.issues[number] == wanted]
         one = re.fullmatch(r"/repos/([^/]+/[^/]+)/issues/comments/(\d+)", call.path)
         if one and int(one[2]) in self.comments:
             if call.method == "PATCH":
@@ -78,6 +82,10 @@ def serve_github() -> Iterator[GitHubServer]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a caller that was killed
+                super().handle()
 
         def _handle(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)

@@ -37,6 +37,11 @@ class Server:
 
     def start(self) -> None:
         """Start the process and wait until it says that it is ready."""
+        self.spawn()
+        self.wait_until(self.is_ready, "the server to be ready")
+
+    def spawn(self) -> None:
+        """Start the process."""
         environ = {key: value for key, value in os.environ.items() if not key.startswith("DYNFLOW_")}
         environ |= {
             "DYNFLOW_GITHUB_WEBHOOK_SECRET": SECRET,
@@ -55,9 +60,9 @@ class Server:
                 group=self.user,
                 extra_groups=None if self.user is None else [],
             )
-        self.wait_until(self._is_ready, "the server to be ready")
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
+        """Whether the process answers; fails where it has ended."""
         assert self.process is not None
         assert self.process.poll() is None, self.log()
         address = read_address(self.data)
