@@ -67,8 +67,8 @@ def _suspended_chain(root: Any) -> list[Any]:
 
 def _held_by(generator: Any) -> list[Any]:
     """Return what goes when the frame of `generator` goes: a coroutine that somebody else drives stays whole."""
+    held = [getattr(generator, name, None) for name in ("cr_await", "gi_yieldfrom", "ag_await")]
     referents = gc.get_referents(generator)
-    held = []
     while referents:
         referent = referents.pop()
         # Referred to by the frame, by `referent` and by getrefcount's argument, and by nobody else.
