@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from ci_platform import copy_on_write
+from ci_platform import copy_on_write, data_lock
 from ci_platform.access import Access
 from ci_platform.capabilities import ArtifactsCapability, ForgeCapability, RunIdentity, SandboxCapability
 from ci_platform.deliveries import Deliveries
@@ -136,20 +136,29 @@ class StoredIdentities:
 async def open_platform(settings: Settings) -> AsyncIterator[Platform]:
     """Open the data folder, recover what was running, and run the platform as long as the block does."""
     make_data_folder(settings)
-    clock = SystemClock()
-    store = Store(settings.store_url)
-    await store.open()
-    try:
-        async with _assembled(settings, clock, store) as platform, anyio.create_task_group() as services:
-            for serve in (platform.deliveries.serve, platform.reports.serve, platform.runs.serve):
-                services.start_soon(serve)
-            services.start_soon(_housekeeping(platform).serve)
-            for sandbox in platform.sandboxes.values():
-                services.start_soon(_sweep, sandbox)
-            yield platform
-            services.cancel_scope.cancel()
-    finally:
-        await store.close()
+    with data_lock.held(settings.data):
+        store = Store(settings.store_url)
+        await store.open()
+        try:
+            async with _serving(settings, store) as platform:
+                yield platform
+        finally:
+            await store.close()
+
+
+@asynccontextmanager
+async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
+    async with (
+        _assembled(settings, SystemClock(), store) as platform,
+        anyio.create_task_group() as services,
+    ):
+        for serve in (platform.deliveries.serve, platform.reports.serve, platform.runs.serve):
+            services.start_soon(serve)
+        services.start_soon(_housekeeping(platform).serve)
+        for sandbox in platform.sandboxes.values():
+            services.start_soon(_sweep, sandbox)
+        yield platform
+        services.cancel_scope.cancel()
 
 
 @asynccontextmanager

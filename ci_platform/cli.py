@@ -22,6 +22,7 @@ from rich.console import Console
 
 from ci_platform.errors import FailedError, PlatformError, RejectedError
 from ci_platform.options import settings_from, settings_options
+from dynflow.errors import StorageError
 
 SUCCESS, FAILURE, USAGE, AT_GATE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -36,7 +37,7 @@ class _Program(click.Group):
             return super().invoke(ctx)
         except* KeyboardInterrupt:
             sys.exit(INTERRUPTED)
-        except* PlatformError as group:
+        except* (PlatformError, StorageError) as group:
             _fail(_leaf(group))
         except* BrokenPipeError:
             # The reader of a pipe (`head`) has seen enough.
@@ -66,24 +67,25 @@ def main(verbose: int) -> None:
 @settings_options()
 def serve(**options: Any) -> None:
     """Run the platform until Ctrl-C or SIGTERM."""
-    from ci_platform.serving import running, stop_signal
+    from ci_platform.serving import Running, stopping_in_time, until_stopped
 
     settings = settings_from(options)
     console = Console()
 
-    async def run() -> None:
-        async with running(settings) as served:
-            link = await anyio.to_thread.run_sync(_login_link, served.address.url, served.token)
-            console.print(f"dynflow answers at [bold]{served.url}[/bold]", highlight=False)
-            console.print(f"  log in     {link}", highlight=False, soft_wrap=True)
-            console.print(
-                f"  git        {served.url}/git/<owner>/<name>.git", highlight=False, soft_wrap=True
-            )
-            console.print(f"  data       {settings.data}", highlight=False, soft_wrap=True)
-            await stop_signal()
+    async def started(served: Running) -> None:
+        link = await anyio.to_thread.run_sync(_login_link, served.address.url, served.token)
+        console.print(f"dynflow answers at [bold]{served.url}[/bold]", highlight=False)
+        console.print(f"  log in     {link}", highlight=False, soft_wrap=True)
+        console.print(f"  git        {served.url}/git/<owner>/<name>.git", highlight=False, soft_wrap=True)
+        console.print(f"  data       {settings.data}", highlight=False, soft_wrap=True)
+
+    with stopping_in_time() as begin_stop:
+
+        def stopping() -> None:
+            begin_stop()
             console.print("Going down; runs go on at the next start.", highlight=False)
 
-    anyio.run(run)
+        anyio.run(until_stopped, settings, started, stopping)
 
 
 @main.command()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Generator
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 
 import anyio
 import uvicorn
+from anyio.abc import TaskStatus
 
 from ci_platform.app import create_app
 from ci_platform.assembly import Platform, open_platform
@@ -19,8 +23,13 @@ from ci_platform.errors import InvalidInputError
 from ci_platform.settings import Settings, make_data_folder
 
 # Requests that are answered when the signal comes get this long; streams are ended at once.
-_GRACE_SECONDS = 10
+_GRACE_SECONDS = 3
+# A stop takes no longer, whatever hangs: an engine of containers, a disk. A kill loses nothing either.
+_STOP_SECONDS = 8.0
 _BACKLOG = 2048
+_THREAD_SECONDS = 0.5
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,70 @@ async def stop_signal() -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             return
+
+
+async def until_stopped(
+    settings: Settings, started: Callable[[Running], Awaitable[None]], stopping: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT. `started` is called then, `stopping` at the signal.
+
+    A signal that comes during the start, and a second one, are answered by less patience.
+    """
+    stop, up = anyio.Event(), anyio.Event()
+    async with anyio.create_task_group() as group:
+        with anyio.CancelScope() as scope:
+
+            async def listen(*, task_status: TaskStatus[None]) -> None:
+                with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                    task_status.started()
+                    async for _ in signals:
+                        if stop.is_set() or not up.is_set():
+                            scope.cancel()
+                        stop.set()
+                        stopping()
+
+            await group.start(listen)
+            async with running(settings) as served:
+                up.set()
+                await started(served)
+                await stop.wait()
+        group.cancel_scope.cancel()
+
+
+@contextmanager
+def stopping_in_time(seconds: float = _STOP_SECONDS) -> Generator[Callable[[], None]]:
+    """Yield what to call when the stop begins: this process then ends `seconds` later at the latest.
+
+    It ends at the end of the block where abandoned threads would hold it up.
+    """
+    timer = threading.Timer(seconds, _leave, ["it took too long"])
+    timer.daemon = True
+    begun = threading.Event()
+
+    def begin() -> None:
+        if not begun.is_set():
+            begun.set()
+            timer.start()
+
+    yield begin
+    timer.cancel()
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    if begun.is_set() and any(_outlives(thread) for thread in threads if thread is not timer):
+        _leave("calls that do not return")
+
+
+def _outlives(thread: threading.Thread) -> bool:
+    """Whether a thread is busy. Those that only wait for work end by themselves, within moments."""
+    if thread is not threading.main_thread():
+        thread.join(_THREAD_SECONDS)
+    return thread is not threading.main_thread() and thread.is_alive()
+
+
+def _leave(why: str) -> None:
+    _log.warning("stopped without waiting any longer (%s); the next start cleans up", why)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _config(app: object) -> uvicorn.Config:

@@ -91,9 +91,10 @@ class ContainerSandbox(Sandbox):
         swept = await self._shielded(merged.sweep)
         try:
             engine = await self._engine()
+            # Not waited for when the platform stops: an engine may hang, and what is left is swept next time.
+            return swept + await self._call(lambda: _sweep(engine), abandon=True)
         except UnavailableError:
             return swept
-        return swept + await self._shielded(lambda: _sweep(engine))
 
     async def close(self) -> None:
         """Close the connections to the engine."""
@@ -132,16 +133,16 @@ class ContainerSandbox(Sandbox):
 
     async def _engine(self) -> docker.DockerClient:
         if self._opened is None:
-            self._opened = await self._call(self._connect)
+            self._opened = await self._call(self._connect, abandon=True)
         return self._opened
 
-    async def _call(self, function: Callable[[], T]) -> T:
-        """Make a blocking call to the engine in a thread, to its end once it has begun.
+    async def _call(self, function: Callable[[], T], *, abandon: bool = False) -> T:
+        """Make a blocking call to the engine in a thread: to its end once it has begun, or with `abandon` not.
 
         OSError covers what the HTTP library below docker raises.
         """
         try:
-            return await anyio.to_thread.run_sync(function, limiter=self._calls)
+            return await anyio.to_thread.run_sync(function, abandon_on_cancel=abandon, limiter=self._calls)
         except (NotFound, ImageNotFound):
             raise
         except (DockerException, OSError) as error:

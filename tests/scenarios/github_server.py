@@ -90,6 +90,8 @@ def serve_github() -> Iterator[GitHubServer]:
         def _handle(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             raw = self.rfile.read(length)
+            if len(raw) < length:
+                return  # the caller was killed
             body = json.loads(raw) if raw else None
             call = Call(self.command, self.path, body, self.headers.get("Authorization"))
             with github.changed:
