@@ -6,6 +6,7 @@ about itself counts. Values out of the isolate are hostile until checked here.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,9 @@ class SandboxCapability(Capability):
             raise ForbiddenError(
                 'sandbox="container" is switched off on this platform (setting allow_containers)'
             )
+        if command.image not in {None, self._settings.container_image} and not identity.trusted:
+            # Any image of the host's engine could be named, also one that was never meant to be read.
+            raise ForbiddenError("pull requests from forks run in the platform's own image: leave out image=")
         if command.network and not (self._settings.allow_network and identity.trusted):
             why = (
                 "for pull requests from forks" if self._settings.allow_network else "(setting allow_network)"
@@ -142,4 +146,10 @@ class ForgeCapability(Capability):
 
 
 def _slug(step: StepContext) -> str:
-    return f"{_UNSAFE.sub('-', step.step.name)[:40]}-{step.step.count}"
+    """Return a part of a workspace's id: readable, and different for different steps of a run."""
+    name = step.step.name
+    slug = _UNSAFE.sub("-", name)[:40]
+    if slug != name:
+        # The dot is in no name that stays as it is, so that none can be chosen to meet this one.
+        slug += f".{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return f"{slug}-{step.step.count}"

@@ -17,7 +17,7 @@ import anyio
 from ci_platform.backoff import backoff
 from ci_platform.errors import FailedError, NotFoundError, RejectedError, UnavailableError
 from ci_platform.forges import Change, Delivery, Forge
-from ci_platform.forges.payloads import first_line
+from ci_platform.forges.payloads import clean, first_line
 from ci_platform.model import DeliveryRow, Repository
 from ci_platform.runs import Runs
 from ci_platform.store import Store, Transaction, col, decode_cursor, encode_cursor
@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 _TRY_FOR = timedelta(days=1)
 # A defect of ours is not cured by trying all day.
 _TRIES_AFTER_A_DEFECT = 5
+_MAX_TITLE = 300
 # Fetches of different repositories at once; one repository's deliveries go one after the other.
 _AT_ONCE = 8
 
@@ -216,7 +217,7 @@ class Deliveries:
         )
         if commit.pipeline_digest is None:
             return (), f"there is no .dynflow/ci.py at {change.sha[:12]}"
-        change = replace(change, title=change.title or first_line(commit.message))
+        change = replace(change, title=change.title or clean(first_line(commit.message), _MAX_TITLE))
         matched = match(row.forge, change, commit.message)
         if isinstance(matched, Skipped):
             return (), matched.reason

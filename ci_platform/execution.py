@@ -28,6 +28,10 @@ from pipelines.contract import Command, CommandResult, SandboxKind
 KEPT_OUTPUT = 8 * 1024
 """Bytes of output that a CommandResult carries: it is stored with the step, so it has to stay small."""
 
+_LONGEST_ECHO = 4000
+"""Characters of a command that its log shows."""
+
+_MOST_ARGUMENTS = 100_000
 _LARGEST_ARGUMENTS = MEBIBYTE
 """Bytes of argv and env together; Linux takes 2 MiB by default and the platform adds a little."""
 
@@ -71,8 +75,8 @@ class Execution:
         if sandbox is None:
             raise FailedError(f"this platform has no sandbox of kind {command.sandbox!r}")
         printer = _Printer(self._logs.writer(LogKey(run_id, author.step, author.count)), redact)
-        printer.say("command", shlex.join(command.argv))
         with printer.report_failure():
+            printer.say("command", _cut(shlex.join(command.argv)))
             tree = await self._workspaces.prepare(command.workspace.id, author)
             try:
                 job = self._job(command, run_id, tree, limits or self._limits)
@@ -179,8 +183,19 @@ def _raise_over_limit(job: SandboxJob, outcome: SandboxOutcome) -> None:
         raise LimitExceededError(f"{shlex.join(job.argv)!r:.200} {over[outcome.reason]}")
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_ECHO else f"{text[:_LONGEST_ECHO]}… ({len(text):,} characters)"
+
+
 def _seconds(duration: timedelta) -> str:
     return f"{duration.total_seconds():.3g} s"
+
+
+def _can_be_passed(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _check(command: Command) -> None:
@@ -191,8 +206,12 @@ def _check(command: Command) -> None:
     if not isinstance(argv, tuple) or not argv or not isinstance(env, dict):
         raise InvalidInputError("argv must be a list of text that is not empty, env a dict")
     texts: list[Any] = [*argv, *env, *env.values(), command.cwd, command.image or "", command.sandbox]
-    if not all(isinstance(text, str) and "\0" not in text for text in texts):
-        raise InvalidInputError("argv, env, cwd and image must be text without NUL characters")
+    if len(texts) > _MOST_ARGUMENTS:
+        raise InvalidInputError(f"argv and env have more than {_MOST_ARGUMENTS:,} items")
+    if not all(isinstance(text, str) and _can_be_passed(text) for text in texts):
+        raise InvalidInputError(
+            "argv, env, cwd and image must be text without NUL characters and lone surrogates"
+        )
     if sum(map(len, texts)) > _LARGEST_ARGUMENTS:
         raise InvalidInputError(f"argv and env together are larger than {_LARGEST_ARGUMENTS // MEBIBYTE} MiB")
     if any(not name or "=" in name for name in env):

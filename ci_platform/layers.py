@@ -27,8 +27,12 @@ Kind = Literal["file", "directory", "opaque", "symlink", "whiteout", "other"]
 MAX_DEPTH = 128
 """Directories below each other. Each level costs a walk an open descriptor; real trees stay below 60."""
 
+MAX_PATHS = 1_000_000
+"""Paths of one layer, as many as a commit may have: whoever looks through a layer holds some 300 bytes of each."""
+
 _OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
 _WHITEOUT = "user.overlay.whiteout"
+_AT_ONCE = 10_000
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -71,17 +75,19 @@ def directory(name: str | Path, parent: int | None = None) -> Iterator[int]:
 
 
 def walk(root: Path) -> Iterator[Entry]:
-    """Yield every path of a tree, parents before children. LimitExceededError below `MAX_DEPTH`."""
+    """Yield every path of a tree, parents before children. LimitExceededError beyond MAX_DEPTH and MAX_PATHS."""
+    left = MAX_PATHS
     stack: list[tuple[str, int, Iterator[os.DirEntry[str]]]] = []
     try:
         descriptor = open_directory(root)
-        stack.append(("", descriptor, iter(_listing(descriptor))))
+        stack.append(("", descriptor, iter(_listing(descriptor, left))))
         while stack:
             prefix, parent, entries = stack[-1]
             entry = next(entries, None)
             if entry is None:
                 os.close(stack.pop()[1])
                 continue
+            left -= 1
             path, found = prefix + entry.name, entry.stat(follow_symlinks=False)
             if not stat.S_ISDIR(found.st_mode):
                 yield Entry(path, entry.name, parent, _kind(parent, entry.name, found), found)
@@ -89,7 +95,7 @@ def walk(root: Path) -> Iterator[Entry]:
             if len(stack) > MAX_DEPTH:
                 raise LimitExceededError(f"directories are nested deeper than {MAX_DEPTH}: {path[:60]!r}…")
             descriptor = open_directory(entry.name, parent)
-            stack.append((path + "/", descriptor, iter(_listing(descriptor))))
+            stack.append((path + "/", descriptor, iter(_listing(descriptor, left))))
             kind: Kind = "opaque" if is_opaque(descriptor) else "directory"
             yield Entry(path, entry.name, parent, kind, found)
     finally:
@@ -97,9 +103,12 @@ def walk(root: Path) -> Iterator[Entry]:
             os.close(descriptor)
 
 
-def _listing(descriptor: int) -> list[os.DirEntry[str]]:
+def _listing(descriptor: int, most: int) -> list[os.DirEntry[str]]:
     with os.scandir(descriptor) as entries:
-        return sorted(entries, key=lambda entry: entry.name)
+        found = list(itertools.islice(entries, max(most, 0) + 1))
+    if len(found) > most:
+        raise LimitExceededError(f"a command left more than {MAX_PATHS:,} files")
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def _kind(parent: int, name: str, found: os.stat_result) -> Kind:
@@ -196,9 +205,21 @@ def _empty(root: int) -> None:
 
 
 def _drain(descriptor: int, root: int, names: Iterator[str]) -> list[str]:
-    lifted = []
+    lifted: list[str] = []
+    while found := _some(descriptor, known=set(lifted) if descriptor == root else set()):
+        _drain_some(found, descriptor, root, names, lifted)
+    return lifted
+
+
+def _some(descriptor: int, known: set[str]) -> list[os.DirEntry[str]]:
+    """Return some entries of a directory, none when it has no others than `known`: a tenant may leave millions."""
     with os.scandir(descriptor) as entries:
-        found = list(entries)
+        return list(itertools.islice((entry for entry in entries if entry.name not in known), _AT_ONCE))
+
+
+def _drain_some(
+    found: list[os.DirEntry[str]], descriptor: int, root: int, names: Iterator[str], lifted: list[str]
+) -> None:
     for entry in found:
         if not entry.is_dir(follow_symlinks=False):
             os.unlink(entry.name, dir_fd=descriptor)
@@ -209,7 +230,6 @@ def _drain(descriptor: int, root: int, names: Iterator[str]) -> list[str]:
             os.close(open_directory(entry.name, descriptor))
             lifted.append(next(names))
             os.rename(entry.name, lifted[-1], src_dir_fd=descriptor, dst_dir_fd=root)
-    return lifted
 
 
 def remove_at(parent: int, name: str) -> bool:

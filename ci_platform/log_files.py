@@ -22,6 +22,8 @@ LONGEST_LINE = 16 * 1024
 """Characters of one record; a longer line is several."""
 
 _LONGEST_READ = 2 * MEBIBYTE
+_FOR_THE_PLATFORM = MEBIBYTE
+"""Bytes beyond a log's limit for the platform's own lines: a step may run commands without end."""
 
 LineKind = Literal["output", "command", "result", "notice"]
 """`command` and `result` frame what one command printed; a UI folds between them. `notice`: the platform speaks."""
@@ -73,11 +75,11 @@ class LogFile:
             self._end_open_line()
 
     def append(self, writer: object, kind: LineKind, lines: list[str], *, goes_on: bool = False) -> None:
-        """Write lines in one call. Output over the limit is dropped; what the platform says is not.
+        """Write lines in one call. Output over the limit is dropped; what the platform says only far beyond it.
 
         With `goes_on` the last line stays open.
         """
-        if kind == "output" and self._full:
+        if (kind == "output" and self._full) or self._size > self._largest + _FOR_THE_PLATFORM:
             return
         if self.open_by not in (None, writer):
             self._end_open_line()

@@ -206,4 +206,5 @@ def _expire(root: Path, oldest: float) -> int:
 def _slug(step: str) -> str:
     """Return a file name for a step: readable, and different for different steps."""
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", step)[:48].strip("-")
-    return slug if slug == step else f"{slug}-{hashlib.sha256(step.encode()).hexdigest()[:8]}"
+    # The dot is in no name that stays as it is, so that none can be chosen to meet this one.
+    return slug if slug == step else f"{slug}.{hashlib.sha256(step.encode()).hexdigest()[:16]}"

@@ -71,6 +71,8 @@ class RunQueries:
         """
         if not 1 <= limit <= 200:
             raise InvalidInputError(f"limit is 1 to 200, not {limit}")
+        if pr is not None and not 0 < pr < 2**31:
+            raise InvalidInputError("pr is the number of a pull request")
         where = _conditions(repo=repo, ref=ref, status=status, sha=sha, pr=pr)
         if cursor is not None:
             where.append(col(Run.seq) < decode_cursor(cursor))

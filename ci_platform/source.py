@@ -42,6 +42,7 @@ _DELTA_LIMIT = 1000
 """Paths above which a new base costs less than a delta (measured: 1,000 paths take about 250 ms)."""
 
 _BASES_TRIED = 3
+_LONGEST_REF = 1024
 _FOLDER_FILES = 1000
 _BLOB_LIMIT = 1 << 30
 """Bytes of one file: libgit2 has it in memory as a whole."""
@@ -370,8 +371,14 @@ def _initialise(path: Path, default_branch: str) -> None:
 def _refs(opened: pygit2.Repository) -> dict[str, str]:
     found = {}
     for reference in opened.references.iterator():
-        if reference.name.startswith(("refs/heads/", "refs/tags/")):
-            found[reference.name] = _peeled(reference)
+        name = reference.name
+        # Git takes any bytes for a name. One that is no printable text starts nothing: no database would hold it.
+        if (
+            name.startswith(("refs/heads/", "refs/tags/"))
+            and name.isprintable()
+            and len(name) <= _LONGEST_REF
+        ):
+            found[name] = _peeled(reference)
     return found
 
 

@@ -373,9 +373,11 @@ def describe(report: CommitReport) -> str:
     """Return a line for the log that says where a command overruled parallel ones; empty where it did not."""
     if not report.conflicts:
         return ""
-    shown = ", ".join(sorted({conflict.path for conflict in report.conflicts})[:10])
+    # A tenant chooses the names of files: a line end in one must not begin a line of the platform's.
+    paths = sorted({conflict.path for conflict in report.conflicts})
+    shown = ", ".join(path if path.isprintable() else ascii(path) for path in paths[:10])
     others = ", ".join(sorted({conflict.other.step for conflict in report.conflicts}))
-    more = len({conflict.path for conflict in report.conflicts}) - 10
+    more = len(paths) - 10
     return f"changed differently by {others}; this command's version stays: {shown}" + (
         f" and {more} more" if more > 0 else ""
     )

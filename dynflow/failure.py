@@ -12,11 +12,22 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dynflow.errors import NonRetryableError, StepFailedError, UnserializableError, WorkflowFatalError
+from dynflow.errors import (
+    EngineClosedError,
+    LeaseLostError,
+    NonRetryableError,
+    StepFailedError,
+    StorageError,
+    UnserializableError,
+    WorkflowFatalError,
+)
 from dynflow.serialization import encode, register
 
 # What a failure may take in the journal: long messages keep their start, tracebacks their end.
 _MAX_TEXT = 16_000
+# What engines say to each other and what generators end with. A step that failed with one of these, by accident
+# or to deceive, must not say it again where it means something.
+_NEVER_OF_A_STEP = (LeaseLostError, StorageError, EngineClosedError, StopIteration, StopAsyncIteration)
 
 Retry = Literal["yes", "no", "when_configured"]
 
@@ -49,11 +60,11 @@ class Failure:
         if isinstance(error, NonRetryableError) and isinstance(error.name, str):
             name = error.name
         return Failure(
-            name=name,
-            message=_text(error)[:_MAX_TEXT],
-            type=f"{cls.__module__}:{cls.__qualname__}",
+            name=storable(name),
+            message=storable(_text(error)[:_MAX_TEXT]),
+            type=storable(f"{cls.__module__}:{cls.__qualname__}"),
             args=_plain_args(error),
-            traceback="".join(traceback.format_exception(error))[-_MAX_TEXT:],
+            traceback=storable("".join(traceback.format_exception(error))[-_MAX_TEXT:]),
             retry=_retry(error),
         )
 
@@ -73,7 +84,7 @@ class Failure:
     def as_step_error(self, step: str, attempts: int) -> BaseException:
         """Return what `await step.do` raises after the last attempt failed with this."""
         error = self.rebuild(only_loaded=True)
-        if error is None:
+        if error is None or isinstance(error, _NEVER_OF_A_STEP):
             return StepFailedError(step, attempts, str(self))
         error.add_note(f"step {step!r} failed after {attempts} attempt(s)")
         return error
@@ -83,10 +94,15 @@ class Failure:
         try:
             found: Any = sys.modules[module_name] if only_loaded else importlib.import_module(module_name)
             for part in qualname.split("."):
-                found = getattr(found, part)
-        except (KeyError, ImportError, AttributeError, ValueError):
+                found = vars(found)[part]  # not getattr: some modules import what they are asked for
+        except (KeyError, ImportError, TypeError, ValueError):
             return None
         return found if isinstance(found, builtins.type) and issubclass(found, Exception) else None
+
+
+def storable(text: str) -> str:
+    """Return `text` without what databases and encoders refuse: NUL and lone surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 
 
 def _text(error: BaseException) -> str:

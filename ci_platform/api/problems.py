@@ -53,6 +53,8 @@ def describe(error: Exception) -> Problem:
         return _of_platform(error)
     if isinstance(error, HTTPException):
         return _of_http(error)
+    if isinstance(error, RecursionError) and "deserializing" in str(error):
+        return Problem(400, "invalid_input", "the body is nested too deeply")
     for kind, status in _OF_LIBRARY.items():
         if isinstance(error, kind):
             return Problem(status, kind.code, str(error))

@@ -199,7 +199,7 @@ async def rerun(
     """Run a finished run again, whole or from a step."""
     require_form(request, sessions, data.get("csrf"))
     step, count = data.get("step"), data.get("count", "1")
-    if not count.isdecimal():
+    if not (count.isascii() and count.isdecimal() and len(count) < 10):
         raise InvalidInputError("count is a whole number")
     await runs.rerun(run_id, from_step=(step, int(count)) if step else None)
     return _back_to(run_id)

@@ -22,6 +22,9 @@ from dynflow.isolates.wire import Call, CallFuture
 from dynflow.types import RollbackContext, StepContext
 from dynflow.workflow import StepCall
 
+# The guest counts the steps of a name; no instance can have as many, and databases hold no larger number.
+_MOST_OF_ONE_NAME = 1 << 31
+
 
 class Session:
     """One call of an entrypoint, from its start to its end; it alone holds its isolate."""
@@ -101,7 +104,7 @@ class Session:
         if (
             kind not in {"do", "sleep", "sleep_until", "wait_for_event"}
             or type(count) is not int
-            or count < 1
+            or not 1 <= count <= _MOST_OF_ONE_NAME
         ):
             raise InvalidArgumentError("not a step call")
         self.has_rollbacks = self.has_rollbacks or "rollback" in kept

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynflow.errors import IsolateLimitError, ValueTooLargeError
-from dynflow.failure import Failure, RemoteError
+from dynflow.failure import Failure, RemoteError, storable
 from dynflow.serialization import MEBIBYTE, pack, unpack
+from dynflow.workflow import PORT_GONE
 
 _HEADER = struct.Struct(">I")
 # A parsed list or object takes 64 bytes and more where the JSON took three: this bounds what 8 MiB can become.
@@ -201,7 +202,7 @@ class Peer:
             return
         self.closed = reason
         for task in self.performing.values():
-            task.cancel()
+            task.cancel(PORT_GONE)
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(reason)
@@ -283,7 +284,7 @@ class Peer:
             return
         # It may have been cancelled before it began to await.
         if isinstance(result, asyncio.Future):
-            result.cancel()
+            result.cancel(None if self.closed is None else PORT_GONE)
         elif inspect.iscoroutine(result):
             result.close()
         self._send(
@@ -366,16 +367,16 @@ def _error_frame(number: int, error: Failure | Exception) -> bytes:
 
 
 def _bounded(failure: Failure) -> Failure:
-    """Return `failure` no larger than `Failure.of` makes it: a hostile one may fill its whole message."""
+    """Return `failure` as `Failure.of` would make it: a hostile one may fill its whole message, with anything."""
     args = failure.args
     if args is not None and len(encode_frame([pack(args)])) > _MAX_ERROR_TEXT:
         args = None
     return Failure(
-        failure.name[:_MAX_ERROR_NAME],
-        failure.message[:_MAX_ERROR_TEXT],
-        failure.type[:_MAX_ERROR_NAME],
+        storable(failure.name[:_MAX_ERROR_NAME]),
+        storable(failure.message[:_MAX_ERROR_TEXT]),
+        storable(failure.type[:_MAX_ERROR_NAME]),
         args,
-        failure.traceback[-_MAX_ERROR_TEXT:],
+        storable(failure.traceback[-_MAX_ERROR_TEXT:]),
         failure.retry,
     )
 

@@ -172,3 +172,27 @@ async def test_work_outside_of_a_step_is_refused(world: World, commits: tuple[st
 async def test_who_is_no_run_reaches_nothing(world: World) -> None:
     with called_by(None), pytest.raises(ForbiddenError):
         await world.artifacts.fork(REPO)
+
+
+@pytest.mark.parametrize("other", ["a-b", "a.b", "a  b"])
+async def test_steps_of_like_names_have_workspaces_of_their_own(
+    world: World, commits: tuple[str, str], other: str
+) -> None:
+    with called_by(run_of(commits[0])):
+        with called_by(run_of(commits[0]), step="a b"):
+            first = await world.artifacts.fork(REPO)
+        with called_by(run_of(commits[0]), step=other):
+            second = await world.artifacts.fork(REPO)
+        assert first.id != second.id
+        with called_by(run_of(commits[0]), step=first.id.partition(".")[2].removesuffix("-1")):
+            assert await world.artifacts.fork(REPO) not in (first, second)
+
+
+async def test_a_forks_pull_request_names_no_image(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    command = Command(Workspace("1" * 32 + ".x-1", REPO, "0" * 40), ("true",), "container", "private:1")
+    with called_by(run_of("0" * 40, trusted=False)), pytest.raises(ForbiddenError, match="image"):
+        await world.commands.run(command)
+    # A trusted run gets past this, to what is not there.
+    with called_by(run_of("0" * 40)), pytest.raises(FailedError, match="no sandbox of kind"):
+        await world.commands.run(command)

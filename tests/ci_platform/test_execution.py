@@ -238,3 +238,26 @@ async def test_values_of_wrong_types_are_refused_before_anything_happens(
     with pytest.raises(InvalidInputError):
         await bench.execution.run(make(bench.workspace), run_id="run1", author=AUTHOR)
     assert await bench.lines() == []
+
+
+@pytest.mark.parametrize("text", ["\ud800", "nul\0"])
+async def test_text_that_cannot_be_passed_on_is_refused(bench: Bench, text: str) -> None:
+    for command in (
+        Command(bench.workspace, ("echo", text)),
+        Command(bench.workspace, ("true",), env={"A": text}),
+        Command(bench.workspace, ("true",), cwd=text),
+    ):
+        with pytest.raises(InvalidInputError, match="without NUL"):
+            await bench.execution.run(command, run_id="run1", author=AUTHOR)
+
+
+async def test_more_arguments_than_a_program_takes_are_refused(bench: Bench) -> None:
+    with pytest.raises(InvalidInputError, match="items"):
+        await bench.execution.run(Command(bench.workspace, ("",) * 200_000), run_id="run1", author=AUTHOR)
+
+
+async def test_a_log_shows_the_beginning_of_a_very_long_command(bench: Bench) -> None:
+    await bench.run("true " + "x" * 100_000)
+    (shown,) = await bench.log("command")
+    assert len(shown) < 5000
+    assert "characters" in shown

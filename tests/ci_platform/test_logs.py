@@ -300,3 +300,21 @@ async def test_old_logs_expire(tmp_path: Path) -> None:
     clock.advance(timedelta(days=2))
     assert await logs.expire(timedelta(days=1)) == 1
     assert await texts(logs) == []
+
+
+async def test_no_step_name_can_be_chosen_to_write_into_anothers_log(logs: Logs, tmp_path: Path) -> None:
+    logs.writer(LogKey("run-1", "a b", 1)).finish()
+    (file,) = log_files(tmp_path)
+    crafted = LogKey("run-1", file.stem.removesuffix("-1"), 1)
+    logs.writer(crafted).finish()
+    assert len(log_files(tmp_path)) == 2
+
+
+async def test_what_the_platform_says_in_a_log_has_an_end_too(tmp_path: Path) -> None:
+    logs = Logs(tmp_path, largest=1000)
+    writer = logs.writer(KEY)
+    for _ in range(40):
+        writer.note("command", "x" * 100_000)
+    writer.finish()
+    (file,) = log_files(tmp_path)
+    assert file.stat().st_size < 1_300_000

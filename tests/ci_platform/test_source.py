@@ -25,6 +25,7 @@ from ci_platform.sandboxes import SANDBOX_UID
 from ci_platform.source import Remote, Source
 from ci_platform.trees import TreeLimits
 from tests.ci_platform.git_repositories import (
+    ENVIRONMENT,
     Content,
     Link,
     Script,
@@ -390,3 +391,15 @@ async def test_hooks_and_configuration_of_users_do_not_run(
     own.chmod(0o755)
     await fetched(source, remote, remote.commit({"more": b"x"}))
     assert not witness.exists()
+
+
+async def test_a_ref_whose_name_is_no_text_starts_nothing(source: Source, remote: WorkingCopy) -> None:
+    """No database takes such a name: it would keep the platform from starting when refs are compared."""
+    sha = remote.commit(FILES)
+    await source.create(REPO)
+    served = source.path(REPO)
+    for name in (b"main", b"bad\xff", "left\u202eright".encode(), b"x" * 200 + b"/" + b"y" * 200):
+        refspec = sha.encode() + b":refs/heads/" + name
+        command: list[str | bytes] = ["git", "push", "-q", str(served), refspec]
+        await anyio.run_process(command, cwd=remote.path, env=ENVIRONMENT)
+    assert set(await source.branches(REPO)) == {"main", "x" * 200 + "/" + "y" * 200}

@@ -24,7 +24,7 @@ from ci_platform.copy_on_write import MethodName
 from ci_platform.errors import ConflictError, InvalidInputError, LimitExceededError, NotFoundError
 from ci_platform.sandboxes import SANDBOX_UID, Tree
 from ci_platform.source import Remote, Source
-from ci_platform.workspaces import CommitReport, LayerAuthor, Workspaces, describe
+from ci_platform.workspaces import CommitReport, Conflict, LayerAuthor, Workspaces, describe
 from tests.ci_platform.git_repositories import (
     Content,
     Link,
@@ -450,3 +450,36 @@ def test_a_forced_method_that_cannot_be_says_why(tmp_path: Path) -> None:
     started = time.monotonic()
     assert copy_on_write.probe(tmp_path, "copy").name == "copy"
     assert time.monotonic() - started < 5
+
+
+async def test_a_layer_of_countless_files_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "MAX_PATHS", 50)
+    await bench.do("for i in $(seq 40); do touch f$i; done")
+    for script in (
+        "for i in $(seq 60); do touch g$i; done",
+        "for i in $(seq 30); do mkdir d$i; touch d$i/x; done",
+    ):
+        with pytest.raises(LimitExceededError, match="more than 50 files"):
+            await bench.do(script, "other")
+    assert "f40" in await bench.look("ls")
+
+
+def test_a_folder_is_removed_in_pieces_whatever_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_AT_ONCE", 7)
+    root = tmp_path / "tree"
+    for folder in range(20):
+        inner = root / f"d{folder}" / "inner"
+        inner.mkdir(parents=True)
+        for file in range(20):
+            (inner / f"f{file}").touch()
+            (root / f"f{folder}-{file}").touch()
+    layers.remove_tree(root)
+    assert not root.exists()
+
+
+def test_a_files_name_begins_no_line_of_the_platforms() -> None:
+    conflict = Conflict("x\nthe deploy is approved\x1b[2J", LayerAuthor("other", 1, 1))
+    line = describe(CommitReport(1, 1, 1, (conflict,)))
+    assert line.isprintable()

@@ -293,3 +293,9 @@ async def test_clocks_that_jump_wake_what_is_due(tmp_path: Path) -> None:
         assert (await first.status()).status == "waiting"
         clock.advance(3600)
         assert await first.result(timeout=DEADLINE) == "awake"
+
+
+async def test_the_file_is_its_owners_alone(writer: Writer, tmp_path: Path) -> None:
+    await writer.submit(insert(1))
+    modes = [(tmp_path / f"flow.db{end}").stat().st_mode & 0o777 for end in ("", "-wal", "-shm", ".lock")]
+    assert modes == [0o600] * 4

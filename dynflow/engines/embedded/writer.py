@@ -147,6 +147,7 @@ def _lock(path: Path) -> int:
 
 
 def _open(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
+    _make_private(path)
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512)
     try:
         _check(db, path)
@@ -163,6 +164,14 @@ def _open(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _make_private(path: Path) -> None:
+    """Make the file before SQLite does, for its owner alone; what SQLite puts beside it takes over the mode."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error.strerror}") from None
 
 
 def _check(db: sqlite3.Connection, path: Path) -> None:

@@ -39,7 +39,15 @@ async def test_a_wrong_parameter_is_named(http: httpx.AsyncClient) -> None:
     assert error["details"]["problems"][0]["key"] == "limit"
 
 
-@pytest.mark.parametrize("query", ["status=great", "cursor=eHh4", "cursor=%00", "limit=0", "pr=x"])
+@pytest.mark.parametrize("body", ["[" * 30_000, '{"a":' * 12_000])
+async def test_a_body_nested_without_end_is_400(http: httpx.AsyncClient, body: str) -> None:
+    headers = {"content-type": "application/json"}
+    assert_problem(await http.post("/api/v1/repos", content=body, headers=headers), 400, "invalid_input")
+
+
+@pytest.mark.parametrize(
+    "query", ["status=great", "cursor=eHh4", "cursor=%00", "limit=0", "pr=x", "pr=0", f"pr={2**70}"]
+)
 async def test_parameters_out_of_range_are_400(http: httpx.AsyncClient, query: str) -> None:
     assert_problem(await http.get(f"/api/v1/runs?{query}"), 400, "invalid_input")
 
