@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -16,6 +16,7 @@ from litestar.response.sse import ServerSentEventMessage
 from ci_platform.access import Actor
 from ci_platform.api.streams import Stopping, event_stream, last_event_id
 from ci_platform.api.views import as_json
+from ci_platform.errors import NotFoundError
 from ci_platform.run_views import RunView
 from ci_platform.runs import Runs
 from dynflow.types import HistoryEvent
@@ -77,7 +78,7 @@ async def follow_events(
     """Stream what happened, then what happens, as server-sent events.
 
     An event `history` has `{event_id, type, timestamp, data}`; its id is the cursor to go on from
-    (`Last-Event-ID`). `end` comes last, when the run has ended.
+    (`Last-Event-ID`). `end` comes last, when the run has its conclusion.
     """
     await runs.summary(run_id)
     return event_stream(_messages(runs, run_id, last_event_id(last_id)), stopping)
@@ -111,7 +112,10 @@ async def rerun_run(
 
 async def _messages(runs: Runs, run_id: str, cursor: int | None) -> AsyncIterator[ServerSentEventMessage]:
     events = cast("AsyncGenerator[HistoryEvent]", runs.events(run_id, cursor))
-    async with aclosing(events):
-        async for event in events:
-            yield ServerSentEventMessage(data=as_json(event), event="history", id=event.event_id)
+    with suppress(NotFoundError):  # a run that ended long ago: its history is gone, its conclusion is not
+        async with aclosing(events):
+            async for event in events:
+                yield ServerSentEventMessage(data=as_json(event), event="history", id=event.event_id)
+    # The conclusion is stored a moment after the last event; who is told of the end may ask for it at once.
+    await runs.concluded(run_id)
     yield ServerSentEventMessage(data="{}", event="end")

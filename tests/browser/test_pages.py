@@ -70,6 +70,17 @@ async def test_a_line_has_a_link_of_its_own(world: World, page: Page) -> None:
     await expect(page.locator("#L2")).to_have_class(re.compile("chosen"))
 
 
+async def test_a_long_log_is_shown_to_its_end_and_a_line_far_down_has_its_link(
+    world: World, page: Page
+) -> None:
+    run_id = await world.push(HEAD + "        await sh('count', 'seq 5000')\n")
+    await world.concluded(run_id)
+    await page.goto(f"/runs/{run_id}?step=count#L4321")
+    await expect(page.locator("#L5001 .t")).to_have_text("5000")
+    await expect(page.locator("#L4321")).to_have_class(re.compile("chosen"))
+    await expect(page.locator("#L4321")).to_be_in_viewport()
+
+
 async def test_a_failure_is_opened_at_its_log_and_run_again_from_there(world: World, page: Page) -> None:
     run_id = await world.push(FAILING)
     await world.concluded(run_id)

@@ -118,24 +118,33 @@ function startLog() {
 function follow(log) {
   const source = new EventSource(log.dataset.live);
   source.addEventListener("lines", (event) => append(log, JSON.parse(event.data).lines));
-  source.addEventListener("end", () => source.close());
+  source.addEventListener("end", () => { source.close(); keepChosenInView(); });
   return source;
+}
+
+// Lines that come in, and lines that get their real height, move the chosen one; a reader who scrolls is left alone.
+let readerScrolled = false;
+function keepChosenInView() {
+  if (!chosenBefore || readerScrolled) return;
+  chosenBefore.scrollIntoView({ block: "center" });
+  requestAnimationFrame(() => { if (!readerScrolled) chosenBefore?.scrollIntoView({ block: "center" }); });
 }
 
 function append(log, lines) {
   log.querySelector(".empty")?.remove();
-  const fragment = document.createDocumentFragment();
+  const chunk = document.createElement("div");
+  chunk.className = "lines";
   for (const line of lines) {
     if (unfinished?.id === `L${line.n}`) put(unfinished.querySelector(".t"), line.runs);
-    else fragment.append(unfinished = lineOf(line));
+    else chunk.append(unfinished = lineOf(line));
     if (!line.goes_on) unfinished = null;
   }
-  log.append(fragment);
-  while (log.childElementCount > MOST_LINES) log.firstElementChild.remove();
+  // How high it is before it is first drawn: chunks out of sight cost nothing.
+  chunk.style.containIntrinsicSize = `auto ${chunk.childElementCount * 1.24 * 0.8}rem`;
+  log.append(chunk);
+  while (log.children.length > 1 && log.getElementsByClassName("line").length > MOST_LINES) log.firstElementChild.remove();
   chooseLine();
-  if (document.getElementById("follow")?.checked && !chosenBefore) {
-    log.lastElementChild?.scrollIntoView({ block: "nearest" });
-  }
+  if (document.getElementById("follow")?.checked && !chosenBefore) log.scrollIntoView({ block: "end" });
 }
 
 function lineOf({ n, at, kind, runs }) {
@@ -177,9 +186,10 @@ function chooseLine() {
   chosenBefore = target;
 }
 
-addEventListener("hashchange", chooseLine);
+addEventListener("hashchange", () => { readerScrolled = false; chooseLine(); });
 // Whoever scrolls up wants to read, not to be carried away.
 addEventListener("wheel", (event) => {
+  readerScrolled = true;
   const box = document.getElementById("follow");
   if (event.deltaY < 0 && box) box.checked = false;
 }, { passive: true });
