@@ -37,13 +37,14 @@ from dynflow.errors import (
     WorkflowFatalError,
     WorkflowInternalError,
 )
-from dynflow.failure import Failure, RemoteError
+from dynflow.failure import Failure
 from dynflow.loop import WorkflowLoop
 from dynflow.rollback import Handlers, roll_back
+from dynflow.run_errors import cancelled_by_workflow, failure_of, stuck
 from dynflow.serialization import encode
 from dynflow.step import perform
 from dynflow.step_config import StepConfig
-from dynflow.step_host import final_result
+from dynflow.step_host import settle
 from dynflow.types import ErrorInfo, RollbackStatus, StepKind, WorkflowEvent
 from dynflow.workflow import StepCall, WorkflowStep
 
@@ -110,12 +111,11 @@ class Segment:
         self._outcome: asyncio.Future[Outcome] = self._host.create_future()
         self._part = _Activity(self)
         self._calls: set[asyncio.Task[None]] = set()
-        self._outstanding: set[tuple[StepKind, Any, int]] = set()
+        self._outstanding: set[Any] = set()
         self._active_calls = 0
         self._waits: dict[int, _Wait] = {}
-        self._pausing = False
+        self._pausing = self._isolate_down = False
         self._held: set[asyncio.Future[None]] = set()
-        self._isolate_down = False
         self._handlers = Handlers()
         self._rolling_back = False
 
@@ -124,8 +124,8 @@ class Segment:
     async def run(self, main: Main) -> Outcome:
         """Run `main(event, step)`; return how the segment ended.
 
-        Raises LeaseLostError when aborted, StorageError or EngineClosedError when the journal did. When it
-        returns, nothing of the segment is left: tasks, isolates and timers are gone.
+        Raises LeaseLostError when aborted, StorageError or EngineClosedError when the journal did. Then nothing
+        of the segment is left: tasks, isolates and timers are gone.
         """
         loop = WorkflowLoop.inside(self._host, on_idle=self._part.idle, on_active=self._part.active)
         task = loop.create_task(_call_main(main, self._event, WorkflowStep(self)))
@@ -138,7 +138,7 @@ class Segment:
     def deliver(self, ended: StepRecord) -> None:
         """Say that the engine has ended this wait (already durable)."""
         record = self.journal.steps.get(ended.key)
-        if record is not None:
+        if record is not None and record.state != "cancelled":
             record.state, record.output, record.failure = ended.state, ended.output, ended.failure
             record.ended_at = ended.ended_at
             if record.seq in self._waits:
@@ -173,7 +173,10 @@ class Segment:
         return await self.journal.pin(digest, modules)
 
     def call(self, call: StepCall) -> Awaitable[Any]:
-        """Perform a step call; the future belongs to the caller's loop. It may never be done: a suspension."""
+        """Perform a step call; the future belongs to the caller's loop. It may never be done: a suspension.
+
+        Cancelling it ends the step for good. A replay never answers that call: what cancelled it does so again.
+        """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         key = (call.kind, call.name if isinstance(call.name, str) else repr(call.name), call.count)
         record = self.journal.steps.get(key)
@@ -182,10 +185,10 @@ class Segment:
             return future
         self._handlers.note(call)
         if record is not None and record.state in {"complete", "errored"}:
-            _settle_future(future, record)
+            settle(future, record)
         elif key in self._outstanding:
             future.set_exception(WorkflowFatalError(f"step {key[1]!r:.300} is being performed already"))
-        elif not self._terminated:
+        elif not self._terminated and (record is None or record.state != "cancelled"):
             self._start(self._perform(call, future), key, future)
         return future
 
@@ -205,7 +208,14 @@ class Segment:
 
         task.add_done_callback(over)
         if future is not None:
-            future.add_done_callback(lambda done: task.cancel() if done.cancelled() else None)
+            future.add_done_callback(
+                lambda done: self._dropped(done, key, task) if done.cancelled() else None
+            )
+
+    def _dropped(self, future: asyncio.Future[Any], key: Any, task: asyncio.Task[None]) -> None:
+        task.cancel()
+        if cancelled_by_workflow(future) and not self._outcome.done():
+            self._start(self._cancel(key, task), ("cancel", key, 0))
 
     # --- for steps (StepHost) ---
 
@@ -276,6 +286,19 @@ class Segment:
             if not future.done():
                 future.set_result(result)
 
+    async def _cancel(self, key: Any, task: asyncio.Task[None]) -> None:
+        """Record that the workflow cancelled a step, if that was recorded: it takes no event any more."""
+        try:
+            if key[0] == "do":  # its attempt may end in another way; a wait lets go before others can begin
+                await asyncio.wait([task])
+            record = self.journal.steps.get(key)
+            for waiter in [] if record is None else await self.journal.cancel(record):
+                self.deliver(waiter)
+        except (LeaseLostError, StorageError, EngineClosedError) as error:
+            self._give_up(error)
+        except WorkflowInternalError as error:
+            self._fail(Failure.of(error))
+
     def look(self) -> None:
         """End the segment if nothing in it can move by itself."""
         if self._outcome.done() or self._active_calls or (self.active_parts and not self._isolate_down):
@@ -290,7 +313,7 @@ class Segment:
             ]
             self._finish(Blocked(tuple(sorted(self._waits)), min(deadlines, default=None)))
         elif not self._rolling_back:
-            self._fail(Failure.of(_stuck()))
+            self._fail(stuck())
 
     def _main_done(self, task: asyncio.Task[Any]) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -304,11 +327,11 @@ class Segment:
             # It went down under running attempts: they record that, and a new segment goes on.
             self.isolate_down()
         else:
-            self._fail(_failure_of(error), reachable=not isinstance(error, IsolateError))
+            self._fail(failure_of(error), reachable=not isinstance(error, IsolateError))
 
     def _complete(self, output: Any) -> None:
         if self._terminated:
-            self._fail(Failure.of(_stuck()))
+            self._fail(stuck())
             return
         try:
             self._finish(Completed(encode(output, limit=self.limits.payload, what="the output of run()")))
@@ -375,26 +398,3 @@ class Segment:
 
 async def _call_main(main: Main, event: WorkflowEvent, step: WorkflowStep) -> Any:
     return await main(event, step)
-
-
-def _settle_future(future: asyncio.Future[Any], record: StepRecord) -> None:
-    try:
-        future.set_result(final_result(record))
-    except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
-        future.set_exception(error)
-
-
-def _failure_of(error: BaseException) -> Failure:
-    if isinstance(error, RemoteError):
-        return error.failure
-    if isinstance(error, asyncio.CancelledError):
-        return Failure.of(WorkflowFatalError("run() was cancelled from inside"))
-    if isinstance(error, SystemExit):
-        return Failure.of(WorkflowFatalError(f"run() called sys.exit({error.code!r})"))
-    return Failure.of(error)
-
-
-def _stuck() -> WorkflowFatalError:
-    return WorkflowFatalError(
-        "run() waits for something that can never happen: no step, sleep or event wait is outstanding"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import unicodedata
 from typing import Any, Protocol
 
@@ -76,3 +77,11 @@ def final_error(record: StepRecord) -> BaseException:
     error = failure.as_step_error(record.name, record.attempt)
     error.failure, error.step, error.attempts = failure, record.name, record.attempt  # type: ignore[attr-defined]
     return error
+
+
+def settle(future: asyncio.Future[Any], record: StepRecord) -> None:
+    """Answer a call of a step that has ended."""
+    try:
+        future.set_result(final_result(record))
+    except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
+        future.set_exception(error)

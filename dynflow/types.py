@@ -110,7 +110,7 @@ class StepStatus:
     name: str
     kind: StepKind
     count: int
-    status: Literal["running", "waiting", "complete", "errored"]
+    status: Literal["running", "waiting", "complete", "errored", "cancelled"]
     started_at: datetime
     ended_at: datetime | None = None
     attempts: tuple[AttemptInfo, ...] = ()

@@ -73,8 +73,15 @@ class StepCall:
     event_type: Any = None
 
 
+PORT_GONE = "the isolate is gone"
+"""The message of a cancellation of a step call that the workflow did not ask for."""
+
+
 class StepPort(Protocol):
-    """Performs step calls. The returned awaitable may never finish: that is how a workflow is suspended."""
+    """Performs step calls. The returned awaitable may never finish: that is how a workflow is suspended.
+
+    Cancelling it, unless with the message PORT_GONE, says that the workflow cancelled the step.
+    """
 
     def call(self, call: StepCall) -> Awaitable[Any]:
         """Perform `call`; its result or error is final and durable when the awaitable finishes."""

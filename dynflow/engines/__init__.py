@@ -17,7 +17,7 @@ from dynflow.serialization import MEBIBYTE
 from dynflow.step_config import StepConfig
 from dynflow.types import HistoryEvent, InstanceStatus, RollbackStatus, StepKind
 
-StepState = Literal["running", "waiting", "complete", "errored"]
+StepState = Literal["running", "waiting", "complete", "errored", "cancelled"]
 StepKey = tuple[StepKind, str, int]
 
 
@@ -95,6 +95,14 @@ class Journal(ABC):
     @abstractmethod
     async def end_wait(self, record: StepRecord) -> None:
         """End a wait whose deadline has passed; sets `record` to what it became (an event may have won)."""
+
+    @abstractmethod
+    async def cancel(self, record: StepRecord) -> list[StepRecord]:
+        """Store that the workflow cancelled the step, unless it has ended; sets `record` to what it became.
+
+        An event that the workflow was not given any more goes to the next waiter, else back to the head of the
+        buffer. Returns the waits that this ended.
+        """
 
     @abstractmethod
     async def pin(self, digest: str, modules: Mapping[str, str]) -> Mapping[str, str]:

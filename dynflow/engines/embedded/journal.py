@@ -60,6 +60,16 @@ class EmbeddedJournal(Journal):
         now = self._clock.now_us()
         await self._write(lambda db: steps.end_wait(db, self._key, self._epoch, record, timed_out, now))
 
+    async def cancel(self, record: StepRecord) -> list[StepRecord]:
+        """Store that the workflow cancelled the step, unless it has ended."""
+        key, epoch, now = self._key, self._epoch, self._clock.now_us()
+        state, happened, waiters = await self._storage.submit(
+            lambda db: steps.cancel(db, key, epoch, record, now)
+        )
+        record.state = state
+        self._telling.tell(self._ref, happened)
+        return waiters
+
     async def pin(self, digest: str, modules: Mapping[str, str]) -> Mapping[str, str]:
         """Return the pinned code."""
         return await self._storage.submit(

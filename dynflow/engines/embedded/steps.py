@@ -6,8 +6,8 @@ import sqlite3
 from functools import lru_cache
 from typing import Any
 
-from dynflow.clock import to_datetime
-from dynflow.engines import StepRecord
+from dynflow.clock import to_datetime, to_microseconds
+from dynflow.engines import StepRecord, StepState
 from dynflow.engines.embedded.rows import (
     STEP_COLUMNS,
     Happened,
@@ -15,6 +15,7 @@ from dynflow.engines.embedded.rows import (
     log,
     row_of,
     rows_of,
+    status_of,
     step_record,
 )
 from dynflow.errors import LeaseLostError, WorkflowInternalError
@@ -25,6 +26,14 @@ from dynflow.types import Event
 
 # What a row of `steps` or `events` takes beside its payload.
 _ROW_OVERHEAD = 100
+# What the history says of a cancelled step, by its kind and the state it had; else "step.cancelled".
+_CANCELLED = {
+    ("do", "running"): "attempt.cancelled+step.cancelled",
+    ("sleep", "waiting"): "sleep.cancelled",
+    ("sleep_until", "waiting"): "sleep.cancelled",
+    ("wait_for_event", "waiting"): "wait.cancelled",
+    ("wait_for_event", "complete"): "wait.cancelled",
+}
 
 
 def _step_data(record: StepRecord) -> dict[str, Any]:
@@ -196,6 +205,52 @@ def end_wait(
         (record.state, _stored(record.failure), now, step),
     )
     return [happened]
+
+
+def cancel(
+    db: sqlite3.Connection, key: int, epoch: int, record: StepRecord, now: int
+) -> tuple[StepState, list[Happened], list[StepRecord]]:
+    """Store that the workflow cancelled a step; returns its state, what happened, and the waits that this ended.
+
+    A step that has ended stays as it is, except a wait: the workflow was not given its event, which goes to the
+    next waiter or back to the head of the buffer.
+    """
+    step = row_of(key, record.seq)
+    stored = db.execute("SELECT state, output FROM steps WHERE step = ?", (step,)).fetchone()
+    if stored is None:  # cancelled before it was stored
+        return "cancelled", [], []
+    state, output = stored
+    took_event = record.kind == "wait_for_event" and state == "complete"
+    if state not in {"running", "waiting"} and not took_event:
+        return state, [], []
+    happened = [
+        log(
+            db,
+            key,
+            now,
+            _CANCELLED.get((record.kind, state), "step.cancelled"),
+            _step_data(record),
+            epoch=epoch,
+        )
+    ]
+    db.execute(
+        "UPDATE steps SET state = 'cancelled', output = NULL, ended_at = ?, deadline = NULL WHERE step = ?",
+        (now, step),
+    )
+    given: list[tuple[StepRecord, Happened]] = []
+    if took_event:
+        _give_back(db, key, decode(output))
+        if status_of(db, key) == "running":
+            given = deliver_buffered(db, key, now)
+    return "cancelled", [*happened, *(event for _, event in given)], [waiter for waiter, _ in given]
+
+
+def _give_back(db: sqlite3.Connection, key: int, event: Event) -> None:
+    """Buffer an event before all that are buffered: numbers below zero are for these."""
+    db.execute(
+        "INSERT INTO events SELECT min(0, ifnull(min(event), 0)) - 1, ?, ?, ?, ? FROM events",
+        (key, event.type, encode(event.payload), to_microseconds(event.timestamp)),
+    )
 
 
 # --- events --------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def _step_status(record: StepRecord, failed: list[tuple[Any, ...]]) -> StepStatu
         count=record.count,
         status=record.state,
         started_at=to_datetime(record.started_at),
-        ended_at=_moment(record.ended_at) if record.state in {"complete", "errored"} else None,
+        ended_at=_moment(record.ended_at) if record.state in {"complete", "errored", "cancelled"} else None,
         attempts=_attempts(record, failed) if record.kind in {"do", "rollback"} else (),
         output=REDACTED if sensitive and output is not None else output,
         error=_error(record.failure),
@@ -54,7 +54,8 @@ def _step_status(record: StepRecord, failed: list[tuple[Any, ...]]) -> StepStatu
 
 def _attempts(record: StepRecord, failed: list[tuple[Any, ...]]) -> tuple[AttemptInfo, ...]:
     shown = [_failed_attempt(*attempt) for attempt in failed]
-    if record.state != "waiting":
+    # An attempt that failed is among the failed ones, even where its retry was cancelled.
+    if record.state != "waiting" and not (failed and failed[-1][0] == record.attempt):
         error = _error(record.failure) if record.state == "errored" else None
         ended = _moment(record.ended_at) if record.state != "running" else None
         shown.append(AttemptInfo(record.attempt, to_datetime(record.attempt_at), ended, error))
