@@ -27,7 +27,7 @@ def test_a_program_of_the_tutorial_prints_what_stands_below_it(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
         cwd=tmp_path,
     )
