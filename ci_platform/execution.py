@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import anyio
 
@@ -31,6 +33,10 @@ KEPT_OUTPUT = 8 * 1024
 _LONGEST_ECHO = 4000
 """Characters of a command that its log shows."""
 
+_OF_ONE_RUN = 16
+_AT_ONCE = max(64, 8 * (os.cpu_count() or 1))
+"""Commands side by side, of one run and of all: each may take all the memory and processes that one may."""
+
 _MOST_ARGUMENTS = 100_000
 _LARGEST_ARGUMENTS = MEBIBYTE
 """Bytes of argv and env together; Linux takes 2 MiB by default and the platform adds a little."""
@@ -39,7 +45,8 @@ _LARGEST_ARGUMENTS = MEBIBYTE
 class Execution:
     """Runs commands of pipelines.
 
-    *Order of calls*: any. *Concurrency*: one event loop; any number of commands, also of one workspace and step.
+    *Order of calls*: any. *Concurrency*: one event loop; any number of commands, also of one workspace and step,
+    `of_one_run` and `at_once` of which work at a time; the others wait.
     *Idempotency*: a repeated attempt starts from a clean tree, see `Workspaces.prepare`. *Cancellation*: kills the
     command and drops its layer. *Errors*: FailedError and LimitExceededError are the command's matter,
     UnavailableError is ours; a command that exits non-zero is a result.
@@ -52,9 +59,13 @@ class Execution:
         sandboxes: Mapping[SandboxKind, Sandbox],
         *,
         limits: SandboxLimits | None = None,
+        at_once: int = _AT_ONCE,
+        of_one_run: int = _OF_ONE_RUN,
     ) -> None:
         self._workspaces, self._logs, self._sandboxes = workspaces, logs, sandboxes
         self._limits = limits or SandboxLimits()
+        self._all, self._of_one_run = anyio.CapacityLimiter(at_once), of_one_run
+        self._runs: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
         self._started = 0
 
     async def run(
@@ -74,12 +85,26 @@ class Execution:
         sandbox = self._sandboxes.get(command.sandbox)
         if sandbox is None:
             raise FailedError(f"this platform has no sandbox of kind {command.sandbox!r}")
+        # Its own run's places first: a run that asks for thousands holds none of those that others wait for.
+        of_run = self._runs.setdefault(run_id, anyio.CapacityLimiter(self._of_one_run))
+        async with of_run, self._all:
+            return await self._run(command, sandbox, run_id, author, limits or self._limits, redact)
+
+    async def _run(
+        self,
+        command: Command,
+        sandbox: Sandbox,
+        run_id: str,
+        author: LayerAuthor,
+        limits: SandboxLimits,
+        redact: Collection[str],
+    ) -> CommandResult:
         printer = _Printer(self._logs.writer(LogKey(run_id, author.step, author.count)), redact)
         with printer.report_failure():
             printer.say("command", _cut(shlex.join(command.argv)))
             tree = await self._workspaces.prepare(command.workspace.id, author)
             try:
-                job = self._job(command, run_id, tree, limits or self._limits)
+                job = self._job(command, run_id, tree, limits)
                 outcome = await _guarded(sandbox, job, printer)
                 return await self._conclude(command, job, outcome, printer)
             finally:

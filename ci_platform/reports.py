@@ -116,6 +116,9 @@ class Reports:
         now = self._clock.now()
         gone = {"state": "superseded", "ended_at": now}
         tx.change(OutboxRow, gone, col(OutboxRow.key) == key, col(OutboxRow.state) == "waiting")
+        if kind == "comment":
+            # As long as a pipeline likes and as often as it likes: what it said before is not kept.
+            tx.remove(OutboxRow, col(OutboxRow.key) == key)
         tx.add(
             OutboxRow(
                 run_id=run.id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -57,6 +58,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
     Raises InvalidInputError where the address is taken or the data folder cannot be made.
     """
     make_data_folder(settings)
+    _leave_no_core()
     with closing(_bind(settings)) as listener:
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
         async with open_platform(settings) as platform:
@@ -153,6 +155,12 @@ def _config(app: object) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
+
+
+def _leave_no_core() -> None:
+    """Have a crash write no memory to disk: tokens and keys are in it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
 def _bind(settings: Settings) -> socket.socket:

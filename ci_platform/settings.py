@@ -138,7 +138,11 @@ class Settings(BaseModel):
     copy_on_write: Literal["auto", "overlay", "reflink", "copy"] = Field(
         "auto", description="How workspaces are layered. auto takes the first that works here."
     )
-    allow_network: bool = Field(default=True, description="Whether commands that ask for a network get one.")
+    allow_network: bool = Field(
+        default=True,
+        description="Whether commands of trusted runs that ask for a network get one. "
+        "In the isolate sandbox it is the host's own, with all that listens on its loopback.",
+    )
     allow_file_remotes: bool = Field(
         default=False,
         description="Whether repositories may be cloned from file:// URLs, that is from this machine.",

@@ -261,3 +261,29 @@ async def test_a_log_shows_the_beginning_of_a_very_long_command(bench: Bench) ->
     (shown,) = await bench.log("command")
     assert len(shown) < 5000
     assert "characters" in shown
+
+
+async def test_a_run_that_asks_for_many_commands_at_once_leaves_room_for_others(bench: Bench) -> None:
+    execution = bench.execution
+    execution._of_one_run, execution._all = 2, anyio.CapacityLimiter(3)
+
+    async def endless(number: int) -> None:
+        command = bench.command("echo begun; while :; do sleep 0.05; done")
+        await execution.run(command, run_id="run1", author=LayerAuthor(f"step{number}", 1, 1))
+
+    async def begun(number: int) -> None:
+        with anyio.fail_after(30):
+            async for chunk in bench.logs.follow(LogKey("run1", f"step{number}", 1)):
+                if any(line.text == "begun" for line in chunk.lines):
+                    return
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(20):
+            tasks.start_soon(endless, number)
+        await begun(0)
+        await begun(1)
+        other = LayerAuthor("other", 1, 1)
+        result = await execution.run(bench.command("echo mine"), run_id="run2", author=other)
+        assert result.output == "mine\n"
+        assert execution._started == 3
+        tasks.cancel_scope.cancel()

@@ -9,7 +9,7 @@ import pytest
 
 from ci_platform.errors import FailedError, InvalidInputError, NotFoundError, UnavailableError
 from ci_platform.forges.github import GitHubForge
-from ci_platform.model import Repository, Run, ShownComment, ShownStatus
+from ci_platform.model import OutboxRow, Repository, Run, ShownComment, ShownStatus
 from ci_platform.reports import Reports
 from ci_platform.store import Store, col
 from dynflow.clock import ManualClock
@@ -204,6 +204,16 @@ async def test_a_newer_comment_takes_the_place_of_the_one_before(platform: Harne
     await platform.reports.comment(run_id, 7, "two")
     await platform.reports.deliver_due()
     assert await comments(platform) == ["two"]
+
+
+async def test_what_comments_said_before_is_not_kept(platform: Harness) -> None:
+    run = await platform.start(event="pull_request", ref="refs/pull/7/head", pr=7)
+    for number in range(5):
+        await platform.reports.comment(run.id, 7, f"{number}" * 1000)
+        if number == 2:
+            await platform.reports.deliver_due()
+    kept = await platform.store.read(lambda tx: tx.all(OutboxRow, col(OutboxRow.kind) == "comment"))
+    assert [row.payload["body"][0] for row in kept] == ["4"]
 
 
 async def test_a_run_comments_on_its_own_pull_request_alone(platform: Harness) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
@@ -209,3 +210,13 @@ async def test_pages_have_a_strict_policy_and_nothing_inline(
         assert "unsafe" not in policy
         assert "no-store" in answer.headers["cache-control"]
         assert not re.search(r"<script(?![^>]*src=)|\son\w+=|\sstyle=", answer.text)
+
+
+async def test_a_crash_of_the_server_writes_no_memory_to_disk(served: Running) -> None:
+    assert served.url
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
+
+
+async def test_a_form_with_an_absurd_number_is_400(browser: httpx.AsyncClient) -> None:
+    form = {"csrf": csrf_of((await browser.get("/gates")).text), "step": "x", "count": "9" * 5000}
+    assert (await browser.post("/runs/x/rerun", data=form)).status_code == 400
