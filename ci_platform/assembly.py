@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,6 +63,7 @@ _URGENT = frozenset(
     }
 )
 
+_PAUSE_SECONDS = 1.0
 _PACK_EVERY = timedelta(days=1)
 
 # Identities in memory; what a run is never changes.
@@ -153,7 +154,7 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
         anyio.create_task_group() as services,
     ):
         for serve in (platform.deliveries.serve, platform.reports.serve, platform.runs.serve):
-            services.start_soon(serve)
+            services.start_soon(_kept_up, serve)
         services.start_soon(_housekeeping(platform).serve)
         for sandbox in platform.sandboxes.values():
             services.start_soon(_sweep, sandbox)
@@ -257,6 +258,16 @@ def _housekeeping(platform: Platform) -> Retention:
         files=[platform.workspaces.delete_run],
         tidy=tidy,
     )
+
+
+async def _kept_up(serve: Callable[[], Awaitable[None]]) -> None:
+    """Run a service for ever. Without its database (a full disk) it begins again, with what is stored."""
+    while True:
+        try:
+            await serve()
+        except* UnavailableError as group:
+            _log.warning("work stops for a moment: %s", group.exceptions[0])
+        await anyio.sleep(_PAUSE_SECONDS)
 
 
 async def _sweep(sandbox: Sandbox) -> None:

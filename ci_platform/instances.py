@@ -20,6 +20,9 @@ class InstanceHandle(Protocol):
     async def restart(self, from_step: tuple[str, int] | None = None) -> None:
         """Run it again, keeping the results from before `from_step`."""
 
+    async def delete(self) -> object:
+        """Remove it and all it has; its id is free."""
+
     async def send_event(self, *, type: str, payload: Any = None) -> None:  # noqa: A002 - dynflow's public name
         """Send it an event."""
 
@@ -42,3 +45,6 @@ class Layers(Protocol):
 
     async def rewind_run(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
         """Forget what these steps (name, count) changed in the run's workspaces."""
+
+    async def delete_run(self, run_id: str) -> None:
+        """Remove the run's workspaces."""

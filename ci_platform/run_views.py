@@ -110,7 +110,7 @@ def run_view(
         reason=run.conclusion_reason or (run.stop_reason if run.conclusion is None else None),
         created_at=run.created_at,
         started_at=run.started_at,
-        ended_at=run.ended_at,
+        ended_at=run.ended_at if run.conclusion is not None else None,
         cause=None if delivery is None else _cause(delivery),
         steps=() if status is None else tuple(_step_view(step) for step in status.steps),
         gates=tuple(gate_view(gate) for gate in gates),

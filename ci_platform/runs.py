@@ -82,16 +82,17 @@ class Runs(RunQueries):
         self, request: RunRequest, *, delivery: int | None = None, pipeline_digest: str | None = None
     ) -> RunView:
         """Start the run of a cause. The same cause again gives the same run, whatever became of it."""
-        row = await self._store.write(lambda tx: self._insert(tx, request, delivery, pipeline_digest))
+        row, is_new = await self._store.write(lambda tx: self._insert(tx, request, delivery, pipeline_digest))
         if row.conclusion is None:
-            await self._instance(row)
+            await self._instance(row, is_new=is_new)
             self._notices.add(row.id, urgent=False)
             self._reports.wake()
         return run_view(row)
 
     def _insert(
         self, tx: Transaction, request: RunRequest, delivery: int | None, pipeline_digest: str | None
-    ) -> Run:
+    ) -> tuple[Run, bool]:
+        """Return the run of a cause, and whether it was made just now."""
         change = request.change
         # Locked before looking, so that of two starts of one cause the second finds the first.
         repository = tx.lock(Repository, col(Repository.name) == change.repo)
@@ -99,7 +100,7 @@ class Runs(RunQueries):
             raise NotFoundError(f"repository {change.repo!r} is not registered here")
         held = tx.first(Run, col(Run.id) == request.run_id)
         if held is not None:
-            return held
+            return held, False
         number = repository.last_number + 1
         tx.change(Repository, {"last_number": number}, col(Repository.name) == change.repo)
         row = Run(
@@ -123,7 +124,7 @@ class Runs(RunQueries):
         )
         tx.add(row)
         self._reports.put_status(tx, row, "pending", "queued")
-        return row
+        return row, True
 
     async def cancel(self, run_id: str, *, by: str, reason: str = "") -> RunView:
         """Have a run end now, whatever it is doing. Durable when this returns; once is enough.
@@ -161,7 +162,7 @@ class Runs(RunQueries):
             "waiting_for": None,
             "started_at": None,
             "active_since": None,
-            "ended_at": None,
+            # ended_at stays until the instance is restarted: it tells that end from the next one.
             "conclusion": None,
             "conclusion_reason": None,
             "stop_conclusion": None,
@@ -285,12 +286,17 @@ class Runs(RunQueries):
             concluded.set()
         self._reports.wake()
 
-    async def _instance(self, run: Run) -> InstanceHandle | None:
-        """Return the run's instance, created if it is not yet; None where the run was concluded without."""
-        try:
-            return cast("InstanceHandle", await self._workflows.get(run.id))
-        except InstanceNotFoundError:
-            pass
+    async def _instance(self, run: Run, *, is_new: bool = False) -> InstanceHandle | None:
+        """Return the run's instance, created if it is not yet; None where the run was concluded without.
+
+        A run that is new takes over nothing: an instance of its id is of a row that was lost (a database
+        restored from an older copy), and its workspaces are gone too.
+        """
+        with suppress(InstanceNotFoundError):
+            found = cast("InstanceHandle", await self._workflows.get(run.id))
+            if not is_new:
+                return found
+            await found.delete()
         if run.stop_conclusion is not None:
             await self._conclude_without_instance(
                 run, Stop(cast("Any", run.stop_conclusion), run.stop_reason or "")
@@ -301,25 +307,33 @@ class Runs(RunQueries):
                 run, Stop("error", "the engine has no record of this run any more")
             )
             return None
+        if run.rerun_pending:  # what it is rerun from is lost: its files would be those of nothing
+            await self._layers.delete_run(run.id)
         with suppress(InstanceExistsError):
             await self._workflows.create(id=run.id, params=_params(run))
         return cast("InstanceHandle", await self._workflows.get(run.id))
 
     async def _conclude_without_instance(self, run: Run, stop: Stop) -> None:
-        outcome = Outcome(stop.conclusion, stop.reason)
-        await self._store.write(lambda tx: self._conclude(tx, run, outcome, self._clock.now()))
+        outcome, now = Outcome(stop.conclusion, stop.reason), self._clock.now()
+
+        def write(tx: Transaction) -> None:
+            self._gates.project(tx, run.id, InstanceStatus(run.id, "terminated", run.created_at))
+            self._conclude(tx, run, outcome, now)
+
+        await self._store.write(write)
         self._concluded.set()
         self._concluded = anyio.Event()
         self._reports.wake()
 
     async def _carry_out_rerun(self, run: Run, handle: InstanceHandle) -> None:
-        """Restart the instance, its workspaces first. An unfinished instance has been restarted already."""
+        """Restart the instance, its workspaces first. One that has not ended, or ended since, was restarted already."""
         status = await handle.status()
-        if phase_of(status) == "finished":
+        ended_since = run.ended_at and status.ended_at and status.ended_at > run.ended_at
+        if phase_of(status) == "finished" and not ended_since:
             from_step = None if run.rerun_from is None else (str(run.rerun_from[0]), int(run.rerun_from[1]))
             await self._layers.rewind_run(run.id, _steps_from(status, from_step))
             await handle.restart(from_step)
-        done = {"rerun_pending": False, "rerun_from": None}
+        done = {"rerun_pending": False, "rerun_from": None, "ended_at": None}
         await self._store.write(lambda tx: tx.change(Run, done, col(Run.id) == run.id))
 
     # --- writing down --------------------------------------------------------------------------

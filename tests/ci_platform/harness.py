@@ -146,6 +146,10 @@ class Rewound:
     """Which steps' layers were forgotten."""
 
     calls: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+
+    async def delete_run(self, run_id: str) -> None:
+        self.deleted.append(run_id)
 
     async def rewind_run(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
         self.calls.append((run_id, list(steps)))

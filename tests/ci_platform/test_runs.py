@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError
+from dynflow.engines import InstanceRef
 from tests.ci_platform.harness import Harness, KilledError, request
 
 
@@ -203,6 +204,25 @@ async def test_a_rerun_that_was_cut_off_happens_once(platform: Harness, when: st
     assert platform.done == ["build"]
 
 
+async def test_a_rerun_that_was_cut_off_and_ended_before_anybody_looked_happens_once(
+    platform: Harness,
+) -> None:
+    run = await platform.start()
+    await finish(platform, run.id)
+    platform.done.clear()
+    await platform.runs.rerun(run.id)
+    platform.advance(1)
+    platform.workflows.after.add("restart")
+    with pytest.raises(KilledError):
+        await platform.runs.project(run.id)
+    platform.workflows.after.clear()
+    with anyio.fail_after(30):
+        await platform.engine.result(InstanceRef("ci", run.id, None))
+    await platform.runs.sweep()
+    assert (await platform.runs.summary(run.id)).conclusion == "success"
+    assert platform.done == ["build", "deploy"]
+
+
 async def test_what_cannot_be_rerun_is_left_as_it_is(platform: Harness) -> None:
     run = await platform.at_gate()
     with pytest.raises(ConflictError, match="not ended"):
@@ -269,6 +289,27 @@ async def test_a_run_that_the_engine_lost_concludes_error(platform: Harness) -> 
     await platform.runs.project(run.id)
     ended = await platform.runs.get(run.id)
     assert (ended.conclusion, ended.reason) == ("error", "the engine has no record of this run any more")
+    assert [gate.state for gate in ended.gates] == ["closed"]
+
+
+async def test_a_rerun_of_a_run_that_the_engine_lost_starts_with_no_files(platform: Harness) -> None:
+    run = await platform.at_gate()
+    await (await platform.workflows.get(run.id)).delete()
+    await platform.runs.project(run.id)
+    await platform.runs.rerun(run.id)
+    await platform.runs.sweep()
+    await platform.reach(run.id, "waiting", "approval")
+    assert platform.layers.deleted == [run.id]
+
+
+async def test_a_new_run_takes_over_no_instance_of_a_row_that_was_lost(platform: Harness) -> None:
+    run = await platform.start()
+    await finish(platform, run.id)
+    await platform.runs.forget(run.id)
+    again = await platform.start()
+    assert (again.id, again.conclusion) == (run.id, None)
+    await finish(platform, run.id)
+    assert platform.done == ["build", "deploy", "build", "deploy"]
 
 
 async def test_trouble_with_one_run_is_tried_again_and_keeps_no_other(platform: Harness) -> None:

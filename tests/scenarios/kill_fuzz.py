@@ -121,7 +121,7 @@ class Fuzz:
                 git(work, "push", "--quiet", str(self._bare[repo]), f"HEAD:refs/heads/branch-{push}")
                 sha = git(work, "rev-parse", "HEAD")
                 opened = push == pushes - 1
-                payload = _opened(repo, sha, number) if opened else _pushed(repo, sha, f"branch-{push}")
+                payload = _opened(repo, sha, number) if opened else pushed(repo, sha, f"branch-{push}")
                 yield Wanted(repo, sha, payload, "pull_request" if opened else "push")
 
     def run(self, kills: int, *, longest: float = 2.5) -> None:
@@ -330,7 +330,8 @@ class Fuzz:
                 assert any(f"/{run['repo']}/issues/{run['pr']}/" in path for path in made), made
 
 
-def _pushed(repo: str, sha: str, branch: str) -> Any:
+def pushed(repo: str, sha: str, branch: str) -> Any:
+    """Return the recorded push, as one to another repository and branch."""
     payload = recorded("push")
     payload |= {"ref": f"refs/heads/{branch}", "after": sha, "deleted": False}
     payload["head_commit"] = {"id": sha, "message": "A change", "timestamp": "2026-11-23T08:00:00Z"}

@@ -51,11 +51,16 @@ def mounts_below(folder: Path) -> list[str]:
     return found
 
 
+def group_homes() -> list[Path]:
+    """Return the folders that platforms make their control groups in."""
+    return [Path(home) for home in (*cgroups._homes_v2(), *cgroups._homes_v1())]
+
+
 def dead_groups() -> list[str]:
     """Return the control groups of platforms that are no more."""
     return [
         str(folder)
-        for home in (*cgroups._homes_v2(), *cgroups._homes_v1())
-        for folder in Path(home).glob("dynflow-*")
+        for home in group_homes()
+        for folder in home.glob("dynflow-*")
         if not cgroups.is_alive(folder.name.removeprefix("dynflow-"))
     ]

@@ -165,9 +165,10 @@ class Server:
 
 
 @contextmanager
-def running_server(data: Path, **settings: str) -> Iterator[Server]:
+def running_server(data: Path, environ: dict[str, str] | None = None, /, **settings: str) -> Iterator[Server]:
     """Start a server; stop it at the end."""
-    server = Server(data, {f"DYNFLOW_{name.upper()}": value for name, value in settings.items()})
+    named = {f"DYNFLOW_{name.upper()}": value for name, value in settings.items()}
+    server = Server(data, {**(environ or {}), **named})
     server.start()
     try:
         yield server
