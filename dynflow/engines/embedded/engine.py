@@ -32,8 +32,9 @@ from dynflow.engines.embedded.writer import Synchronous
 from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.instance import FINISHED, check_workflow_name, may
 from dynflow.router import DynamicWorkflowBinding
+from dynflow.segment import Segment
 from dynflow.step_config import StepConfig, merge_config
-from dynflow.types import HistoryEvent, InstanceStatus
+from dynflow.types import HistoryEvent, InstanceStatus, WorkflowEvent
 from dynflow.workflow import WorkflowEntrypoint
 
 _HISTORY_PAGE = 500
@@ -80,7 +81,12 @@ class EmbeddedEngine(Engine):
             concurrency=concurrency,
             per_tenant=tenant_concurrency,
             keep=self._keep,
+            make_segment=self._segment,
         )
+
+    def _segment(self, event: WorkflowEvent, *args: Any, **options: Any) -> Segment:
+        """Make what runs an instance; `dynflow.testing` makes its own."""
+        return Segment(event, *args, **options)
 
     # --- setting up ---
 

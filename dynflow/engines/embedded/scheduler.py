@@ -40,6 +40,10 @@ _STORAGE_RETRY = timedelta(seconds=1)
 _CRASHED = f"{IsolateCrashedError.__module__}:{IsolateCrashedError.__qualname__}"
 
 
+MakeSegment = Callable[..., Segment]
+"""What takes the arguments of Segment and makes one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Registered:
     """A workflow that the engine runs."""
@@ -72,9 +76,11 @@ class Scheduler:
         concurrency: int,
         per_tenant: int | None,
         keep: timedelta,
+        make_segment: MakeSegment,
     ) -> None:
         self._storage, self._telling, self._clock, self._limits = storage, telling, clock, limits
         self._concurrency, self._per_tenant, self._keep = concurrency, per_tenant, keep
+        self._new_segment = make_segment
         self._registered: dict[str, Registered] = {}
         self._live: dict[int, _Live] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -192,7 +198,7 @@ class Scheduler:
         )
         records = step_records(claimed.step_rows)
         journal = EmbeddedJournal(self._storage, self._telling, self._clock, self._limits, row, records)
-        return Segment(
+        return self._new_segment(
             event,
             journal,
             self._clock,
