@@ -108,19 +108,15 @@ def test_public_names_have_docstrings() -> None:
     assert missing == []
 
 
-def test_every_test_that_a_security_page_names_exists() -> None:
+def test_every_test_that_the_security_page_names_exists() -> None:
     existing = {
         name
         for file in (ROOT / "tests").rglob("test_*.py")
         for name in (file.name, *re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE))
     }
-    missing = [
-        f"{page.name}: {name}"
-        for page in [ROOT / "SECURITY.md", *(ROOT / "docs").glob("security-*.md")]
-        for name in re.findall(r"`(?:tests/[\w/]*/)?(test_\w+(?:\.py)?)`", page.read_text())
-        if name not in existing
-    ]
-    assert missing == []
+    named = re.findall(r"`(?:tests/[\w/]*/)?(test_\w+(?:\.py)?)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 100
+    assert [name for name in named if name not in existing] == []
 
 
 def test_every_command_is_in_the_reference() -> None:

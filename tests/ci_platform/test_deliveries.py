@@ -137,6 +137,13 @@ async def test_a_title_that_the_delivery_does_not_tell_is_the_commits(platform: 
     assert (await platform.runs.list()).runs[0].title == "First line"
 
 
+async def test_a_title_that_only_git_knows_is_cleaned_too(platform: Harness) -> None:
+    platform.commits.message = "Clear\x1b[2J the \u202escreen\x00 \ud800\n\nbody"
+    await platform.deliveries.accept(delivery(change=replace(CHANGE, title="")))
+    await platform.deliveries.sweep()
+    assert (await platform.runs.list()).runs[0].title == "Clear[2J the screen "
+
+
 async def test_a_commit_that_is_gone_starts_nothing(platform: Harness) -> None:
     platform.commits.trouble.append(FailedError("no such commit"))
     await platform.deliveries.accept(delivery())

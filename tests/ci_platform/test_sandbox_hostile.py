@@ -1,7 +1,6 @@
 """What a hostile command tries in an isolate sandbox, and that the same try succeeds without one.
 
-Each try is a Python program that exits with 0 if it got what it wanted. docs/security-sandboxes.md names these
-tests.
+Each try is a Python program that exits with 0 if it got what it wanted. SECURITY.md names these tests.
 """
 
 from __future__ import annotations
