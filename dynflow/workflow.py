@@ -110,8 +110,8 @@ class WorkflowStep:
         `step.do(name, callback)`, `step.do(name, config, callback)`, or as a decorator without a callback.
         The callback is sync or async and takes no argument or a StepContext.
         """
-        if callback is None and callable(config):
-            config, callback = None, config
+        if callback is None and config is not None and not isinstance(config, Mapping):
+            config, callback = None, config  # whether it can be called is checked when the step is performed
 
         def start(chosen: Callback | None) -> _PendingCall:
             count = self._next("do", name)
@@ -119,7 +119,7 @@ class WorkflowStep:
                 self.port, StepCall("do", name, count, config, chosen, rollback, rollback_config)
             )
 
-        return start(callback) if callback is not None else lambda chosen: _Decorated(chosen, start)
+        return start(callback) if callback is not None else _Decorator(start)
 
     def sleep(self, name: str, duration: Any) -> Awaitable[None]:
         """Sleep durably for a timedelta, seconds, or text such as `"5 minutes"`."""
@@ -176,6 +176,19 @@ class _PendingCall(Coroutine[Any, Any, Any]):
         """Forget the call."""
         if self._running is not None:
             self._running.close()
+
+
+class _Decorator:
+    """`@step.do(name)`. Awaiting it says what is missing: its step is refused for having no callback."""
+
+    def __init__(self, start: Callable[[Callback | None], _PendingCall]) -> None:
+        self._start = start
+
+    def __call__(self, function: Callback) -> _Decorated:
+        return _Decorated(function, self._start)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._start(None).__await__()
 
 
 class _Decorated:
