@@ -91,6 +91,7 @@ def measure(server: Server, runs: int) -> Figures:
         _size(data / "engine.db-wal"),
         _size(data / "platform.db"),
         _size(data / "platform.db-wal"),
+        _tree_size(data),
     )
 
 
@@ -100,6 +101,11 @@ def _groups(pid: int) -> list[Path]:
 
 def _size(path: Path) -> float:
     return path.stat().st_size / 2**20 if path.exists() else 0.0
+
+
+def _tree_size(folder: Path) -> float:
+    command = ["du", "-sk", str(folder)]
+    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[0]) / 1024
 
 
 def settled(server: Server, runs: int) -> Figures:
