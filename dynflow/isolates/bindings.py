@@ -12,7 +12,7 @@ from dynflow.errors import DynflowError, InvalidArgumentError
 from dynflow.failure import Failure, RemoteError
 from dynflow.isolates import Caller, Capability, WrappedBinding, current_caller
 from dynflow.isolates.proxies import INSTANCE_METHODS
-from dynflow.serialization import pack
+from dynflow.serialization import encode
 
 _log = logging.getLogger(__name__)
 _WORKFLOW_METHODS = frozenset({"create", "create_batch", "get", "delete_batch"})
@@ -131,7 +131,7 @@ def make_bindings(
         elif isinstance(value, WrappedBinding):
             bindings[name] = WorkflowsBinding(name, _lookup(value, wraps))
         else:
-            pack(value)
+            encode(value, what=f"env[{name!r}]")
             told[name] = ["value", value]
     told.update({name: [binding.kind, None] for name, binding in bindings.items()})
     return told, bindings
