@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ci_platform.cancellation import with_shields
 from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError
 from ci_platform.execution import Execution
 from ci_platform.reports import Reports
@@ -81,7 +82,7 @@ class ArtifactsCapability(Capability):
         if commit != identity.sha and not identity.trusted:
             raise ForbiddenError(f"a pull request from a fork may read its own commit {identity.sha} only")
         workspace_id = f"{identity.run_id}.{_slug(step)}"
-        return await self._workspaces.fork(workspace_id, identity.repo, commit)
+        return await with_shields(lambda: self._workspaces.fork(workspace_id, identity.repo, commit))
 
 
 class SandboxCapability(Capability):
@@ -95,7 +96,8 @@ class SandboxCapability(Capability):
         identity, caller = _identity()
         step = _in_step(caller, "run_in_sandbox")
         checked = self._checked(command, identity)
-        return await self._execution.run(checked, run_id=identity.run_id, author=_author(step))
+        author = _author(step)
+        return await with_shields(lambda: self._execution.run(checked, run_id=identity.run_id, author=author))
 
     def _checked(self, command: Any, identity: RunIdentity) -> Command:
         if not isinstance(command, Command) or not isinstance(command.workspace, Workspace):
