@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
@@ -17,10 +18,13 @@ import anyio
 import anyio.abc
 
 from ci_platform.errors import InvalidInputError, UnavailableError
+from ci_platform.sandboxes import cgroups
 
 _PASSED_ON = ("PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "GIT_SSL_CAINFO", "GIT_EXEC_PATH", "TMPDIR")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
+_OWNER = "DYNFLOW_OWNER"
+_OWNED = re.compile(rb"(?:^|\0)" + _OWNER.encode() + rb"=([0-9]+-[0-9]+)@([0-9]+)(?:\0|$)")
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 _ERROR_BYTES = 16 * 1024
 _OUTPUT_BYTES = 16 * 1024 * 1024
@@ -101,10 +105,32 @@ def environment(
         helper = '!f() { printf "username=%s\\npassword=%s\\n" "$DYNFLOW_GIT_USER" "$DYNFLOW_GIT_TOKEN"; }; f'
         configuration[f"credential.{parts.scheme}://{parts.netloc}.helper"] = helper
         result |= {"DYNFLOW_GIT_USER": credentials.username, "DYNFLOW_GIT_TOKEN": credentials.password}
+    result[_OWNER] = f"{cgroups.platform_name()}@{_pid_namespace()}"
     result["GIT_CONFIG_COUNT"] = str(len(configuration))
     for number, (key, value) in enumerate(configuration.items()):
         result |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
     return result
+
+
+def end_orphans() -> int:
+    """Kill the git processes of platforms on this machine that are dead; return how many.
+
+    They are in sessions of their own, and one that waits for a remote does not notice that nobody waits for it:
+    it would go on writing into a repository of which we believe that nobody works there.
+    """
+    ended, here = 0, _pid_namespace()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # ended meanwhile, or somebody else's
+            found = _OWNED.search(path.read_bytes())
+            if found is not None and int(found[2]) == here and not cgroups.is_alive(found[1].decode()):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+                ended += 1
+    return ended
+
+
+def _pid_namespace() -> int:
+    """Return in which numbering of processes ours is: a container's processes are seen from outside too."""
+    return Path("/proc/self/ns/pid").stat().st_ino
 
 
 def check_url(url: str, *, allow_file: bool) -> None:

@@ -43,6 +43,7 @@ _DELTA_LIMIT = 1000
 
 _BASES_TRIED = 3
 _LONGEST_REF = 1024
+_COMMIT_LIMIT = 1 << 20
 _FOLDER_FILES = 1000
 _BLOB_LIMIT = 1 << 30
 """Bytes of one file: libgit2 has it in memory as a whole."""
@@ -308,7 +309,8 @@ class Source:
         return await self._thread(lambda: self._trees.evict(budget, keep))
 
     async def sweep(self) -> None:
-        """Remove what a killed process left half done. Call once at start."""
+        """Remove what a killed process left half done, and end what it left running. Call once at start."""
+        await self._thread(git_commands.end_orphans)
         await self._thread(self._trees.sweep)
         await self._thread(self._sweep)
 
@@ -405,7 +407,11 @@ def _resolve(opened: pygit2.Repository, repo: str, ref: str) -> str:
 
 
 def _commit(opened: pygit2.Repository, repo: str, sha: str) -> Any:
-    found: Any = opened.get(check_sha(sha))
+    key = pygit2.Oid(hex=check_sha(sha))
+    # The header first: a few bytes of pack can unfold to gigabytes of message.
+    if key in opened and (size := opened.odb.read_header(key)[1]) > _COMMIT_LIMIT:
+        raise LimitExceededError(f"the commit {sha} itself has {size} bytes, more than {_COMMIT_LIMIT}")
+    found: Any = opened.get(key)
     if not isinstance(found, pygit2.Commit):
         raise NotFoundError(f"{repo!r} has no commit {sha} here")
     return found

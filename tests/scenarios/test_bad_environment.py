@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.scenarios.github_server import serve_github
+from tests.scenarios.leftovers import Leftovers, below
 from tests.scenarios.pipelines import git, make_repository
 from tests.scenarios.server import ROOT, Server, at_gate, concluded, running_server
 from tests.scenarios.test_crash import PIPELINE, approve, run_is_in
@@ -257,6 +258,15 @@ def test_a_git_remote_that_hangs_holds_up_its_own_repository_alone(tmp_path: Pat
         assert server.deliver("push", payload).status_code == 202
         assert server.deliver("push", push_to_main(sha)).status_code == 202
         server.wait_for_run(at_gate, "the gate to open", repo=REPO)
+        # A git that waits for an answer notices nothing by itself.
+        for end in (server.kill, server.stop):
+            assert server.process is not None
+            children = below(server.process.pid)
+            assert _gits(server)
+            end()
+            server.start()
+            Leftovers.wait_for_end_of(children)
+            server.wait_until(lambda: bool(_gits(server)), "the next try")
 
 
 def test_a_push_cut_off_right_after_its_refs_moved_still_becomes_a_run(tmp_path: Path) -> None:
@@ -285,6 +295,11 @@ def test_a_push_cut_off_right_after_its_refs_moved_still_becomes_a_run(tmp_path:
             server.wait_until(there, "the push to become a run")
         shas = [run["sha"] for run in server.api("GET", "/runs")["items"]]
         assert len(shas) == len(set(shas)) == 4
+
+
+def _gits(server: Server) -> list[str]:
+    assert server.process is not None
+    return [child.name() for child in below(server.process.pid) if child.name().startswith("git")]
 
 
 def _kill_when_moved(server: Server, folder: Path, sha: str) -> None:
