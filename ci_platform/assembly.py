@@ -205,7 +205,9 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         layers=workspaces,
         run_timeout=settings.run_timeout,
     )
-    deliveries = Deliveries(store, clock, forges=forges, runs=runs, commits=code)
+    deliveries = Deliveries(
+        store, clock, forges=forges, runs=runs, commits=code, allow_forks=settings.allow_forks
+    )
     pushes = Pushes(store, deliveries, source)
 
     # What a killed process left goes before anything new starts.

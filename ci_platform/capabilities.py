@@ -111,7 +111,7 @@ class SandboxCapability(Capability):
             raise ForbiddenError(
                 'sandbox="container" is switched off on this platform (setting allow_containers)'
             )
-        if command.image not in {None, self._settings.container_image} and not identity.trusted:
+        if command.image not in (None, self._settings.container_image) and not identity.trusted:
             # Any image of the host's engine could be named, also one that was never meant to be read.
             raise ForbiddenError("pull requests from forks run in the platform's own image: leave out image=")
         if command.network and not (self._settings.allow_network and identity.trusted):

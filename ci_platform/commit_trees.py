@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ci_platform.errors import FailedError
+from ci_platform.errors import FailedError, LimitExceededError
 from ci_platform.trees import TreeWriter
 
 _TREE, _SYMLINK, _SUBMODULE = 0o040000, 0o120000, 0o160000
 _ID_BYTES = 20
+MOST_LOOKED_AT = 10_000
+"""Entries of a folder and those below it that `files` looks at."""
 
 
 class Objects(Protocol):
@@ -73,13 +75,24 @@ def find(objects: Objects, tree: bytes, path: str) -> Item | None:
 
 
 def files(objects: Objects, tree: bytes, *, suffix: str, depth: int = 8) -> Iterator[tuple[str, Item]]:
-    """Yield path and item of the regular files of a tree whose names end with `suffix`, `depth` levels down."""
+    """Yield path and item of the regular files of a tree whose names end with `suffix`, `depth` levels down.
+
+    LimitExceededError where it has more entries than are worth looking at: a few kilobytes of git name billions.
+    """
+    return _files(objects, tree, suffix, depth, iter(range(MOST_LOOKED_AT)))
+
+
+def _files(
+    objects: Objects, tree: bytes, suffix: str, depth: int, budget: Iterator[int]
+) -> Iterator[tuple[str, Item]]:
     for item in items(objects.read(tree)):
+        if next(budget, None) is None:
+            raise LimitExceededError(f"the folder has more than {MOST_LOOKED_AT:,} entries")
         name = item.name.decode(errors="surrogateescape")
         if item.is_file and name.endswith(suffix):
             yield name, item
         elif item.is_tree and depth > 1:
-            for inner, found in files(objects, item.oid, suffix=suffix, depth=depth - 1):
+            for inner, found in _files(objects, item.oid, suffix, depth - 1, budget):
                 yield f"{name}/{inner}", found
 
 

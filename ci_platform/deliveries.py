@@ -91,9 +91,16 @@ class Deliveries:
     """Takes deliveries in and turns them into runs. `serve` runs beside the server, in the same event loop."""
 
     def __init__(
-        self, store: Store, clock: Clock, *, forges: Mapping[str, Forge], runs: Runs, commits: Commits
+        self,
+        store: Store,
+        clock: Clock,
+        *,
+        forges: Mapping[str, Forge],
+        runs: Runs,
+        commits: Commits,
+        allow_forks: bool = True,
     ) -> None:
-        self._store, self._clock, self._runs = store, clock, runs
+        self._store, self._clock, self._runs, self._allow_forks = store, clock, runs, allow_forks
         self._forges, self._commits = forges, commits
         self._waker = Waker(clock)
         self._busy: set[str] = set()
@@ -152,6 +159,8 @@ class Deliveries:
             return f"repository {change.repo!r} is not registered here"
         if repository.forge != delivery.forge:
             return f"repository {change.repo!r} is registered at forge {repository.forge!r}"
+        if not (change.trusted or self._allow_forks):
+            return "pull requests from forks start nothing here (setting allow_forks)"
         if not repository.enabled:
             return f"repository {change.repo!r} is disabled"
         matched = match(delivery.forge, change, str(delivery.summary.get("message") or ""))

@@ -143,6 +143,11 @@ class Settings(BaseModel):
         description="Whether commands of trusted runs that ask for a network get one. "
         "In the isolate sandbox it is the host's own, with all that listens on its loopback.",
     )
+    allow_forks: bool = Field(
+        default=True,
+        description="Whether pull requests from forks start runs. They are untrusted, and whoever may open one "
+        "has code run here.",
+    )
     allow_file_remotes: bool = Field(
         default=False,
         description="Whether repositories may be cloned from file:// URLs, that is from this machine.",

@@ -144,6 +144,16 @@ async def test_a_title_that_only_git_knows_is_cleaned_too(platform: Harness) -> 
     assert (await platform.runs.list()).runs[0].title == "Clear[2J the screen "
 
 
+async def test_pull_requests_from_forks_can_be_switched_off(platform: Harness) -> None:
+    stranger = replace(CHANGE, event="pull_request", pr=7, trusted=False)
+    platform.deliveries._allow_forks = False
+    await platform.deliveries.accept(delivery(change=stranger))
+    assert (await state_of(platform, 1))[0] == "ignored"
+    platform.deliveries._allow_forks = True
+    await platform.deliveries.accept(delivery(2, change=stranger))
+    assert (await state_of(platform, 2))[0] == "received"
+
+
 async def test_a_commit_that_is_gone_starts_nothing(platform: Harness) -> None:
     platform.commits.trouble.append(FailedError("no such commit"))
     await platform.deliveries.accept(delivery())

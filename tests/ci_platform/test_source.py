@@ -327,6 +327,32 @@ async def test_a_tree_that_names_billions_of_files_is_refused(tmp_path: Path, re
         await source.materialise(REPO, sha)
 
 
+async def test_a_folder_that_names_billions_of_files_is_not_searched(
+    source: Source, remote: WorkingCopy
+) -> None:
+    """Looking for a pipeline in there would never end, in a thread that all repositories share."""
+    remote.commit({"a": b"bomb"})
+    tree = raw_tree(remote, (b"100644", b"no-python", remote.git("rev-parse", "HEAD:a")))
+    for _ in range(7):
+        tree = raw_tree(remote, *((b"40000", b"d%03d" % n, tree) for n in range(100)))
+    sha = remote.git("commit-tree", raw_tree(remote, (b"40000", b".dynflow", tree)), "-m", "bomb")
+    remote.git("update-ref", "refs/heads/main", sha)
+    await fetched(source, remote, sha)
+    with anyio.fail_after(30), pytest.raises(LimitExceededError, match="entries"):
+        await source.read_folder(REPO, sha, ".dynflow", suffix=".py")
+
+
+async def test_a_commit_with_a_message_without_end_is_refused(source: Source, remote: WorkingCopy) -> None:
+    remote.commit(FILES)
+    message = remote.path / "message"
+    message.write_text("x" * (2 << 20))
+    sha = remote.git("commit-tree", "HEAD^{tree}", "-F", str(message))
+    remote.git("update-ref", "refs/heads/main", sha)
+    await fetched(source, remote, sha)
+    with pytest.raises(LimitExceededError, match="the commit"):
+        await source.commit_message(REPO, sha)
+
+
 async def test_files_are_read_from_a_commit(source: Source, remote: WorkingCopy) -> None:
     sha = await fetched(source, remote, remote.commit(FILES, "Title\n\nbody [skip ci]"))
     assert await source.read_file(REPO, sha, ".dynflow/ci.py") == b"pass\n"
