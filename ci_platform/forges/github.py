@@ -168,7 +168,8 @@ class GitHubForge(Forge):
         if self._limiter is None:
             self._limiter = CapacityLimiter(_CALLS_AT_ONCE)
         try:
-            return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+            # Not waited for when the platform stops: what was not heard to be done is done again, to one effect.
+            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
         except GithubException as error:
             raise _explain(error) from None
         except OSError as error:  # requests' errors are; their text may hold the URL, never the token

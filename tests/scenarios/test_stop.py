@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.scenarios.github_server import serve_github
-from tests.scenarios.leftovers import below, dead_groups, mounts_below
+from tests.scenarios.leftovers import Leftovers, below, dead_groups, mounts_below
 from tests.scenarios.pipelines import make_repository
 from tests.scenarios.server import Server, at_gate, concluded, running_server
 from tests.scenarios.test_crash import PIPELINE, approve, run_is_in
@@ -38,7 +38,7 @@ def stop_and_time(server: Server) -> float:
     server.stop()
     took = time.monotonic() - started
     assert server.process.returncode == 0, server.log()
-    assert [child for child in children if child.is_running()] == []
+    Leftovers.wait_for_end_of(children)
     return took
 
 
@@ -94,6 +94,20 @@ def test_a_stop_under_load_is_quick_and_the_next_start_goes_on(tmp_path: Path) -
         finally:
             server.stop()
     assert dead_groups() == []
+
+
+def test_a_github_that_says_nothing_holds_up_no_stop(tmp_path: Path) -> None:
+    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="nothing"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        settings = {"github_api_url": url, "allow_file_remotes": "true", "allow_containers": "false"}
+        with running_server(tmp_path / "data", **settings) as server:
+            server.register(REPO, bare)
+            server.deliver("push", push_to_main(sha))
+            connection, _ = silent.accept()  # the first report is under way
+            with connection:
+                server.wait_for_run(at_gate, "the gate to open")
+                assert stop_and_time(server) < LONGEST
 
 
 def test_an_idle_server_stops_within_moments(tmp_path: Path) -> None:
