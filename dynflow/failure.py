@@ -20,6 +20,7 @@ from dynflow.errors import (
     StorageError,
     UnserializableError,
     WorkflowFatalError,
+    WorkflowInternalError,
 )
 from dynflow.serialization import encode, register
 
@@ -121,7 +122,7 @@ def _plain_args(error: BaseException) -> tuple[Any, ...] | None:
 
 
 def _retry(error: BaseException) -> Retry:
-    if isinstance(error, (NonRetryableError, WorkflowFatalError, UnserializableError)):
+    if isinstance(error, (NonRetryableError, WorkflowFatalError, WorkflowInternalError, UnserializableError)):
         return "no"
     return "when_configured" if getattr(error, "retry", None) == "when_configured" else "yes"
 

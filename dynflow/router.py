@@ -100,6 +100,10 @@ async def dispatch_workflow(
     params = payload.get("params")
     loaded = load_runner(LoadContext(payload[METADATA_KEY], context.env, context.ctx))
     runner = await outside(loaded) if inspect.isawaitable(loaded) else loaded
+    if not callable(getattr(runner, "run", None)):
+        raise InvalidArgumentError(
+            f"load_runner returned {runner!r:.200}: it must return something with run(event, step)"
+        )
     return await runner.run(replace(event, payload={} if params is None else params), step)
 
 

@@ -17,7 +17,6 @@ from dynflow.errors import (
     IsolateLimitError,
     LeaseLostError,
     NonRetryableDelayError,
-    UnserializableError,
     ValueTooLargeError,
     WorkflowFatalError,
     WorkflowInternalError,
@@ -196,8 +195,6 @@ def _encode_result(result: Any, step: str, limit: int) -> bytes | None:
         return encode(result, limit=limit, what=f"the result of step {step!r}")
     except ValueTooLargeError as error:
         raise WorkflowInternalError(str(error)) from None
-    except UnserializableError as error:
-        raise UnserializableError(f"step {step!r}: {error}") from None
 
 
 async def _call_within(
@@ -219,7 +216,8 @@ async def _call_within(
     timer = None
     try:
         result = begin(callback, argument)
-        if not inspect.isawaitable(result):  # what is not awaited cannot be cancelled: no timer
+        if not inspect.isawaitable(result):  # what is not awaited cannot be cancelled, only judged
+            expired = clock.now_us() - started_at > limit // MICROSECOND
             return result
         timer = clock.call_at(started_at + limit // MICROSECOND, expire)
         return await result

@@ -72,7 +72,11 @@ class CapabilityBinding(HostBinding):
         """Return the bound method."""
         function = inspect.getattr_static(type(self._capability), method, None)
         if method.startswith("_") or not inspect.iscoroutinefunction(function):
-            raise InvalidArgumentError(f"{self.name} has no method {method!r:.100}")
+            sync = (
+                not method.startswith("_") and callable(function) and method in vars(type(self._capability))
+            )
+            why = ": methods of capabilities are `async def`" if sync else ""
+            raise InvalidArgumentError(f"{self.name} has no method {method!r:.100}{why}")
         found: Callable[..., Any] = getattr(self._capability, method)
         return found
 

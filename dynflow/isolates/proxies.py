@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -27,7 +28,19 @@ class CapabilityProxy:
     def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
         if method.startswith("_"):
             raise AttributeError(method)
-        return lambda *args, **kwargs: self._ask(method, args, kwargs)
+        return _Method(self._ask, method)
+
+
+class _Method:
+    """A method of a capability. Given to `step.do` as it is, it is called without an argument."""
+
+    __signature__ = inspect.Signature()
+
+    def __init__(self, ask: Ask, name: str) -> None:
+        self._ask, self._name = ask, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+        return self._ask(self._name, args, kwargs)
 
 
 class WorkflowsProxy:
