@@ -81,8 +81,9 @@ def sweep() -> int:
         pid = place.name.removeprefix(_PREFIX).partition("-")[0]
         if _is_ours(place) and not Path("/proc", pid).exists():
             _unmount(place / _TREE)
-            shutil.rmtree(place, ignore_errors=True)
-            swept += 1
+            if not (place / _TREE).is_mount():  # else it would be a workspace that is emptied
+                shutil.rmtree(place, ignore_errors=True)
+                swept += 1
     return swept
 
 

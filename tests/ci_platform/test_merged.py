@@ -63,3 +63,19 @@ def test_a_link_that_somebody_put_there_unmounts_nothing(temporary: Path, tmp_pa
         assert mounted.is_mount()
     finally:
         subprocess.run(["umount", mounted], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount and unmount")
+def test_a_tree_that_cannot_be_unmounted_is_not_emptied(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merged, "_unmount", lambda place: None)
+    tree = temporary / f"dynflow-tree-{DEAD}-x" / "tree"
+    tree.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tree], check=True)
+    try:
+        (tree / "work").write_text("a tenant's")
+        assert merged.sweep() == 0
+        assert (tree / "work").exists()
+    finally:
+        subprocess.run(["umount", tree], check=True)
