@@ -181,7 +181,12 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         give_up_after=settings.report_for,
     )
     gates = Gates(store, clock, notices)
-    engine = EmbeddedEngine(settings.engine_path, clock=clock, concurrency=settings.concurrency)
+    engine = EmbeddedEngine(
+        settings.engine_path,
+        clock=clock,
+        concurrency=settings.concurrency,
+        tenant_concurrency=settings.repository_share,
+    )
     loader = make_loader(settings)
     execution = Execution(workspaces, logs, sandboxes, limits=_limits(settings))
     env = {

@@ -128,6 +128,11 @@ class Settings(BaseModel):
         ge=1,
         description="Runs that work at the same time; others queue. Waiting runs do not count.",
     )
+    concurrency_per_repository: int | None = Field(
+        None,
+        ge=1,
+        description="The same, within one repository. Default: three quarters of it, so that one is left.",
+    )
     tree_cache: Size = Field(
         10 * 1024 * _MEBIBYTE, description="Disk that commits' files may use while no run needs them."
     )
@@ -172,6 +177,11 @@ class Settings(BaseModel):
     @classmethod
     def _no_slash(cls, value: str | None) -> str | None:
         return value.rstrip("/") if value else value
+
+    @property
+    def repository_share(self) -> int:
+        """How many runs of one repository work at the same time."""
+        return self.concurrency_per_repository or max(1, self.concurrency * 3 // 4)
 
     @property
     def base_url(self) -> str:
