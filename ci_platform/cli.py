@@ -153,6 +153,50 @@ def validate(*, path: Path, as_json: bool) -> None:
     sys.exit(SUCCESS if problem is None else FAILURE)
 
 
+_ENGINE_FILE = click.option(
+    "--engine",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The file of an engine of the library alone, in the place of a data folder.",
+)
+
+
+@main.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@settings_options("data")
+@_ENGINE_FILE
+def backup(*, target: Path, engine: Path | None, **options: Any) -> None:
+    """Copy the databases of a data folder, in use or not, into the new folder TARGET.
+
+    With --engine, copy that one file to the new file TARGET.
+    """
+    from ci_platform.backup import back_up_engine, back_up_folder
+
+    made = (
+        back_up_folder(settings_from(options), target) if engine is None else back_up_engine(engine, target)
+    )
+    for path in made:
+        click.echo(path)
+
+
+@main.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@settings_options("data")
+@_ENGINE_FILE
+def restore(*, source: Path, engine: Path | None, **options: Any) -> None:
+    """Put the databases of the backup SOURCE into a data folder that has none.
+
+    With --engine, copy the file SOURCE to that one, which must not exist.
+    """
+    from ci_platform.backup import restore_engine, restore_folder
+
+    made = (
+        restore_folder(settings_from(options), source) if engine is None else restore_engine(source, engine)
+    )
+    for path in made:
+        click.echo(path)
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @settings_options("data")

@@ -72,7 +72,7 @@ IMPLEMENTATIONS = (
 )
 """Chosen in one place: imported by the assembly, by their own package and by tests alone."""
 
-CHOOSERS = ("ci_platform.assembly", "dynflow.testing")
+CHOOSERS = ("ci_platform.assembly", "ci_platform.backup", "dynflow.testing")
 
 STDLIB_ONLY = (
     "dynflow",
