@@ -1,0 +1,99 @@
+"""Steps that a tenant cancels, or that its isolate leaves behind: told apart across the wire."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynflow import create_dynamic_workflow_entrypoint
+from dynflow.engines.embedded import EmbeddedEngine
+from dynflow.isolates import ProcessLoader, TrustedLoader, WorkerCode
+from tests.engine_world import World, step_of
+
+DEADLINE = 30
+
+CODE = """
+import asyncio, os, signal
+from dynflow import WorkflowEntrypoint
+
+NO_RETRIES = {"retries": {"limit": 0, "delay": 0}}
+
+class Cancels(WorkflowEntrypoint):
+    async def run(self, event, step):
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(step.wait_for_event("lost", type="go"))
+                group.create_task(step.do("fails", NO_RETRIES, lambda: 1 / 0))
+        except ExceptionGroup:
+            pass
+        await step.sleep("nap", 60)
+        return (await step.wait_for_event("next", type="go")).payload
+
+class Dies(WorkflowEntrypoint):
+    async def run(self, event, step):
+        def die(ctx):
+            if ctx.attempt == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return "survived"
+
+        died = step.do("dies", {"retries": {"limit": 1, "delay": 60}}, die)
+        waited, died = await asyncio.gather(step.wait_for_event("kept", type="go"), died)
+        return [waited.payload, died]
+"""
+
+
+class Tenant(World):
+    """An engine that runs one tenant's code in isolates of a kind."""
+
+    def __init__(self, folder: Path, loader: Any) -> None:
+        async def code() -> WorkerCode:
+            return WorkerCode("index.py", {"index.py": CODE})
+
+        def make(**options: Any) -> EmbeddedEngine:
+            engine = EmbeddedEngine(folder / "flow.db", synchronous="NORMAL", **options)
+            for name in ("Cancels", "Dies"):
+
+                async def load_runner(context: Any, name: str = name) -> Any:
+                    return loader.get("tenant", code).get_entrypoint(name)
+
+                engine.register(name, create_dynamic_workflow_entrypoint(load_runner))
+            return engine
+
+        super().__init__(make)
+
+    async def create(self, workflow: str) -> Any:
+        envelope = {"__dispatcher_metadata": {"tenant_id": "t"}, "params": {}}
+        return await self.engine.binding(workflow).create(id="one", params=envelope)
+
+
+@pytest.fixture(params=[TrustedLoader, ProcessLoader], ids=["trusted", "process"])
+async def tenant(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tenant]:
+    async with request.param() as loader, Tenant(tmp_path, loader) as tenant:
+        yield tenant
+
+
+async def test_a_wait_that_tenant_code_cancels_takes_no_event(tenant: Tenant) -> None:
+    instance = await tenant.create("Cancels")
+    assert step_of(await tenant.parked(instance), "lost").status == "cancelled"
+    await instance.send_event(type="go", payload="for the next")
+    tenant.advance(60)
+    assert await instance.result(timeout=DEADLINE) == "for the next"
+    assert tenant.kinds(instance)["wait.cancelled"] == 1
+
+
+@pytest.mark.parametrize("tenant", [ProcessLoader], ids=["process"], indirect=True)
+async def test_an_isolate_that_dies_cancels_nothing(tenant: Tenant) -> None:
+    instance = await tenant.create("Dies")
+    await tenant.saw(instance, "attempt.errored")
+    status = await tenant.parked(instance)
+    assert step_of(status, "kept").status == "waiting"
+    assert step_of(status, "dies").status == "waiting"
+    await instance.send_event(type="go", payload="kept")
+    await tenant.saw(instance, "wait.completed")
+    await tenant.parked(instance, 2)
+    tenant.advance(60)
+    assert await instance.result(timeout=DEADLINE) == ["kept", "survived"]
+    assert not [kind for kind in tenant.order(instance) if kind.endswith("cancelled")]
