@@ -210,6 +210,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         def finished(_: asyncio.Task[T]) -> None:
             self._outside -= keeps_awake
             self._outside_tasks.discard(task)
+            if not task.cancelled():
+                task.exception()  # the loop may be closed before anybody asks for it
             if not done.done():
                 done.set_result(None)
             elif not self._closed:

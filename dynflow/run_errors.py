@@ -31,7 +31,11 @@ def stuck() -> Failure:
 
 
 def cancelled_by_workflow(call: asyncio.Future[Any] | None) -> bool:
-    """Return whether the workflow itself cancelled a step call, and not the end of its isolate."""
+    """Return whether the workflow itself cancelled a step call.
+
+    The end of its isolate does so too, but that is no wish of the workflow: a wait goes on, and an attempt has
+    that end as its error.
+    """
     if call is None or not call.cancelled():
         return False
     try:

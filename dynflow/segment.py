@@ -213,8 +213,8 @@ class Segment:
             )
 
     def _dropped(self, future: asyncio.Future[Any], key: Any, task: asyncio.Task[None]) -> None:
-        task.cancel()
         if cancelled_by_workflow(future) and not self._outcome.done():
+            task.cancel()
             self._start(self._cancel(key, task), ("cancel", key, 0))
 
     # --- for steps (StepHost) ---

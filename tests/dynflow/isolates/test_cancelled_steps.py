@@ -16,7 +16,7 @@ from tests.engine_world import World, step_of
 DEADLINE = 30
 
 CODE = """
-import asyncio, os, signal
+import asyncio, os
 from dynflow import WorkflowEntrypoint
 
 NO_RETRIES = {"retries": {"limit": 0, "delay": 0}}
@@ -32,11 +32,15 @@ class Cancels(WorkflowEntrypoint):
         await step.sleep("nap", 60)
         return (await step.wait_for_event("next", type="go")).payload
 
+class AlwaysDies(WorkflowEntrypoint):
+    async def run(self, event, step):
+        await step.do("dies", {"retries": {"limit": 2, "delay": 0}}, lambda: os._exit(1))
+
 class Dies(WorkflowEntrypoint):
     async def run(self, event, step):
         def die(ctx):
             if ctx.attempt == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os._exit(1)
             return "survived"
 
         died = step.do("dies", {"retries": {"limit": 1, "delay": 60}}, die)
@@ -54,7 +58,7 @@ class Tenant(World):
 
         def make(**options: Any) -> EmbeddedEngine:
             engine = EmbeddedEngine(folder / "flow.db", synchronous="NORMAL", **options)
-            for name in ("Cancels", "Dies"):
+            for name in ("Cancels", "Dies", "AlwaysDies"):
 
                 async def load_runner(context: Any, name: str = name) -> Any:
                     return loader.get("tenant", code).get_entrypoint(name)
@@ -90,10 +94,24 @@ async def test_an_isolate_that_dies_cancels_nothing(tenant: Tenant) -> None:
     await tenant.saw(instance, "attempt.errored")
     status = await tenant.parked(instance)
     assert step_of(status, "kept").status == "waiting"
-    assert step_of(status, "dies").status == "waiting"
+    error = step_of(status, "dies").attempts[0].error
+    assert error is not None
+    assert error.name == "IsolateCrashedError"
     await instance.send_event(type="go", payload="kept")
     await tenant.saw(instance, "wait.completed")
     await tenant.parked(instance, 2)
     tenant.advance(60)
     assert await instance.result(timeout=DEADLINE) == ["kept", "survived"]
     assert not [kind for kind in tenant.order(instance) if kind.endswith("cancelled")]
+
+
+@pytest.mark.parametrize("tenant", [ProcessLoader], ids=["process"], indirect=True)
+async def test_a_step_that_always_ends_its_isolate_uses_its_attempts_up(tenant: Tenant) -> None:
+    instance = await tenant.create("AlwaysDies")
+    status = await tenant.status(instance, "errored")
+    attempts = step_of(status, "dies").attempts
+    assert [(attempt.number, attempt.error and attempt.error.name) for attempt in attempts] == [
+        (1, "IsolateCrashedError"),
+        (2, "IsolateCrashedError"),
+        (3, "IsolateCrashedError"),
+    ]
