@@ -182,6 +182,12 @@ async def _next_delay(error: Exception, work: _Work, attempt: int, host: StepHos
             host.clock, _DELAY_FUNCTION_TIMEOUT, lambda _: function(ctx, error), ctx, ctx, what=what
         )
         return parse_duration(answer)
+    except (
+        IsolateCrashedError,
+        IsolateLimitError,
+    ):  # nobody is left to ask: the next attempt has a new isolate
+        host.isolate_down()
+        return timedelta(0)
     except Exception as failed:
         raise NonRetryableDelayError(
             f"step {work.name!r}: the delay function failed: {type(failed).__name__}: {failed}"

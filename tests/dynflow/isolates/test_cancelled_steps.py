@@ -34,7 +34,8 @@ class Cancels(WorkflowEntrypoint):
 
 class AlwaysDies(WorkflowEntrypoint):
     async def run(self, event, step):
-        await step.do("dies", {"retries": {"limit": 2, "delay": 0}}, lambda: os._exit(1))
+        delay = 0 if event.payload == "number" else lambda ctx, error: 0
+        await step.do("dies", {"retries": {"limit": 2, "delay": delay}}, lambda: os._exit(1))
 
 class Dies(WorkflowEntrypoint):
     async def run(self, event, step):
@@ -68,8 +69,8 @@ class Tenant(World):
 
         super().__init__(make)
 
-    async def create(self, workflow: str) -> Any:
-        envelope = {"__dispatcher_metadata": {"tenant_id": "t"}, "params": {}}
+    async def create(self, workflow: str, params: Any = None) -> Any:
+        envelope = {"__dispatcher_metadata": {"tenant_id": "t"}, "params": params}
         return await self.engine.binding(workflow).create(id="one", params=envelope)
 
 
@@ -105,9 +106,10 @@ async def test_an_isolate_that_dies_cancels_nothing(tenant: Tenant) -> None:
     assert not [kind for kind in tenant.order(instance) if kind.endswith("cancelled")]
 
 
+@pytest.mark.parametrize("delay", ["number", "function"])
 @pytest.mark.parametrize("tenant", [ProcessLoader], ids=["process"], indirect=True)
-async def test_a_step_that_always_ends_its_isolate_uses_its_attempts_up(tenant: Tenant) -> None:
-    instance = await tenant.create("AlwaysDies")
+async def test_a_step_that_always_ends_its_isolate_uses_its_attempts_up(tenant: Tenant, delay: str) -> None:
+    instance = await tenant.create("AlwaysDies", delay)
     status = await tenant.status(instance, "errored")
     attempts = step_of(status, "dies").attempts
     assert [(attempt.number, attempt.error and attempt.error.name) for attempt in attempts] == [
