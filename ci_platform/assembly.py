@@ -89,18 +89,23 @@ class Platform:
     workspaces: Workspaces
     sandboxes: Mapping[SandboxKind, Sandbox]
     engine: EmbeddedEngine
+    instances: RunInstances
     forges: Mapping[str, Forge]
 
 
 class RunInstances:
     """The instances of runs: each is created in the envelope and the scope of its repository."""
 
-    def __init__(self, engine: EmbeddedEngine) -> None:
-        self._binding = engine.binding(WORKFLOW)
+    def __init__(self, engine: EmbeddedEngine, identities: StoredIdentities) -> None:
+        self._binding, self._identities = engine.binding(WORKFLOW), identities
 
     async def create(self, *, id: str, params: Any) -> Any:  # noqa: A002 - the binding's name
         """Create a run's instance. `params["repo"]` is the tenant that it counts for."""
         metadata = {"tenant_id": params["repo"], "run_id": id}
+        # From the run's row, as these parameters are: its first isolate need not ask the database again.
+        self._identities.remember(
+            RunIdentity(id, params["repo"], params["sha"], params["pr"], params["trusted"])
+        )
         return await DynamicWorkflowBinding(self._binding, metadata).create(id=id, params=params)
 
     async def get(self, id: str) -> Any:  # noqa: A002 - the binding's name
@@ -117,11 +122,17 @@ class StoredIdentities:
 
     async def identity(self, run_id: str) -> RunIdentity:
         """Return what the run was started as. Raises NotFoundError."""
-        if run_id not in self._known:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            self._known[run_id] = await self._read(run_id)
-        return self._known[run_id]
+        found = self._known.get(run_id)
+        if found is None:
+            found = await self._read(run_id)
+            self.remember(found)
+        return found
+
+    def remember(self, identity: RunIdentity) -> None:
+        """Keep an identity at hand."""
+        if len(self._known) >= _REMEMBERED:
+            self._known.clear()
+        self._known[identity.run_id] = identity
 
     async def _read(self, run_id: str) -> RunIdentity:
         def find(tx: Transaction) -> RunIdentity:
@@ -196,15 +207,17 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         "FORGE": ForgeCapability(reports),
     }
     limits = IsolateLimits(memory=settings.pipeline_memory, busy=settings.pipeline_compute)
-    code = PipelineCode(source, loader, StoredIdentities(store), env, limits)
+    identities = StoredIdentities(store)
+    code = PipelineCode(source, loader, identities, env, limits)
     engine.register(WORKFLOW, create_dynamic_workflow_entrypoint(code.load_runner))
+    workflows = RunInstances(engine, identities)
     engine.add_listener(_noticing(notices))
     engine.add_listener(_closing(logs))
     runs = Runs(
         store,
         clock,
         notices,
-        workflows=RunInstances(engine),
+        workflows=workflows,
         gates=gates,
         reports=reports,
         layers=workspaces,
@@ -237,6 +250,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
                 workspaces=workspaces,
                 sandboxes=sandboxes,
                 engine=engine,
+                instances=workflows,
                 forges=forges,
             )
     finally:
@@ -259,7 +273,7 @@ def _housekeeping(platform: Platform) -> Retention:
 
     return Retention(
         platform.runs,
-        RunInstances(platform.engine),
+        platform.instances,
         platform.clock,
         keep=platform.settings.retention,
         files=[platform.workspaces.delete_run],
