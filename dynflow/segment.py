@@ -286,10 +286,22 @@ class Segment:
             if not future.done():
                 future.set_result(result)
 
-    async def _cancel(self, key: Any, task: asyncio.Task[None]) -> None:
+    def _dropped_waits(self) -> list[Any]:
+        """Return waits that an earlier segment stored and that nothing of this one is at, now that all is still.
+
+        A replay can cancel a call before it is made, where the first time it had been made and stored.
+        """
+        return [
+            record.key
+            for record in self.journal.steps.values()
+            if record.state == "waiting" and record.seq not in self._waits and not self._rolling_back
+        ]
+
+    async def _cancel(self, key: Any, task: asyncio.Task[None] | None = None) -> None:
         """Record that the workflow cancelled a step, if that was recorded: it takes no event any more."""
         try:
-            if key[0] == "do":  # its attempt may end in another way; a wait lets go before others can begin
+            # An attempt may still end in another way; a wait lets go before others can begin.
+            if key[0] == "do" and task is not None:
                 await asyncio.wait([task])
             record = self.journal.steps.get(key)
             for waiter in [] if record is None else await self.journal.cancel(record):
@@ -307,6 +319,9 @@ class Segment:
             self._finish(Interrupted())
         elif self._pausing and (self._held or self._waits):
             self._finish(Paused())
+        elif self._waits and (dropped := self._dropped_waits()):
+            for key in dropped:
+                self._start(self._cancel(key), ("cancel", key, 0))
         elif self._waits:
             deadlines = [
                 wait.record.deadline for wait in self._waits.values() if wait.record.deadline is not None

@@ -75,6 +75,7 @@ async def test_a_cancelled_wait_wakes_nobody(world: World, how: str) -> None:
         await world.saw(instance, "attempt.errored")
         await instance.send_event(type="failed")
     await world.saw(instance, "sleep.started", 2 if how == "sleep" else 1)
+    await world.saw(instance, {"event": "wait", "sleep": "sleep", "retry": "step"}[how] + ".cancelled")
     await world.parked(instance, world.kinds(instance)["workflow.waiting"] or 1)
     assert step_of(await instance.status(), "lost").status == "cancelled"
     runs = world.kinds(instance)["workflow.running"]

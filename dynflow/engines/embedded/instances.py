@@ -144,6 +144,8 @@ def claim(db: sqlite3.Connection, queue: FairQueue, room: Room, now: int) -> lis
     that workflow or tenant out from the start.
     """
     workflows = [name for name, slots in room.workflows.items() if slots]
+    if not workflows:
+        return []
     full = [tenant for tenant in room.running if room.is_full(tenant)]
     which = (
         f"status = 'queued' AND workflow IN ({_marks(workflows)}) AND tenant NOT IN ({_marks(full)})"
