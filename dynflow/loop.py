@@ -24,6 +24,7 @@ _Ts = TypeVarTuple("_Ts")
 
 # How many callbacks one burst runs before the host's loop gets its turn: code that spins must not stop the host.
 _LONGEST_BURST = 1_000
+_REST = 0.001
 
 
 class WorkflowLoop(asyncio.AbstractEventLoop):
@@ -185,7 +186,8 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
             asyncio.events._set_running_loop(self.host)  # noqa: SLF001
         self._scheduled = bool(self._ready)
         if self._scheduled:
-            self.host.call_soon(self._burst)
+            # Resting, not just taking turns: a thread that waits for the interpreter's lock gets it only then.
+            self.host.call_later(_REST, self._burst)
         if not self._closed and self.is_idle:
             self._on_idle()
 

@@ -682,9 +682,6 @@ async def test_threads_and_sockets_belong_into_steps(world: World) -> None:
     assert await world.result(inside) == 7
 
 
-@pytest.mark.xfail(
-    strict=False, reason="a spinning run can starve the writer's thread of the interpreter's lock"
-)
 async def test_a_loop_that_spins_does_not_stop_the_host(world: World) -> None:
     spinning = True
 
