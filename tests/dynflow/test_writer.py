@@ -13,8 +13,9 @@ import pytest
 
 from dynflow.clock import ManualClock
 from dynflow.engines.embedded import EmbeddedEngine
+from dynflow.engines.embedded.database import SCHEMA_VERSION
 from dynflow.engines.embedded.rows import MASK
-from dynflow.engines.embedded.writer import SCHEMA_VERSION, Writer
+from dynflow.engines.embedded.writer import Writer
 from dynflow.errors import EngineClosedError, StorageError, WorkflowInternalError
 from dynflow.workflow import WorkflowEntrypoint
 from tests.engine_world import DEADLINE, Gate, World

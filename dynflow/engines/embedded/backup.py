@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from dynflow.engines.embedded.writer import APPLICATION_ID, SCHEMA_VERSION
+from dynflow.engines.embedded.database import APPLICATION_ID, SCHEMA_VERSION
 from dynflow.errors import StorageError
 
 # What SQLite puts beside a file. One that is left of another file would be taken for a part of the new one.

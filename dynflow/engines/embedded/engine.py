@@ -23,12 +23,12 @@ from dynflow.engines import (
     Terminated,
 )
 from dynflow.engines.embedded import instances, rows, steps
+from dynflow.engines.embedded.database import Synchronous
 from dynflow.engines.embedded.rows import Happened, InstanceRow
 from dynflow.engines.embedded.scheduler import Registered, Scheduler
 from dynflow.engines.embedded.storage import Storage
 from dynflow.engines.embedded.telling import Telling, Watch
 from dynflow.engines.embedded.view import history_events, instance_status, raise_result
-from dynflow.engines.embedded.writer import Synchronous
 from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.instance import FINISHED, check_workflow_name, may
 from dynflow.router import DynamicWorkflowBinding

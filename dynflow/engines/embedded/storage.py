@@ -6,8 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import TypeVar
 
+from dynflow.engines.embedded.database import Synchronous
 from dynflow.engines.embedded.fair_queue import FairQueue
-from dynflow.engines.embedded.writer import Operation, Synchronous, Writer
+from dynflow.engines.embedded.writer import Operation, Writer
 from dynflow.errors import EngineClosedError
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""One SQLite file: opened, checked, and written by one thread that commits in groups.
+"""The thread that writes the engine's file, and commits in groups.
 
 Everything that callers submit while a commit is under way goes into the next transaction. With
 `synchronous=FULL` a future is resolved only when its transaction has reached the disk.
@@ -7,25 +7,19 @@ Everything that callers submit while a commit is under way goes into the next tr
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import queue
 import sqlite3
 import threading
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from dynflow.engines.embedded.database import Database, Synchronous
 from dynflow.errors import EngineClosedError, StorageError
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
-Synchronous = Literal["FULL", "NORMAL"]
 
-# "dynf" as a number: tells our files from other SQLite files.
-APPLICATION_ID = 0x64796E66
-SCHEMA_VERSION = 1
 # A transaction larger than this gains no throughput and delays the callers at its head.
 _LARGEST_GROUP = 512
 
@@ -38,12 +32,8 @@ class Writer:
     def __init__(self, path: Path, synchronous: Synchronous, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._lock = _lock(path)
-        try:
-            self._db = _open(path, synchronous)
-        except BaseException:
-            os.close(self._lock)
-            raise
+        self._database = Database(path, synchronous)
+        self._db = self._database.connection
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="dynflow-writer", daemon=True)
         self._thread.start()
@@ -66,8 +56,7 @@ class Writer:
             self._closed = True
             self._queue.put(None)
             await asyncio.to_thread(self._thread.join)
-            self._db.close()
-            os.close(self._lock)
+            self._database.close()
 
     def _run(self) -> None:
         open_ = True
@@ -128,73 +117,3 @@ def _resolve_all(outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | 
             future.set_result(result)
         else:
             future.set_exception(error)
-
-
-def _lock(path: Path) -> int:
-    """Take the lock beside the file: one engine process per file."""
-    try:
-        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(
-            f"cannot open {path}.lock: {error.strerror}; is {path.parent} there and writable?"
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise StorageError(f"{path} is in use by another process: one engine at a time can have it") from None
-    return descriptor
-
-
-def _open(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
-    _make_private(path)
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512)
-    try:
-        _check(db, path)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute(f"PRAGMA synchronous = {synchronous}")
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("PRAGMA cache_size = -65536")  # 64 MiB of pages
-        if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-            _create(db)
-    except sqlite3.DatabaseError as error:
-        db.close()
-        raise StorageError(f"{path} cannot be used: {error}; restore it from a backup") from None
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _make_private(path: Path) -> None:
-    """Make the file before SQLite does, for its owner alone; what SQLite puts beside it takes over the mode."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    except OSError as error:
-        raise StorageError(f"cannot open {path}: {error.strerror}") from None
-
-
-def _check(db: sqlite3.Connection, path: Path) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    application = db.execute("PRAGMA application_id").fetchone()[0]
-    tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-    if application not in (APPLICATION_ID, 0) or (tables and application != APPLICATION_ID):
-        raise StorageError(f"{path} is a SQLite file of another program: give the engine a file of its own")
-    if version > SCHEMA_VERSION:
-        raise StorageError(
-            f"{path} was written by a newer release (schema {version}, this release knows {SCHEMA_VERSION}): "
-            "upgrade dynflow, or restore a backup from before; the file was not changed"
-        )
-    problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if problem != "ok":
-        raise StorageError(
-            f"{path} is damaged ({problem}): restore it from a backup; the file was not changed"
-        )
-
-
-def _create(db: sqlite3.Connection) -> None:
-    schema = resources.files("dynflow.engines.embedded").joinpath("schema.sql").read_text()
-    db.executescript(
-        f"BEGIN IMMEDIATE;\n{schema}\n"
-        f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;"
-    )
