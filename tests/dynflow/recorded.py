@@ -1,9 +1,9 @@
 """Workflows whose histories are recorded in tests/data/histories, and the recorder.
 
 Never change these workflows: they stand for code that customers have deployed. A new release adds a recording
-beside the old ones, and all have to run to their ends:
+beside the old ones, as does a new version of the schema, and all have to run to their ends:
 
-    .venv/bin/python -m tests.dynflow.recorded tests/data/histories/<version>.sql
+    .venv/bin/python -m tests.dynflow.recorded tests/data/histories/<release>-schema-<version>.sql
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ import asyncio
 import sqlite3
 import sys
 import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dynflow.binding import WorkflowInstance
 from dynflow.engines.embedded import EmbeddedEngine
-from dynflow.errors import WorkflowTimeoutError
+from dynflow.errors import InstanceTerminatedError, WorkflowTimeoutError
 from tests.engine_world import Gate, World
+
+RECORDINGS = sorted((Path(__file__).parents[1] / "data" / "histories").glob("*.sql"))
 
 STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 RETRY = {"retries": {"limit": 2, "delay": "1 hour", "backoff": "linear"}, "timeout": "5 minutes"}
@@ -77,20 +82,49 @@ async def held(event: Any, step: Any) -> Any:
     return await step.do("held", RETRY, gate)
 
 
-WORKFLOWS = (order, deadline, saga, held)
+async def stuck(event: Any, step: Any) -> None:
+    """Be in the midst of a rollback, as the end that the payload says leads to it."""
+    await step.do("hotel", lambda: "H2", rollback=lambda ctx: rolled_back.append(ctx.output))
+    await step.do("flight", lambda: "F2", rollback=lambda ctx: gate())
+    if event.payload["waits"]:
+        await step.wait_for_event("taxi", type="go")
+    raise ValueError("no taxi")
 
-# What becomes of each recorded instance once everything that it waits for comes.
-ENDS = {
-    "waiting": [True, "one", "attempt 2", "two"],
-    "retrying": [True, "one", "attempt 2", "two"],
-    "sleeping": [True, "one", "attempt 2", "two"],
-    "paused": [True, "one", "attempt 2", "two"],
-    "queued": [True, "one", "attempt 2", "two"],
-    "both-sent": [True, "one", "attempt 2", "two"],
-    "timing-out": "timed out",
-    "rolled-back": ValueError,
-    "to-roll-back": ValueError,
-    "cut-off": "through",
+
+WORKFLOWS = (order, deadline, saga, held, stuck)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An instance in a recording: its status there, and what becomes of it once all that it waits for comes.
+
+    `sent` are the events that it has yet to be sent. An end is an output, or the error.
+    """
+
+    workflow: str
+    status: str
+    end: Any
+    sent: tuple[str, ...] = ()
+
+
+_ORDERED = [True, "one", "attempt 2", "two"]
+INSTANCES = {
+    "waiting": Recorded("order", "waiting", _ORDERED, ("one", "two")),
+    "retrying": Recorded("order", "waiting", _ORDERED),
+    "sleeping": Recorded("order", "waiting", _ORDERED, ("two",)),
+    "paused": Recorded("order", "paused", _ORDERED, ("two",)),
+    "queued": Recorded("order", "queued", _ORDERED, ("two",)),
+    "both-sent": Recorded("order", "waiting", _ORDERED),
+    "restarted": Recorded("order", "waiting", _ORDERED, ("one", "two")),
+    "finished": Recorded("order", "complete", _ORDERED),
+    "timing-out": Recorded("deadline", "waiting", "timed out"),
+    "stopped": Recorded("deadline", "terminated", InstanceTerminatedError),
+    "rolled-back": Recorded("saga", "errored", ValueError),
+    "to-roll-back": Recorded("saga", "waiting", ValueError),
+    "rolling-back": Recorded("stuck", "running", ValueError),
+    "terminating": Recorded("stuck", "running", InstanceTerminatedError),
+    "cut-off": Recorded("held", "running", "through"),
+    "pausing": Recorded("held", "waiting_for_pause", "through"),
 }
 
 
@@ -104,32 +138,63 @@ async def record(file: Path) -> None:
     async with new_world(file) as world:
         bindings = {run.__name__: world.register(run) for run in WORKFLOWS}
 
-        async def order_that(name: str, *sent: str) -> Any:
-            instance = await bindings["order"].create(id=name)
+        async def start(name: str, *sent: str, params: Any = None) -> WorkflowInstance:
+            instance = await bindings[INSTANCES[name].workflow].create(id=name, params=params)
             for payload in sent:
                 await instance.send_event(type="go", payload=payload)
             return instance
 
-        done = await order_that("both-sent", "one", "two")
-        sleeping = await order_that("sleeping", "one")
-        await world.status(sleeping, "waiting")
-        await world.status(done, "waiting")
-        world.advance(timedelta(hours=1))
-        await world.saw(sleeping, "sleep.started")
-        await world.saw(done, "sleep.started")
-        await world.parked(await order_that("waiting"))
-        await world.parked(await order_that("retrying", "one", "two"))
-        paused = await order_that("paused")
+        await _record_what_took_hours(world, start)
+        await world.parked(await start("waiting"))
+        await world.parked(await start("retrying", "one", "two"))
+        restarted = await start("restarted", "one", "two")
+        await world.parked(restarted)
+        await restarted.restart()
+        await world.parked(restarted, 2)
+        paused = await start("paused")
         await world.parked(paused)
         await paused.pause()
         await paused.send_event(type="go", payload="one")
-        await world.parked(await bindings["deadline"].create(id="timing-out"))
-        await world.status(await bindings["saga"].create(id="rolled-back"), "errored")
-        await world.parked(await bindings["saga"].create(id="to-roll-back", params={"think": 86_400}))
-        for name in ("cut-off", *(f"busy-{number}" for number in range(7))):
-            await bindings["held"].create(id=name)
-            await world.saw(await bindings["held"].get(name), "attempt.started")
-        await order_that("queued", "one")
+        await world.parked(await start("timing-out"))
+        stopped = await start("stopped")
+        await world.parked(stopped)
+        await stopped.terminate()
+        await world.status(await start("rolled-back"), "errored")
+        await world.parked(await start("to-roll-back", params={"think": 86_400}))
+        await _record_what_runs(world, start)
+        for number in range(4):  # no slot is left
+            busy = await bindings["held"].create(id=f"busy-{number}")
+            await world.saw(busy, "attempt.started")
+        await start("queued", "one")
+
+
+Start = Callable[..., Awaitable[WorkflowInstance]]
+
+
+async def _record_what_took_hours(world: World, start: Start) -> None:
+    finished = await start("finished", "one", "two")
+    await world.parked(finished)
+    world.advance(timedelta(hours=1))
+    await world.parked(finished, 2)
+    napping = [await start("both-sent", "one", "two"), await start("sleeping", "one")]
+    for instance in napping:
+        await world.parked(instance)
+    world.advance(timedelta(hours=1))
+    await world.status(finished, "complete")
+    for instance in napping:
+        await world.parked(instance, 2)
+
+
+async def _record_what_runs(world: World, start: Start) -> None:
+    await world.saw(await start("cut-off"), "attempt.started")
+    pausing = await start("pausing")
+    await world.saw(pausing, "attempt.started")
+    await pausing.pause()
+    await world.saw(await start("rolling-back", params={"waits": False}), "rollback.started")
+    terminating = await start("terminating", params={"waits": True})
+    await world.parked(terminating)
+    await terminating.terminate(rollback=True)
+    await world.saw(terminating, "rollback.started")
 
 
 def load(recording: Path, file: Path) -> None:
