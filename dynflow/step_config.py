@@ -97,7 +97,9 @@ def merge_config(
         raise WorkflowFatalError(
             f'step {step!r}: sensitive={given["sensitive"]!r:.100}; only "output" is known'
         )
-    return replace(config, sensitive=given.get("sensitive") == "output"), function
+    if "sensitive" in given:
+        config = replace(config, sensitive=given["sensitive"] == "output")
+    return config, function
 
 
 def _with_retries(
