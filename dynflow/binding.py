@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from dynflow.durations import parse_duration
 from dynflow.engines import Engine, InstanceRef, NewInstance, StepKey
 from dynflow.errors import InstanceExistsError, InstanceNotFoundError, InvalidArgumentError
-from dynflow.instance import check_event_type, check_instance_id
+from dynflow.instance import check_batch, check_event_type, check_instance_id, check_options, is_list
 from dynflow.router import METADATA_KEY
 from dynflow.serialization import encode
-from dynflow.types import HistoryEvent, InstanceStatus
+from dynflow.types import HISTORY_TYPES, HistoryEvent, InstanceStatus
 
 TenantKey = str | Callable[[Any], str]
 
-_OPTIONS = frozenset({"id", "params", "retention"})
 _OUTCOMES = frozenset({"complete", "errored", "terminated"})
 _STEP_KINDS = ("do", "sleep", "sleep_until", "wait_for_event")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_HIGHEST_COUNT = 2**63 - 1
 
 
 def tenant_of(metadata: Any, key: TenantKey) -> str:
@@ -68,11 +70,8 @@ class WorkflowBinding:
 
     async def create_batch(self, batch: Sequence[Mapping[str, Any]]) -> list[WorkflowInstance]:
         """Create 1 to 100 instances from dicts with create's options; existing ids are left out of the result."""
-        limit = self._engine.limits.batch
-        if not _is_list(batch, limit):
-            raise InvalidArgumentError(f"a batch is a list of 1 to {limit} dicts, not {batch!r:.100}")
         made: dict[str, list[NewInstance]] = {}
-        for options in batch:
+        for options in check_batch(batch, "dicts", self._engine.limits.batch):
             tenant, item = self._item(options)
             made.setdefault(tenant, []).append(item)
         handles = []
@@ -90,10 +89,8 @@ class WorkflowBinding:
 
     async def delete_batch(self, ids: Sequence[str]) -> list[str]:
         """Delete up to 100 instances; returns the ids that existed."""
-        limit = self._engine.limits.batch
-        if not _is_list(ids, limit):
-            raise InvalidArgumentError(f"a batch is a list of 1 to {limit} ids, not {ids!r:.100}")
-        refs = [InstanceRef(self._workflow, check_instance_id(id_), self._tenant) for id_ in ids]
+        checked = check_batch(ids, "ids", self._engine.limits.batch)
+        refs = [InstanceRef(self._workflow, check_instance_id(id_), self._tenant) for id_ in checked]
         deleted = await self._engine.delete(refs)
         return [ref.id for ref, existed in zip(refs, deleted, strict=True) if existed]
 
@@ -101,9 +98,7 @@ class WorkflowBinding:
         return WorkflowInstance(self._engine, InstanceRef(self._workflow, instance_id, tenant))
 
     def _item(self, options: Mapping[str, Any]) -> tuple[str, NewInstance]:
-        if not _are_options(options):
-            raise InvalidArgumentError(f"options are a dict with {sorted(_OPTIONS)}, not {options!r:.100}")
-        given_id, params = options.get("id"), options.get("params")
+        given_id, params = check_options(options).get("id"), options.get("params")
         instance_id = uuid.uuid4().hex if given_id is None else check_instance_id(given_id)
         encoded = encode({} if params is None else params, limit=self._engine.limits.payload, what="params")
         return self._tenant_for(params), NewInstance(
@@ -118,14 +113,6 @@ class WorkflowBinding:
         return ""
 
 
-def _is_list(given: object, limit: int) -> bool:
-    return isinstance(given, Sequence) and not isinstance(given, (str, bytes)) and 1 <= len(given) <= limit
-
-
-def _are_options(given: object) -> bool:
-    return isinstance(given, Mapping) and set(given) <= _OPTIONS
-
-
 def _retention(given: Any) -> dict[str, timedelta] | None:
     if given is None:
         return None
@@ -134,10 +121,7 @@ def _retention(given: Any) -> dict[str, timedelta] | None:
         raise InvalidArgumentError(
             f"retention is a duration or a dict by outcome {sorted(_OUTCOMES)}, not {given!r:.100}"
         )
-    try:
-        return {outcome: parse_duration(duration) for outcome, duration in by_outcome.items()}
-    except ValueError as error:
-        raise InvalidArgumentError(f"retention: {error}") from None
+    return {outcome: _duration(duration, "retention") for outcome, duration in by_outcome.items()}
 
 
 class WorkflowInstance:
@@ -165,6 +149,8 @@ class WorkflowInstance:
 
     async def terminate(self, rollback: bool = False) -> None:  # noqa: FBT001, FBT002 - the contract's signature
         """End the instance now. Raises IllegalMoveError if it has ended."""
+        if not isinstance(rollback, bool):
+            raise InvalidArgumentError(f"rollback is True or False, not {rollback!r:.100}")
         await self._engine.control(self._ref, "terminate", rollback=rollback)
 
     async def restart(self, from_step: Sequence[Any] | None = None) -> None:
@@ -183,29 +169,65 @@ class WorkflowInstance:
                 f"there is no instance {self._ref.id!r} of workflow {self._ref.workflow!r}"
             )
 
-    async def subscribe(
-        self, cursor: int | None = None, types: Collection[str] | None = None
-    ) -> AsyncIterator[HistoryEvent]:
-        """Yield history after `cursor`, then what happens, up to the terminal event; of these `types` only."""
+    def subscribe(
+        self, cursor: int | None = None, types: Iterable[str] | None = None
+    ) -> AsyncGenerator[HistoryEvent, None]:
+        """Yield history after `cursor`, then what happens, up to the terminal event; of these `types` only.
+
+        `types` are of `dynflow.types.HISTORY_TYPES`.
+        """
         if cursor is not None and (type(cursor) is not int or cursor < 0):
             raise InvalidArgumentError(f"a cursor is the event_id of an event, not {cursor!r:.100}")
-        async with contextlib.aclosing(self._engine.history(self._ref, cursor or 0)) as events:
+        return self._follow(cursor or 0, None if types is None else _history_types(types))
+
+    async def _follow(self, cursor: int, types: frozenset[str] | None) -> AsyncGenerator[HistoryEvent, None]:
+        async with contextlib.aclosing(self._engine.history(self._ref, cursor)) as events:
             async for event in events:
                 if types is None or event.type in types:
                     yield event
 
     async def result(self, timeout: Any = None) -> Any:  # noqa: ASYNC109 - the contract's name
         """Wait for the end; return the output or raise the instance's error. Raises TimeoutError."""
-        async with asyncio.timeout(None if timeout is None else parse_duration(timeout).total_seconds()):
+        limit = None if timeout is None else _duration(timeout, "timeout").total_seconds()
+        async with asyncio.timeout(limit):
             return await self._engine.result(self._ref)
 
 
-def _step_key(given: Sequence[Any]) -> StepKey:
-    name, count, kind = (
-        (*given, "do")[:3] if not isinstance(given, str) and 1 < len(given) <= 3 else (None, None, None)
-    )
-    if not isinstance(name, str) or type(count) is not int or kind not in _STEP_KINDS:
+def _history_types(given: Iterable[str]) -> frozenset[str]:
+    try:
+        types = None if isinstance(given, (str, bytes)) else frozenset(given)
+    except TypeError:
+        types = None
+    if types is None:
+        raise InvalidArgumentError(f"types is a collection of types of history events, not {given!r:.100}")
+    if unknown := types - HISTORY_TYPES:
         raise InvalidArgumentError(
-            f"from_step is (name, count) or (name, count, kind of {_STEP_KINDS}), not {given!r:.100}"
+            f"{min(unknown, key=repr)!r:.100} is no type of history events; known are {sorted(HISTORY_TYPES)}"
         )
-    return kind, name, count
+    return types
+
+
+def _duration(given: Any, what: str) -> timedelta:
+    try:
+        return parse_duration(given)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{what}: {error}") from None
+
+
+def _step_key(given: object) -> StepKey:
+    if is_list(given) and len(given) in (2, 3):
+        name, count, kind = (*given, "do")[:3]
+        if _may_be_a_step(name, count) and kind in _STEP_KINDS:
+            return kind, name, count
+    raise InvalidArgumentError(
+        f"from_step is (name, count) or (name, count, kind of {_STEP_KINDS}), not {given!r:.100}"
+    )
+
+
+def _may_be_a_step(name: object, count: object) -> bool:
+    return (
+        isinstance(name, str)
+        and not _SURROGATE.search(name)  # no database takes them
+        and type(count) is int
+        and 1 <= count <= _HIGHEST_COUNT
+    )

@@ -52,12 +52,6 @@ class UnserializableError(DynflowError, TypeError):
     code = "unserializable"
 
 
-class ValueTooLargeError(DynflowError, ValueError):
-    """An encoded value is larger than its limit; the message names size and limit."""
-
-    code = "value_too_large"
-
-
 class MissingDispatcherMetadataError(DynflowError):
     """A dynamic workflow was started without the envelope that the wrapped binding adds."""
 
@@ -111,6 +105,12 @@ class WorkflowInternalError(WorkflowError):
     """A result is too large to be stored, or storage failed."""
 
     code = "workflow_internal"
+
+
+class ValueTooLargeError(WorkflowInternalError, ValueError):
+    """Params, an event or another value is larger than its limit; the message names size and limit."""
+
+    code = "value_too_large"
 
 
 class WorkflowFatalError(WorkflowError):

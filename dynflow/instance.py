@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 from dynflow.errors import IllegalMoveError, InvalidArgumentError, InvalidInstanceIdError
 from dynflow.types import Status
@@ -21,6 +22,9 @@ _ALLOWED: dict[Move, frozenset[Status]] = {
     "send_event": UNFINISHED,
 }
 _DOES_NOTHING_ELSEWHERE: frozenset[Move] = frozenset({"pause", "resume"})
+
+CREATE_OPTIONS = frozenset({"id", "params", "retention"})
+"""What `create` takes, and each item of `create_batch`."""
 
 _INSTANCE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 _WORKFLOW_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -60,4 +64,27 @@ def check_event_type(value: object) -> str:
         return value
     raise InvalidArgumentError(
         f"{value!r:.120} is not an event type: give 1 to 100 of A-Z a-z 0-9 _ -, not - first"
+    )
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Return whether `value` is a list or what can stand for one; text is none."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def check_batch(value: object, what: str, limit: int) -> Sequence[Any]:
+    """Return `value` if it is a list of 1 to `limit` items, else raise InvalidArgumentError."""
+    if not is_list(value):
+        raise InvalidArgumentError(f"a batch is a list of 1 to {limit} {what}, not {value!r:.100}")
+    if not 1 <= len(value) <= limit:
+        raise InvalidArgumentError(f"a batch is a list of 1 to {limit} {what}, not of {len(value)}")
+    return value
+
+
+def check_options(value: object) -> Mapping[str, Any]:
+    """Return `value` if it is a dict of create's options, else raise InvalidArgumentError."""
+    if isinstance(value, Mapping) and set(value) <= CREATE_OPTIONS:
+        return value
+    raise InvalidArgumentError(
+        f"options, as of each item of a batch, are a dict of {sorted(CREATE_OPTIONS)}, not {value!r:.100}"
     )

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dynflow.errors import InvalidArgumentError, MissingDispatcherMetadataError
+from dynflow.instance import check_options, is_list
 from dynflow.isolates import Capability, WrappedBinding
 from dynflow.loop import outside
 from dynflow.types import WorkflowEvent
-from dynflow.workflow import WorkflowEntrypoint, WorkflowStep
+from dynflow.workflow import WorkflowEntrypoint, WorkflowStep, awaitable
 
 METADATA_KEY = "__dispatcher_metadata"
 
@@ -56,9 +57,10 @@ class DynamicWorkflowBinding(Capability):
 
     async def create_batch(self, batch: Sequence[Mapping[str, Any]]) -> Any:
         """Create 1 to 100 instances; existing ids are left out of the result."""
-        if isinstance(batch, (str, bytes, Mapping)) or not all(isinstance(item, Mapping) for item in batch):
+        if not is_list(batch):  # how many it may hold is the underlying binding's matter
             raise InvalidArgumentError(f"a batch is a list of dicts, not {batch!r:.100}")
-        return await self._target().create_batch([self._wrap(item) for item in batch])
+        # Checked before the envelope is around them: the metadata is nothing that messages should show.
+        return await self._target().create_batch([self._wrap(check_options(item)) for item in batch])
 
     async def get(self, id: str) -> Any:  # noqa: A002 - the contract's name
         """Return the handle of an instance of this tenant."""
@@ -104,7 +106,8 @@ async def dispatch_workflow(
         raise InvalidArgumentError(
             f"load_runner returned {runner!r:.200}: it must return something with run(event, step)"
         )
-    return await runner.run(replace(event, payload={} if params is None else params), step)
+    opened = replace(event, payload={} if params is None else params)
+    return await awaitable(runner.run(opened, step), runner.run)
 
 
 def create_dynamic_workflow_entrypoint(load_runner: LoadRunner) -> type[WorkflowEntrypoint]:

@@ -164,6 +164,11 @@ class Segment:
 
     # --- for isolates (SegmentPort) ---
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the workflow's code is being dropped."""
+        return self._outcome.done()
+
     def activity(self) -> _Activity:
         """Register a part that can make progress by itself, active from now."""
         return _Activity(self)

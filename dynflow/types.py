@@ -157,3 +157,18 @@ class HistoryEvent:
     type: str
     timestamp: datetime
     data: dict[str, Any] = field(default_factory=dict)
+
+
+HISTORY_TYPES: frozenset[str] = frozenset(
+    f"{what}.{happened}"
+    for what, all_that_happens in {
+        "workflow": "queued started running waiting paused completed errored terminated",
+        "step": "started completed errored cancelled",
+        "attempt": "started completed errored cancelled",
+        "sleep": "started completed cancelled",
+        "wait": "started completed timed_out cancelled",
+        "rollback": "started completed errored",
+    }.items()
+    for happened in all_that_happens.split()
+)
+"""Every `HistoryEvent.type`; `rollback` events are of the steps that handlers run as."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dynflow.errors import WorkflowFatalError
 from dynflow.types import Event, StepContext, StepInfo, StepKind, WorkflowEvent
 
 Callback = Callable[..., Any]
@@ -83,6 +85,10 @@ class StepPort(Protocol):
     Cancelling it, unless with the message PORT_GONE, says that the workflow cancelled the step.
     """
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the workflow's code is being dropped: what it did not get to is no mistake of its own."""
+
     def call(self, call: StepCall) -> Awaitable[Any]:
         """Perform `call`; its result or error is final and durable when the awaitable finishes."""
 
@@ -151,13 +157,14 @@ class _PendingCall(Coroutine[Any, Any, Any]):
     A coroutine to asyncio, so that task groups and `create_task` take it as it is.
     """
 
-    __slots__ = ("_call", "_port", "_running")
+    __slots__ = ("_begun", "_call", "_port", "_running")
 
     def __init__(self, port: StepPort, call: StepCall) -> None:
-        self._port, self._call = port, call
+        self._port, self._call, self._begun = port, call, False
         self._running: Generator[Any, Any, Any] | None = None
 
     def __await__(self) -> Generator[Any, Any, Any]:
+        self._begun = True
         return self._port.call(self._call).__await__()
 
     def send(self, value: Any) -> Any:
@@ -169,13 +176,23 @@ class _PendingCall(Coroutine[Any, Any, Any]):
     def throw(self, *error: Any) -> Any:
         """Raise inside; before the start that is all there is to do."""
         if self._running is None:
+            self._begun = True
             raise error[0]
         return self._running.throw(*error)
 
     def close(self) -> None:
         """Forget the call."""
+        self._begun = True
         if self._running is not None:
             self._running.close()
+
+    def __del__(self) -> None:
+        # As of a coroutine. One of a workflow that was put to rest was on its way to be awaited, in a replay.
+        if not self._begun and not self._port.is_over:
+            call = f"step.{self._call.kind}({self._call.name!r:.300})"
+            warnings.warn(
+                f"{call} was never awaited: it did nothing", RuntimeWarning, stacklevel=2, source=self
+            )
 
 
 class _Decorator:
@@ -218,6 +235,16 @@ async def invoke(callback: Callback, argument: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
+def awaitable(made: Any, run: Callable[..., Any]) -> Awaitable[Any]:
+    """Return what a call of `run` made, to be awaited. Raises WorkflowFatalError where it was no `async def`."""
+    if inspect.isawaitable(made):
+        return made
+    name = getattr(run, "__qualname__", repr(run))
+    raise WorkflowFatalError(
+        f"{name:.100}(event, step) must be `async def`: it returned {made!r:.100}, which cannot be awaited"
+    )
+
+
 def _takes_argument(callback: Callback) -> bool:
     # `inspect.signature` costs more than the rest of a step's bookkeeping: plain functions are asked directly.
     if type(callback) is types.FunctionType and not hasattr(callback, "__wrapped__"):
@@ -247,6 +274,7 @@ __all__ = [
     "WorkerEntrypoint",
     "WorkflowEntrypoint",
     "WorkflowStep",
+    "awaitable",
     "begin",
     "current_env",
     "current_step",

@@ -45,12 +45,14 @@ class World:
         self.clock = ManualClock()
         self._make, self._options = make_engine, options
         self._registered: dict[str, tuple[type[WorkflowEntrypoint], dict[str, Any]]] = {}
+        self._runs: dict[str, Run] = {}
         self._changed = asyncio.Event()
         self.history: list[tuple[str, HistoryEvent]] = []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         self.engine = self._make(clock=self.clock, **self._options)
+        self._runs.clear()
         for name, (entrypoint, options) in self._registered.items():
             self.engine.register(name, entrypoint, **options)
         self.engine.add_listener(self._heard)
@@ -71,8 +73,10 @@ class World:
         self._changed.set()
 
     def register(self, run: Run, name: str | None = None, **options: Any) -> WorkflowBinding:
-        """Register `run` as a workflow; returns its binding."""
+        """Register `run` as a workflow, where that has not been done yet; returns its binding."""
         name = name or run.__name__
+        if self._runs.setdefault(name, run) is run and name in self._registered:
+            return self.engine.binding(name)  # type: ignore[no-any-return]
         entrypoint = type(name, (WorkflowEntrypoint,), {"run": lambda _, event, step: run(event, step)})
         self._registered[name] = (entrypoint, options)
         self.engine.register(name, entrypoint, **options)

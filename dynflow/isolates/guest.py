@@ -31,6 +31,7 @@ from dynflow.workflow import (
     ExecutionContext,
     StepCall,
     WorkflowStep,
+    awaitable,
     current_env,
     current_step,
     invoke,
@@ -209,7 +210,7 @@ class Guest:
         self._enter(call)
         run = self._loaded().find_workflow(name, ExecutionContext(props, self._metadata), self._env)
         try:
-            return await _result(run(event, WorkflowStep(StepWire(self))))
+            return await awaitable(run(event, WorkflowStep(StepWire(self))), run)
         finally:
             self._cancel_leftovers()
 
@@ -266,6 +267,8 @@ def _error_of(failure: Failure, step: str, attempts: int) -> BaseException:
 
 class StepWire:
     """The port of a `step` in an isolate: a step call is a call to the host, its functions become numbers."""
+
+    is_over = False  # a workflow that is put to rest goes with its process
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest

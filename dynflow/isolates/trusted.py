@@ -20,7 +20,7 @@ from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
 from dynflow.isolates.worker import Env, Worker
 from dynflow.loop import outside
 from dynflow.serialization import pack, unpack
-from dynflow.workflow import ExecutionContext, WorkflowStep, current_env, current_step
+from dynflow.workflow import ExecutionContext, WorkflowStep, awaitable, current_env, current_step
 
 
 class TrustedLoader(WorkerLoader):
@@ -141,7 +141,7 @@ class _Entrypoint(EntrypointStub):
         current_env.set(env)
         run = worker.find_workflow(self._name, ExecutionContext(_plain(self._props), code.metadata), env)
         # Awaited where it is made: a coroutine that a variable holds too is not dropped unnoticed (discard.py).
-        return await run(event, step) if inspect.iscoroutinefunction(run) else run(event, step)
+        return await awaitable(run(event, step), run)
 
 
 def _plain(props: Any) -> Any:

@@ -671,7 +671,7 @@ async def test_leaving_a_subscription_early_leaves_no_watcher(world: World) -> N
     for _ in range(10):
         events = instance.subscribe()
         await anext(events)
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
     with pytest.raises(TimeoutError):
         await instance.result(timeout=0)
     if hasattr(world.engine, "_telling"):

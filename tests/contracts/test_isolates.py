@@ -48,7 +48,7 @@ def code(source: str, env: Mapping[str, Any] | None = None, **more: Any) -> Call
 class Segment:
     """A segment for one run: performs `do` steps, leaves waits unanswered, notes what it is told."""
 
-    instance_id, workflow_name = "i-1", "flow"
+    instance_id, workflow_name, is_over = "i-1", "flow", False
 
     def __init__(self) -> None:
         self.calls: list[StepCall] = []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dynflow import WorkflowEntrypoint, WorkflowFatalError
+from dynflow import WorkflowEntrypoint, WorkflowFatalError, create_dynamic_workflow_entrypoint
 from dynflow.engines.embedded import EmbeddedEngine
+from dynflow.isolates import ProcessLoader, TrustedLoader, WorkerCode
 
 
 class _Later:
@@ -45,3 +46,97 @@ async def test_a_call_that_lacks_something_says_what(
         instance = await engine.binding("misused").create()
         with pytest.raises(WorkflowFatalError, match=message):
             await instance.result(timeout=30)
+
+
+TENANT = """
+import functools
+from dynflow import WorkflowEntrypoint
+
+class NotAsync(WorkflowEntrypoint):
+    def run(self, event, step):
+        return 7
+
+def noted(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        return function(*args)
+    return wrapper
+
+class Decorated(WorkflowEntrypoint):
+    @noted
+    async def run(self, event, step):
+        return await step.do("one", lambda: 1)
+
+class Delegating(WorkflowEntrypoint):
+    def run(self, event, step):
+        return step.do("one", lambda: 1)
+
+class Forgets(WorkflowEntrypoint):
+    async def run(self, event, step):
+        step.do("forgotten", lambda: 1)
+        step.sleep("forgotten too", 1)
+        later = step.do("later", lambda: "in time")
+        await step.sleep("nap", 0.05)
+        return await later
+
+class NoName(WorkflowEntrypoint):
+    async def run(self, event, step):
+        await step.do(lambda: 1)
+"""
+
+
+class Tenants:
+    """An engine that runs classes of TENANT, in isolates of a kind; keeps what they print."""
+
+    def __init__(self, folder: Path, loader: Any, printed: list[str]) -> None:
+        self.engine = EmbeddedEngine(folder / "flow.db", synchronous="NORMAL")
+        self.printed = printed
+
+        async def load_runner(context: Any) -> Any:
+            code = WorkerCode("index.py", {"index.py": TENANT})
+            return loader.get("tenant", lambda: code).get_entrypoint(context.metadata)
+
+        self.engine.register("tenants", create_dynamic_workflow_entrypoint(load_runner))
+
+    async def result(self, name: str) -> Any:
+        params = {"__dispatcher_metadata": name, "params": None}
+        instance = await self.engine.binding("tenants").create(params=params)
+        return await instance.result(timeout=30)
+
+
+@pytest.fixture(params=["trusted", "process"])
+async def tenants(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Tenants]:
+    printed: list[str] = []
+    loader: Any = (
+        TrustedLoader()
+        if request.param == "trusted"
+        else ProcessLoader(on_output=lambda _, text: printed.append(text))
+    )
+    tenants = Tenants(tmp_path, loader, printed)
+    async with loader, tenants.engine:
+        yield tenants
+
+
+async def test_a_tenants_run_that_is_not_async_is_told_so(tenants: Tenants) -> None:
+    with pytest.raises(WorkflowFatalError, match=r"NotAsync\.run\(event, step\) must be `async def`"):
+        await tenants.result("NotAsync")
+
+
+@pytest.mark.parametrize("name", ["Decorated", "Delegating"])
+async def test_a_tenants_run_may_be_whatever_can_be_awaited(tenants: Tenants, name: str) -> None:
+    assert await tenants.result(name) == 1
+
+
+async def test_tenants_are_told_of_calls_that_they_never_awaited(
+    tenants: Tenants, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert await tenants.result("Forgets") == "in time"
+    told = "".join(tenants.printed) + "".join(str(warning.message) for warning in recwarn)
+    assert "step.do('forgotten') was never awaited" in told
+    assert "step.sleep('forgotten too') was never awaited" in told
+    assert "later" not in told
+
+
+async def test_a_step_without_a_name_is_told_so(tenants: Tenants) -> None:
+    with pytest.raises(WorkflowFatalError, match=r"is not a step name|not plain data"):
+        await tenants.result("NoName")

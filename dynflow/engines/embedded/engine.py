@@ -106,11 +106,20 @@ class EmbeddedEngine(Engine):
         `env` give tenants the workflow. `step_defaults`: a step config in place of the contract's defaults.
         `concurrency`: how many of its instances run at a time, where that is fewer than the engine's.
         """
-        check_workflow_name(name)
+        if check_workflow_name(name) in self._scheduler.registered():
+            raise InvalidArgumentError(
+                f"workflow {name!r} is registered already: an engine has one of a name"
+            )
         _check_entrypoint(entrypoint)
-        defaults, _ = merge_config(
+        if binding is not None and (type(binding) is not str or not binding.isidentifier()):
+            raise InvalidArgumentError(f"binding is a name in tenants' env, not {binding!r:.100}")
+        defaults, delay = merge_config(
             step_defaults, defaults=StepConfig(), max_retries=self.limits.retries, step="(defaults)"
         )
+        if delay is not None:
+            raise InvalidArgumentError(
+                "step_defaults: retries.delay is a duration; a function is a step's own"
+            )
         bound = Env(env) if isinstance(env, Mapping) else env
         most = self._concurrency if concurrency is None else _at_least_one(concurrency, "concurrency")
         self._scheduler.register(name, Registered(entrypoint, bound, defaults, most))
@@ -124,7 +133,7 @@ class EmbeddedEngine(Engine):
         """Return the raw binding of a registered workflow: it reaches all tenants' instances."""
         if name not in self._scheduler.registered():
             raise InvalidArgumentError(
-                f"no workflow {name!r} is registered; registered are {self._scheduler.registered()}"
+                f"no workflow {name!r:.100} is registered; registered are {self._scheduler.registered()}"
             )
         return WorkflowBinding(self, name, tenant=None, tenant_key=self._tenant_key)
 

@@ -29,7 +29,7 @@ from dynflow.segment import Main, Segment
 from dynflow.serialization import decode
 from dynflow.step_config import StepConfig
 from dynflow.types import WorkflowEvent
-from dynflow.workflow import ExecutionContext, WorkflowEntrypoint, current_env
+from dynflow.workflow import ExecutionContext, WorkflowEntrypoint, awaitable, current_env
 
 # An isolate that goes down by itself is tried again this often before the instance fails with it.
 _MOST_CRASHES = 3
@@ -303,6 +303,7 @@ class Scheduler:
 def _main_of(registered: Registered) -> Main:
     async def main(event: WorkflowEvent, step: Any) -> Any:
         current_env.set(registered.env)
-        return await registered.entrypoint(ExecutionContext(), registered.env).run(event, step)
+        entrypoint = registered.entrypoint(ExecutionContext(), registered.env)
+        return await awaitable(entrypoint.run(event, step), entrypoint.run)
 
     return main
