@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dynflow.engines.embedded import steps
 from tests.engine_world import DEADLINE, Gate, World, step_of
 
 
@@ -145,36 +144,6 @@ async def test_the_next_waiter_in_line_is_served_when_the_first_is_cancelled(wor
     await world.parked(instance)
     await instance.send_event(type="go", payload="second")
     assert await instance.result(timeout=DEADLINE) == "second"
-
-
-async def test_an_event_that_comes_together_with_the_cancel_is_not_lost(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It reaches the file before the cancel does: taken by the cancelled wait, it is given back, before others."""
-    instance: Any = None
-    sent: list[int] = []
-    original = steps.cancel
-
-    def cancel(db: Any, key: int, epoch: int, record: Any, now: int) -> Any:
-        from dynflow.engines.embedded import rows
-
-        if record.name == "lost" and not sent:
-            row = rows.by_key(db, key)
-            assert row is not None
-            for number in range(3):
-                sent.append(number)
-                steps.send_event(db, row, "go", b"%d" % number, now, 1 << 40)
-        return original(db, key, epoch, record, now)
-
-    monkeypatch.setattr(steps, "cancel", cancel)
-
-    async def run(event: Any, step: Any) -> Any:
-        await cancelled_by_a_failing_sibling(step)
-        return [(await step.wait_for_event("next", type="go")).payload for _ in range(3)]
-
-    instance = await world.start(run)
-    assert await instance.result(timeout=DEADLINE) == [0, 1, 2]
-    assert sent == [0, 1, 2]
 
 
 async def test_a_wait_under_a_timer_of_the_workflow_is_cancelled_at_each_replay(world: World) -> None:

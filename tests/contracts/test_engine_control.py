@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dynflow.engines import Limits
 from dynflow.errors import (
     EngineClosedError,
     IllegalMoveError,
@@ -140,6 +139,60 @@ async def test_delete_removes_everything_and_frees_the_id(world: World) -> None:
     gate.opened.set()
     await again.result(timeout=DEADLINE)
     assert (await anext(again.subscribe())).event_id == 1
+
+
+async def test_nothing_of_a_deleted_instance_comes_back_with_its_id(world: World) -> None:
+    binding = world.register(waits)
+    instance = await binding.create(id="a", params={"old": 1})
+    await world.parked(instance)
+    await instance.pause()
+    await instance.send_event(type="go", payload="old")
+    await instance.delete()
+    again = await binding.create(id="a")
+    status = await world.parked(again, 2)
+    assert [(step.name, step.status) for step in status.steps] == [("first", "complete"), ("w", "waiting")]
+    await again.send_event(type="go", payload="new")
+    assert await again.result(timeout=DEADLINE) == [1, "new"]
+    assert [event.type async for event in again.subscribe()].count("workflow.queued") == 1
+
+
+async def test_what_create_has_returned_is_there_after_a_crash(engine_factory: Any) -> None:
+    gate = Gate()
+
+    async def blocks(event: Any, step: Any) -> None:
+        await step.do("gate", gate)
+
+    async with World(engine_factory, concurrency=1) as world:
+        await world.start(blocks)
+        await gate.reached()
+        binding = world.register(one)
+        made = [await binding.create(), *await binding.create_batch([{"id": "a"}, {"id": "b"}])]
+        gate.opened.set()
+        await world.reopen()
+        for instance in made:
+            again = await world.engine.binding("one").get(instance.id)
+            assert await again.result(timeout=DEADLINE) == 1
+
+
+async def test_a_batch_takes_the_options_of_create(world: World) -> None:
+    async def run(event: Any, step: Any) -> Any:
+        return event.payload
+
+    batch = [{"id": "a", "params": {"n": 1}, "retention": "1 hour"}, {}]
+    made = await world.register(run).create_batch(batch)
+    assert [await instance.result(timeout=DEADLINE) for instance in made] == [{"n": 1}, {}]
+    world.advance(3600)
+    await parked_gone(made[0])
+    assert (await made[1].status()).status == "complete"
+
+
+async def test_retention_is_thirty_days_where_nobody_says_otherwise(world: World) -> None:
+    instance = await world.register(one).create()
+    await instance.result(timeout=DEADLINE)
+    world.advance(timedelta(days=30, seconds=-1))
+    assert (await instance.status()).status == "complete"
+    world.advance(1)
+    await parked_gone(instance)
 
 
 async def test_delete_batch_says_which_existed(world: World) -> None:
@@ -493,7 +546,9 @@ async def test_a_step_that_terminates_its_own_instance(world: World) -> None:
 # --- restart -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", ["running", "waiting", "paused", "complete", "terminated"])
+@pytest.mark.parametrize(
+    "state", ["running", "waiting", "waiting_for_pause", "paused", "complete", "errored", "terminated"]
+)
 async def test_restart_forgets_everything_but_id_and_params(world: World, state: str) -> None:
     gate = Gate()
     calls: list[int] = []
@@ -502,12 +557,16 @@ async def test_restart_forgets_everything_but_id_and_params(world: World, state:
         calls.append(await step.do("first", lambda: len(calls)))
         await step.do("gate", gate)
         got = await step.wait_for_event("w", type="go")
+        if got.payload == "fail":
+            raise ValueError("as told")
         return [event.payload, got.payload]
 
     instance = await world.start(run, {"kept": 1}, id="a")
     await gate.reached()
-    await instance.send_event(type="other")
-    if state != "running":
+    await instance.send_event(type="other", payload="forgotten")
+    if state == "waiting_for_pause":
+        await instance.pause()
+    elif state != "running":
         gate.opened.set()
         await world.parked(instance)
     if state == "paused":
@@ -515,6 +574,9 @@ async def test_restart_forgets_everything_but_id_and_params(world: World, state:
     elif state == "complete":
         await instance.send_event(type="go", payload="old")
         await instance.result(timeout=DEADLINE)
+    elif state == "errored":
+        await instance.send_event(type="go", payload="fail")
+        await world.status(instance, "errored")
     elif state == "terminated":
         await instance.terminate()
     assert (await instance.status()).status == state
@@ -544,6 +606,67 @@ async def test_restart_from_a_step_keeps_what_started_before_it(world: World) ->
     await instance.restart(from_step=("b", 2))
     assert await instance.result(timeout=DEADLINE) == [1, 2, 5, 6]
     assert calls == ["a", "b", "b", "c", "b", "c"]
+
+
+async def test_a_queued_instance_that_is_restarted_runs_once(engine_factory: Any) -> None:
+    gate, ran = Gate(), []
+
+    async def run(event: Any, step: Any) -> None:
+        ran.append(event.instance_id)
+        await step.do("gate", gate)
+
+    async with World(engine_factory, concurrency=1) as world:
+        await world.start(run, id="first")
+        await gate.reached()
+        queued = await world.engine.binding("run").create(id="queued")
+        await queued.restart()
+        assert (await queued.status()).status == "queued"
+        gate.opened.set()
+        await queued.result(timeout=DEADLINE)
+    assert ran == ["first", "queued"]
+
+
+async def test_restart_from_a_step_goes_by_the_order_of_starts_and_not_of_ends(world: World) -> None:
+    gates, calls = {"slow": Gate(), "quick": Gate()}, []
+
+    async def run(event: Any, step: Any) -> Any:
+        async def work(ctx: Any) -> str:
+            calls.append(ctx.step.name)
+            await gates[ctx.step.name]()
+            return f"{ctx.step.name} {len(calls)}"
+
+        results = await asyncio.gather(step.do("slow", work), step.do("quick", work))
+        return [*results, await step.do("after", lambda: calls.append("after"))]
+
+    instance = await world.start(run)
+    for name in ("quick", "slow"):  # the second one to start ends first
+        await gates[name].reached()
+        gates[name].opened.set()
+        await world.saw(instance, "step.completed", len(calls) - 1 if name == "quick" else 3)
+    await instance.result(timeout=DEADLINE)
+    await instance.restart(from_step=("quick", 1))
+    assert await instance.result(timeout=DEADLINE) == ["slow 2", "quick 4", None]
+    assert calls == ["slow", "quick", "after", "quick", "after"]
+
+
+async def test_restart_from_a_step_forgets_buffered_events_and_the_end(world: World) -> None:
+    async def run(event: Any, step: Any) -> Any:
+        first = await step.do("first", lambda: 1)
+        got = await step.wait_for_event("w", type="go")
+        await step.do("second", lambda: 1)
+        return [first, got.payload]
+
+    instance = await world.start(run)
+    await world.parked(instance)
+    for payload in ("taken", "left"):
+        await instance.send_event(type="go", payload=payload)
+    await instance.result(timeout=DEADLINE)
+    await instance.restart(from_step=("w", 1, "wait_for_event"))
+    status = await world.parked(instance, 2)
+    assert (status.output, status.ended_at) == (None, None)
+    assert [step.name for step in status.steps] == ["first", "w"]
+    await instance.send_event(type="go", payload="new")
+    assert await instance.result(timeout=DEADLINE) == [1, "new"]
 
 
 async def test_restart_from_a_sleep_by_kind(world: World) -> None:
@@ -881,12 +1004,3 @@ async def test_closing_cancels_running_attempts_and_the_next_engine_goes_on(worl
         (1, "Interrupted"),
         (2, None),
     ]
-
-
-async def test_the_limits_are_settings(engine_factory: Any) -> None:
-    async with World(engine_factory, limits=Limits(payload=100, batch=2)) as world:
-        binding = world.register(waits)
-        with pytest.raises(ValueTooLargeError):
-            await binding.create(params="x" * 100)
-        with pytest.raises(InvalidArgumentError):
-            await binding.create_batch([{}] * 3)

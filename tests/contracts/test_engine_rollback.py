@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -211,3 +212,140 @@ async def test_restart_after_a_rollback_starts_afresh(world: World) -> None:
     assert await instance.result(timeout=DEADLINE) == "fine"
     assert (await instance.status()).rollback is None
     assert seen == ["undone"]
+
+
+async def test_handlers_of_parallel_steps_run_one_by_one_the_last_started_first(world: World) -> None:
+    gates = {"slow": Gate(), "quick": Gate()}
+    undone: list[str] = []
+    running, most = 0, 0
+
+    async def undo(rollback: RollbackContext) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        undone.append(rollback.ctx.step.name)
+        running -= 1
+
+    async def run(event: Any, step: Any) -> None:
+        await asyncio.gather(
+            *(step.do(name, gate, rollback=undo) for name, gate in gates.items()),
+            step.do("third", lambda: 1, rollback=undo),
+        )
+        raise KeyError("gone")
+
+    instance = await world.start(run)
+    for name in ("quick", "slow"):
+        await gates[name].reached()
+        gates[name].opened.set()
+        await asyncio.sleep(0)
+    with pytest.raises(KeyError):
+        await instance.result(timeout=DEADLINE)
+    assert undone == ["third", "quick", "slow"]
+    assert most == 1
+
+
+async def test_a_step_that_was_under_way_when_run_failed_is_undone_too(world: World) -> None:
+    gate, seen = Gate(), []
+
+    def undo(rollback: RollbackContext) -> None:
+        seen.append((rollback.ctx.step.name, rollback.output))
+
+    async def run(event: Any, step: Any) -> None:
+        await step.do("done", lambda: "output", rollback=undo)
+        working = asyncio.ensure_future(step.do("under way", gate, rollback=undo))
+        await step.do("wait for it", gate.reached)
+        raise KeyError(repr(working.done()))
+
+    instance = await world.start(run)
+    with pytest.raises(KeyError, match="False"):
+        await instance.result(timeout=DEADLINE)
+    assert seen == [("under way", None), ("done", "output")]
+    assert gate.cancelled == 1
+
+
+async def test_a_step_that_never_started_is_not_undone(world: World) -> None:
+    seen: list[str] = []
+
+    async def run(event: Any, step: Any) -> None:
+        await step.do("a", lambda: 1, rollback=lambda: seen.append("a"))
+        try:
+            await step.do("refused", {"timeout": 0}, lambda: 1, rollback=lambda: seen.append("refused"))
+        finally:
+            step.do("never awaited", lambda: 1, rollback=lambda: seen.append("never awaited")).close()
+
+    with pytest.raises(WorkflowFatalError):
+        await world.result(run)
+    assert seen == ["a"]
+
+
+async def test_a_handler_is_cancelled_at_the_timeout_of_its_config(world: World) -> None:
+    gate = Gate()
+
+    async def undo(rollback: RollbackContext) -> None:
+        await gate()
+
+    async def run(event: Any, step: Any) -> None:
+        await step.do("a", lambda: 1, rollback=undo, rollback_config=NO_RETRIES | {"timeout": 7})
+        raise KeyError("gone")
+
+    instance = await world.start(run)
+    await gate.reached()
+    status = await instance.status()
+    assert (status.status, status.rollback) == ("running", None)
+    world.advance(6.9)
+    assert gate.cancelled == 0
+    world.advance(0.1)
+    with pytest.raises(KeyError):
+        await instance.result(timeout=DEADLINE)
+    rollback = (await instance.status()).rollback
+    assert rollback is not None
+    assert rollback.error is not None
+    assert (rollback.outcome, rollback.error.name) == ("failed", "WorkflowTimeoutError")
+    assert gate.cancelled == 1
+
+
+async def test_a_termination_with_rollback_ends_terminated_over_a_crash(world: World) -> None:
+    gate, seen = Gate(), []
+
+    async def run(event: Any, step: Any) -> None:
+        async def undo(rollback: RollbackContext) -> None:
+            seen.append(rollback.ctx.attempt)
+            if rollback.ctx.attempt == 1:
+                await gate()
+
+        await step.do("a", lambda: 1, rollback=undo)
+        await step.sleep("nap", 1000)
+
+    instance = await world.start(run)
+    await world.parked(instance)
+    await instance.terminate(rollback=True)
+    await gate.reached()
+    await world.reopen()
+    instance = await world.engine.binding("run").get(instance.id)
+    with pytest.raises(InstanceTerminatedError):
+        await world.run_through(instance)
+    status = await instance.status()
+    assert status.rollback is not None
+    assert (status.status, status.rollback.outcome, seen) == ("terminated", "complete", [1, 2])
+
+
+async def test_a_handler_takes_the_context_or_nothing_and_may_be_sync_or_async(world: World) -> None:
+    seen: list[str] = []
+
+    async def later() -> None:
+        seen.append("async, nothing")
+
+    async def with_context(rollback: RollbackContext) -> None:
+        seen.append(f"async, {rollback.ctx.config['timeout']}")
+
+    async def run(event: Any, step: Any) -> None:
+        await step.do("a", {"timeout": 5}, lambda: 1, rollback=later)
+        await step.do("b", lambda: 1, rollback=with_context, rollback_config={"timeout": 3})
+        await step.do("c", lambda: 1, rollback=lambda: seen.append("sync, nothing"))
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError):
+        await world.result(run)
+    assert seen == ["sync, nothing", "async, 0:00:03", "async, nothing"]

@@ -360,7 +360,7 @@ async def test_events_racing_with_parking_are_neither_lost_nor_doubled(world: Wo
 # --- hibernation ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["sleep", "event", "retry"])
+@pytest.mark.parametrize("how", ["sleep", "sleep_until", "event", "retry", "pause"])
 async def test_a_waiting_instance_holds_nothing(world: World, how: str) -> None:
     alive = []
     seen: list[str] = []
@@ -372,8 +372,10 @@ async def test_a_waiting_instance_holds_nothing(world: World, how: str) -> None:
         held = Held()
         alive.append(held)
         try:
-            if how == "sleep":
+            if how in {"sleep", "pause"}:
                 await step.sleep("w", 60)
+            elif how == "sleep_until":
+                await step.sleep_until("w", world.clock.now() + timedelta(seconds=60))
             elif how == "event":
                 await step.wait_for_event("w", type="go")
             else:
@@ -386,10 +388,18 @@ async def test_a_waiting_instance_holds_nothing(world: World, how: str) -> None:
             seen.append("finally")
         return "done"
 
+    async def earlier(event: Any, step: Any) -> None:
+        await step.sleep("w", 0)
+
+    await world.result(earlier)  # what an engine opens once is open
     tasks, threads = len(asyncio.all_tasks()), threading.active_count()
+    process = psutil.Process()
+    files, children = process.num_fds(), process.children()
     instance = await world.start(run)
     await world.parked(instance)
-    await world.saw(instance, "workflow.waiting")
+    if how == "pause":
+        await instance.pause()
+        await world.status(instance, "paused")
     reference = __import__("weakref").ref(alive.pop())
     for _ in range(3):
         await asyncio.sleep(0)
@@ -398,6 +408,9 @@ async def test_a_waiting_instance_holds_nothing(world: World, how: str) -> None:
     assert seen == []  # and it did not notice
     assert len(asyncio.all_tasks()) == tasks
     assert threading.active_count() == threads
+    assert (process.num_fds(), process.children()) == (files, children)
+    if how == "pause":
+        await instance.resume()
     if how == "event":
         await instance.send_event(type="go")
     else:
@@ -496,3 +509,72 @@ async def test_two_thousand_waiting_instances_cost_rows_only(world: World) -> No
     assert psutil.Process().memory_info().rss - before < 20 * 2**20
     await instances[-1].send_event(type="go", payload="woken")
     assert await instances[-1].result(timeout=DEADLINE) == "woken"
+
+
+# --- pauses and crashes between an event and its waiter --------------------------------------------
+
+
+async def test_events_to_a_paused_instance_survive_a_crash(world: World) -> None:
+    async def run(event: Any, step: Any) -> Any:
+        return [(await step.wait_for_event("w", type="go")).payload for _ in range(3)]
+
+    instance = await world.start(run)
+    await world.parked(instance)
+    await instance.pause()
+    for number in range(3):
+        await instance.send_event(type="go", payload=number)
+    await world.reopen()
+    instance = await world.engine.binding("run").get(instance.id)
+    assert (await instance.status()).status == "paused"
+    await instance.resume()
+    assert await instance.result(timeout=DEADLINE) == [0, 1, 2]
+
+
+async def test_no_pause_crash_or_wake_loses_or_redelivers_an_event(world: World) -> None:
+    """Each event is consumed in one transaction with the end of its wait, whatever comes between."""
+
+    async def run(event: Any, step: Any) -> Any:
+        return [(await step.wait_for_event("w", type="go")).payload for _ in range(40)]
+
+    instance = await world.start(run)
+    for number in range(40):
+        await instance.send_event(type="go", payload=number)
+        if number % 4 == 1:
+            await instance.pause()
+        if number % 4 == 3:
+            await instance.resume()
+        if number % 5 == 0:
+            await world.reopen()
+            instance = await world.engine.binding("run").get(instance.id)
+    await instance.resume()
+    assert await instance.result(timeout=DEADLINE) == list(range(40))
+
+
+async def test_an_event_goes_to_one_waiter(world: World) -> None:
+    async def run(event: Any, step: Any) -> Any:
+        first = asyncio.ensure_future(step.wait_for_event("first", type="go"))
+        second = asyncio.ensure_future(step.wait_for_event("second", type="go", timeout=10))
+        results = await asyncio.gather(first, second, return_exceptions=True)
+        return [getattr(result, "payload", type(result).__name__) for result in results]
+
+    instance = await world.start(run)
+    await world.parked(instance)
+    await instance.send_event(type="go", payload="one")
+    await world.saw(instance, "wait.completed")
+    assert await world.run_through(instance) == ["one", "WorkflowTimeoutError"]
+
+
+async def test_a_wait_whose_type_is_only_buffered_twice_takes_the_older(world: World) -> None:
+    async def run(event: Any, step: Any) -> Any:
+        await step.wait_for_event("start", type="start")
+        first = await step.wait_for_event("w", type="go")
+        await step.sleep("nap", 5)
+        return [first.payload, first.timestamp, (await step.wait_for_event("w", type="go")).payload]
+
+    instance = await world.start(run)
+    sent = world.clock.now()
+    await instance.send_event(type="go", payload="older")
+    world.advance(1)
+    await instance.send_event(type="go", payload="newer")
+    await instance.send_event(type="start")
+    assert await world.run_through(instance) == ["older", sent, "newer"]

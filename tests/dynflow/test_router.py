@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import pytest
 
 from dynflow import (
     DynamicWorkflowBinding,
+    IllegalMoveError,
     InstanceNotFoundError,
     InvalidArgumentError,
     MissingDispatcherMetadataError,
@@ -205,6 +207,11 @@ class TenantWorkflow(WorkflowEntrypoint):
 async def fetch(request, env):
     options = request.json()
     return (await env.WORKFLOWS.create(**options)).id
+
+async def control(env_id, method, *args, **options):
+    from dynflow.workflow import current_env
+    instance = await current_env.get().WORKFLOWS.get(env_id)
+    return await getattr(instance, method)(*args, **options)
 """
 
 
@@ -352,3 +359,44 @@ async def test_code_that_no_instance_is_pinned_to_goes_with_the_last_one(tenants
     assert await kept() == 1
     await tenants.bound("a").delete_batch(["two"])
     assert await kept() == 0
+
+
+async def test_options_of_a_tenants_handle_are_passed_on(tenants: Tenants) -> None:
+    """`env.WORKFLOWS` inside of an isolate controls an instance as the host's own handle does."""
+    await tenants.create("a", id="one", params={"wait": True})
+    instance = await tenants.bound("a").get("one")
+    await tenants.parked(instance)
+
+    async def control(method: str, *args: Any, **options: Any) -> Any:
+        return await tenants.stub("a").get_entrypoint().control("one", method, *args, **options)
+
+    assert (await control("status")).status == "waiting"
+    await control("pause")
+    assert (await instance.status()).status == "paused"
+    await control("resume")
+    await control("send_event", type="go", payload=[1])
+    assert await control("result", timeout=DEADLINE) == await instance.result(timeout=DEADLINE)
+    await control("restart", from_step=("w", 1, "wait_for_event"))
+    status = await tenants.status(instance, "waiting")
+    assert [step.name for step in status.steps] == ["first", "w"]
+    with pytest.raises(InvalidArgumentError, match="from_step"):
+        await control("restart", from_step=("w",))
+    await control("terminate", rollback=True)
+    assert (await tenants.status(instance, "terminated")).status == "terminated"
+    with pytest.raises(IllegalMoveError, match="terminated"):
+        await control("send_event", type="go")
+    await control("delete")
+    with pytest.raises(InstanceNotFoundError):
+        await control("status")
+
+
+async def test_a_retention_given_through_a_wrapped_binding_holds(tenants: Tenants) -> None:
+    instance = await tenants.bound("a").create(id="short", retention="1 hour")
+    await instance.result(timeout=DEADLINE)
+    tenants.advance(3600)
+    async with asyncio.timeout(DEADLINE):
+        while await tenants.bound("a").delete_batch(["other"]) == []:
+            try:
+                await instance.status()
+            except InstanceNotFoundError:
+                break
