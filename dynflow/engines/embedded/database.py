@@ -1,11 +1,18 @@
-"""The engine's SQLite file: locked, checked, made where it is not there. Everything here blocks."""
+"""The engine's SQLite file: locked, checked, made or brought to today's schema. Everything here blocks.
+
+`schema.sql` is the schema as it is now. `migrations/NNNN_what.sql` leads from version NNNN - 1 to NNNN; a change of
+the schema changes `schema.sql`, adds a migration, and counts SCHEMA_VERSION up. A released migration stays as it is.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
 
@@ -17,19 +24,22 @@ Synchronous = Literal["FULL", "NORMAL"]
 APPLICATION_ID = 0x64796E66
 SCHEMA_VERSION = 1
 
+_HERE = resources.files("dynflow.engines.embedded")
+
 
 class Database:
     """The file while this process has it. `connection` is the only one for writing.
 
-    Raises StorageError where the file cannot be used, or another process has it; then the file is as it was.
+    A file of an older release is migrated, in one transaction. Raises StorageError where the file cannot be used,
+    or another process has it; then the file is as it was. `migrations` is for tests: a folder of other ones.
     """
 
     connection: sqlite3.Connection
 
-    def __init__(self, path: Path, synchronous: Synchronous) -> None:
+    def __init__(self, path: Path, synchronous: Synchronous, migrations: Traversable | None = None) -> None:
         self._lock = _lock(path)
         try:
-            self.connection = _open(path, synchronous)
+            self.connection = _open(path, synchronous, migrations or _HERE / "migrations")
         except BaseException:
             os.close(self._lock)
             raise
@@ -38,6 +48,34 @@ class Database:
         """Close the file, and let others have it."""
         self.connection.close()
         os.close(self._lock)
+
+
+# What to do about what SQLite says, by its primary result codes.
+_REMEDIES = {
+    sqlite3.SQLITE_CORRUPT: "the file is damaged: restore it from a backup",
+    sqlite3.SQLITE_NOTADB: "the file is damaged, or not a database: restore it from a backup",
+    sqlite3.SQLITE_FULL: "make room on its disk",
+    sqlite3.SQLITE_READONLY: "make the file, its folder and their disk writable",
+    sqlite3.SQLITE_CANTOPEN: "make the file and its folder writable",
+    sqlite3.SQLITE_PERM: "make the file and its folder writable",
+    sqlite3.SQLITE_IOERR: "look whether its disk is full, read-only or failing",
+    sqlite3.SQLITE_BUSY: "another program holds it locked: end that",
+}
+
+
+def trouble(path: Path, error: sqlite3.Error | OSError) -> StorageError:
+    """Return what says which file is in trouble, why, and what to do."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest says where in SQLite it came up
+    remedy = _REMEDIES.get(code)
+    return StorageError(f"{path} cannot be used: {error}" + (f"; {remedy}" if remedy else ""))
+
+
+def migrations_of(folder: Traversable) -> dict[int, str]:
+    """Return a folder's migrations in order: the version that each leads to, and its SQL."""
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".sql")), key=lambda file: file.name
+    )
+    return {int(file.name[:4]): file.read_text("utf-8") for file in files}
 
 
 def _lock(path: Path) -> int:
@@ -56,23 +94,25 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def _open(path: Path, synchronous: Synchronous) -> sqlite3.Connection:
+def _open(path: Path, synchronous: Synchronous, migrations: Traversable) -> sqlite3.Connection:
     _make_private(path)
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512)
     try:
-        _check(db, path)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute(f"PRAGMA synchronous = {synchronous}")
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("PRAGMA cache_size = -65536")  # 64 MiB of pages
-        if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-            _create(db)
-    except sqlite3.DatabaseError as error:
-        db.close()
-        raise StorageError(f"{path} cannot be used: {error}; restore it from a backup") from None
-    except BaseException:
-        db.close()
-        raise
+        version = _check(path)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"PRAGMA synchronous = {synchronous}")
+            db.execute("PRAGMA cache_size = -65536")  # 64 MiB of pages
+            if version == 0:
+                _create(db)
+            elif version < SCHEMA_VERSION:
+                _migrate(db, version, migrations_of(migrations))
+            db.execute("PRAGMA foreign_keys = ON")
+        except BaseException:
+            db.close()
+            raise
+    except sqlite3.Error as error:
+        raise trouble(path, error) from None
     return db
 
 
@@ -84,27 +124,53 @@ def _make_private(path: Path) -> None:
         raise StorageError(f"cannot open {path}: {error.strerror}") from None
 
 
-def _check(db: sqlite3.Connection, path: Path) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    application = db.execute("PRAGMA application_id").fetchone()[0]
-    tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-    if application not in (APPLICATION_ID, 0) or (tables and application != APPLICATION_ID):
-        raise StorageError(f"{path} is a SQLite file of another program: give the engine a file of its own")
-    if version > SCHEMA_VERSION:
-        raise StorageError(
-            f"{path} was written by a newer release (schema {version}, this release knows {SCHEMA_VERSION}): "
-            "upgrade dynflow, or restore a backup from before; the file was not changed"
-        )
-    problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if problem != "ok":
-        raise StorageError(
-            f"{path} is damaged ({problem}): restore it from a backup; the file was not changed"
-        )
+def _check(path: Path) -> int:
+    """Return the version of a whole file of ours, 0 for an empty one; refuse another without a change to it."""
+    # A connection that could write would move the log into the file when it closes. What an interrupted
+    # transaction without a log left can only be read once it is taken back.
+    mode = "rw" if Path(f"{path}-journal").exists() else "ro"
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as db:
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        if application not in (APPLICATION_ID, 0) or (tables and application != APPLICATION_ID):
+            raise StorageError(
+                f"{path} is a SQLite file of another program: give the engine a file of its own"
+            )
+        if version > SCHEMA_VERSION:
+            raise StorageError(
+                f"{path} was written by a newer release (schema {version}, this release knows {SCHEMA_VERSION}): "
+                "upgrade dynflow, or restore a backup from before; the file was not changed"
+            )
+        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise StorageError(
+                f"{path} is damaged ({problem}): restore it from a backup; the file was not changed"
+            )
+    return version
 
 
 def _create(db: sqlite3.Connection) -> None:
-    schema = resources.files("dynflow.engines.embedded").joinpath("schema.sql").read_text()
+    schema = (_HERE / "schema.sql").read_text("utf-8")
     db.executescript(
         f"BEGIN IMMEDIATE;\n{schema}\n"
         f"PRAGMA application_id = {APPLICATION_ID};\nPRAGMA user_version = {SCHEMA_VERSION};\nCOMMIT;"
     )
+
+
+def _migrate(db: sqlite3.Connection, version: int, migrations: Mapping[int, str]) -> None:
+    """Bring a file to today's schema in one transaction: one that is cut off has not happened."""
+    # A table that is made anew is dropped first: nothing may be deleted along with it. Foreign keys cannot be
+    # switched off inside a transaction.
+    db.execute("PRAGMA foreign_keys = OFF")
+    steps = "\n".join(migrations[number] for number in range(version + 1, SCHEMA_VERSION + 1))
+    try:
+        db.executescript(f"BEGIN IMMEDIATE;\n{steps}\nPRAGMA user_version = {SCHEMA_VERSION};")
+        broken = db.execute("PRAGMA foreign_key_check").fetchone()
+        if broken is not None:
+            raise sqlite3.IntegrityError(f"a row of {broken[0]} belongs to nothing in {broken[2]}")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log is as large as what was rewritten
