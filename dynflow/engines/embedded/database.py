@@ -37,6 +37,7 @@ class Database:
     connection: sqlite3.Connection
 
     def __init__(self, path: Path, synchronous: Synchronous, migrations: Traversable | None = None) -> None:
+        self.path = path
         self._lock = _lock(path)
         try:
             self.connection = _open(path, synchronous, migrations or _HERE / "migrations")

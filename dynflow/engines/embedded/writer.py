@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dynflow.engines.embedded.database import Database, Synchronous
-from dynflow.errors import EngineClosedError, StorageError
+from dynflow.engines.embedded.database import Database, Synchronous, trouble
+from dynflow.errors import EngineClosedError
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
@@ -84,8 +84,7 @@ class Writer:
             return self._transaction(group)
         except (sqlite3.Error, OSError) as error:
             if len(group) == 1:
-                failure = StorageError(f"the engine's file could not be written: {error}")
-                return [(group[0][1], None, failure)]
+                return [(group[0][1], None, trouble(self._database.path, error))]
             # One at a time, so that only what cannot be stored fails.
             return [outcome for item in group for outcome in self._commit([item])]
 
