@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import Any, Protocol, Self
 
+from dynflow.errors import InvalidArgumentError
 from dynflow.serialization import MEBIBYTE
 from dynflow.types import StepContext
 from dynflow.workflow import StepPort, WorkflowStep
@@ -38,17 +39,33 @@ class IsolateLimits:
 
 @dataclass(frozen=True, slots=True)
 class WorkerCode:
-    """A tenant's code: `modules` maps file names (`"index.py"`, `"pkg/mod.py"`) to source.
+    """A tenant's code: `modules` maps file names to what they hold.
 
-    `env` holds plain data (copied into the isolate) and capabilities (called through the wire).
+    `"pkg/mod.py"` is source. Under any other name there is text, bytes or plain data: `import` gives a module whose
+    `value` it is (`"prompts/hello.txt"`: `from prompts import hello; hello.value`); text under `….json` is parsed.
+    `env` holds plain data (copied into the isolate) and bindings (called through the wire).
     `metadata` is what tenants see as `ctx.metadata`.
+    `compatibility_date` (`"2026-11-01"`) says which day's behaviour of the library the code was written for. There
+    is one behaviour so far; code that names a day keeps it when there are more.
     """
 
     main_module: str
-    modules: Mapping[str, str]
+    modules: Mapping[str, Any]
     env: Mapping[str, Any] = field(default_factory=dict)
     metadata: Any = None
     limits: IsolateLimits = IsolateLimits()
+    compatibility_date: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InvalidArgumentError for a date that is none."""
+        if self.compatibility_date is None:
+            return
+        try:
+            date.fromisoformat(self.compatibility_date)
+        except (TypeError, ValueError):
+            raise InvalidArgumentError(
+                f"compatibility_date is a day such as '2026-11-01', not {self.compatibility_date!r:.100}"
+            ) from None
 
 
 CodeSource = Callable[[], WorkerCode | Awaitable[WorkerCode]]
@@ -87,6 +104,19 @@ class Capability:
 
 
 @dataclass(frozen=True, slots=True)
+class BoundObject:
+    """An ordinary object of the host in a worker's `env`: what `binding` returns."""
+
+    target: object
+    methods: frozenset[str] | None = None
+
+
+def binding(target: object, *, methods: Collection[str] | None = None) -> BoundObject:
+    """Return `target` as a binding for `env`: tenants reach its public `async def` methods, or only `methods`."""
+    return BoundObject(target, None if methods is None else frozenset(methods))
+
+
+@dataclass(frozen=True, slots=True)
 class WrappedBinding:
     """A place in a worker's `env` for a tenant's workflow binding; its loader fills in what `bind` got."""
 
@@ -121,7 +151,7 @@ class SegmentPort(StepPort, Protocol):
     def activity(self) -> Activity:
         """Register a part, active from now."""
 
-    async def pin(self, digest: str, modules: Mapping[str, str]) -> Mapping[str, str]:
+    async def pin(self, digest: str, modules: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the modules that this instance started with.
 
         The first call stores `modules` under `digest` (`sha256:…`) durably and returns them.
@@ -173,6 +203,10 @@ class WorkerLoader(ABC):
     @abstractmethod
     def get(self, worker_id: str, code: CodeSource) -> WorkerStub:
         """Return the worker `worker_id`; `code` is asked for its code when that is first needed."""
+
+    @abstractmethod
+    def load(self, code: WorkerCode) -> WorkerStub:
+        """Return a worker of its own for `code`, which nobody else gets and which no id leads to again."""
 
     @abstractmethod
     def bind(self, name: str, wrap: Callable[[Any], Any]) -> None:

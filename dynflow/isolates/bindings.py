@@ -10,7 +10,7 @@ from typing import Any
 
 from dynflow.errors import DynflowError, InvalidArgumentError
 from dynflow.failure import Failure, RemoteError
-from dynflow.isolates import Caller, Capability, WrappedBinding, current_caller
+from dynflow.isolates import BoundObject, Caller, Capability, EntrypointStub, WrappedBinding, current_caller
 from dynflow.isolates.proxies import INSTANCE_METHODS
 from dynflow.serialization import encode
 
@@ -59,26 +59,45 @@ class HostBinding(ABC):
         )
 
 
-class CapabilityBinding(HostBinding):
-    """A Capability: the public `async def` methods of its class."""
+class ObjectBinding(HostBinding):
+    """An object of the host: the public `async def` methods of its class, or those of them in `methods`."""
 
     kind = "capability"
 
-    def __init__(self, name: str, capability: Capability) -> None:
+    def __init__(self, name: str, target: object, methods: frozenset[str] | None = None) -> None:
         super().__init__(name)
-        self._capability = capability
+        self._target, self._methods = target, methods
 
     def find(self, method: str) -> Callable[..., Any]:
         """Return the bound method."""
-        function = inspect.getattr_static(type(self._capability), method, None)
-        if method.startswith("_") or not inspect.iscoroutinefunction(function):
-            sync = (
-                not method.startswith("_") and callable(function) and method in vars(type(self._capability))
-            )
+        function = inspect.getattr_static(type(self._target), method, None)
+        hidden = method.startswith("_") or (self._methods is not None and method not in self._methods)
+        if hidden or not inspect.iscoroutinefunction(function):
+            sync = not hidden and callable(function) and method in vars(type(self._target))
             why = ": methods of capabilities are `async def`" if sync else ""
             raise InvalidArgumentError(f"{self.name} has no method {method!r:.100}{why}")
-        found: Callable[..., Any] = getattr(self._capability, method)
+        found: Callable[..., Any] = getattr(self._target, method)
         return found
+
+
+class EntrypointBinding(HostBinding):
+    """An entrypoint of another worker: one tenant's code as a service of another's."""
+
+    kind = "capability"
+
+    def __init__(self, name: str, stub: EntrypointStub) -> None:
+        super().__init__(name)
+        self._stub = stub
+
+    def find(self, method: str) -> Callable[..., Any]:
+        """Return what calls `method` over there."""
+        if method.startswith("_"):
+            raise InvalidArgumentError(f"{self.name} has no method {method!r:.100}")
+
+        async def of_worker(*args: Any, **kwargs: Any) -> Any:
+            return await self._stub.call(method, *args, **kwargs)
+
+        return of_worker
 
 
 class WorkflowsBinding(HostBinding):
@@ -131,7 +150,11 @@ def make_bindings(
     bindings: dict[str, HostBinding] = {}
     for name, value in env.items():
         if isinstance(value, Capability):
-            bindings[name] = CapabilityBinding(name, value)
+            bindings[name] = ObjectBinding(name, value)
+        elif isinstance(value, BoundObject):
+            bindings[name] = ObjectBinding(name, value.target, value.methods)
+        elif isinstance(value, EntrypointStub):
+            bindings[name] = EntrypointBinding(name, value)
         elif isinstance(value, WrappedBinding):
             bindings[name] = WorkflowsBinding(name, _lookup(value, wraps))
         else:

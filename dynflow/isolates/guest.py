@@ -14,6 +14,7 @@ import resource
 import select
 import socket
 import sys
+import types
 from asyncio.base_events import BaseEventLoop
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -160,8 +161,13 @@ class Guest:
     async def _perform(self, call: Call) -> Any:
         try:
             return await getattr(self, _METHODS[call.target])(call)
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise RemoteError(Failure.of(error)) from None
+        except RemoteError:
+            raise
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - it is the answer
+            failure = Failure.of(error.with_traceback(_own_part(error.__traceback__)))
+            raise RemoteError(
+                failure, getattr(error, "step", None), getattr(error, "attempts", None)
+            ) from None
 
     async def _load(self, call: Call) -> None:
         main_module, modules, bindings, metadata, memory, message = call.args
@@ -252,6 +258,16 @@ class Guest:
 
 def _nothing(_: Any) -> None:
     pass
+
+
+def _own_part(trace: types.TracebackType | None) -> types.TracebackType | None:
+    # What the tenant reads begins in the tenant's code, not in ours.
+    while trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
+        trace = trace.tb_next
+    return trace
+
+
+_OUR_FILES = {__file__, invoke.__code__.co_filename}
 
 
 _METHODS = {"load": "_load", "call": "_call", "run": "_run", "callback": "_callback"}

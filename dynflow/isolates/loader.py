@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
+from uuid import uuid4
 
 from dynflow.errors import InvalidArgumentError, IsolateError, UnserializableError
 from dynflow.failure import RemoteError
@@ -93,6 +94,10 @@ class ProcessLoader(WorkerLoader):
         self._workers.move_to_end(worker_id)
         return worker
 
+    def load(self, code: WorkerCode) -> WorkerStub:
+        """Return a worker of its own for `code`."""
+        return _Worker(self, f"loaded:{uuid4().hex}", lambda: code)
+
     def bind(self, name: str, wrap: Wrap) -> None:
         """Make a workflow binding known."""
         self._wraps[name] = wrap
@@ -155,7 +160,7 @@ class _Loaded:
     """A worker's code with what goes to the guest and what stays here."""
 
     code: WorkerCode
-    modules: Mapping[str, str]
+    modules: Mapping[str, Any]
     told: dict[str, list[Any]]
     bindings: dict[str, HostBinding]
     digest: str
@@ -299,9 +304,9 @@ class _Held:
         asyncio.ensure_future(self._release(clean=False))  # noqa: RUF006 - the loader waits for the isolate
 
 
-def code_digest(main_module: str, modules: Mapping[str, str]) -> str:
+def code_digest(main_module: str, modules: Mapping[str, Any]) -> str:
     """Return `sha256:…` of a worker's code."""
-    text = json.dumps([main_module, sorted(modules.items())])
+    text = json.dumps([main_module, sorted((file, pack(held)) for file, held in modules.items())])
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -67,7 +67,7 @@ class Isolate(asyncio.Protocol):
     def load(
         self,
         main_module: str,
-        modules: Mapping[str, str],
+        modules: Mapping[str, Any],
         env: Mapping[str, Any],
         metadata: Any,
         limits: IsolateLimits,

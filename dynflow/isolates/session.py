@@ -219,8 +219,19 @@ def error_of(failure: Failure) -> BaseException:
     if known or (module == "dynflow.errors" and name in _TENANTS_ERRORS):
         error = failure.rebuild(only_loaded=True)
         if error is not None:
-            return error
-    return load_error_of(failure) or InstanceFailedError(failure.name, failure.message)
+            return _with_traceback(error, failure)
+    error = load_error_of(failure) or InstanceFailedError(failure.name, failure.message)
+    return _with_traceback(error, failure)
+
+
+def _with_traceback(error: BaseException, failure: Failure) -> BaseException:
+    if failure.traceback:
+        # It is shown on terminals and in logs, and it is the tenant's.
+        shown = "".join(
+            char if char.isprintable() or char == "\n" else "\ufffd" for char in failure.traceback
+        )
+        error.add_note(f"in the isolate:\n{shown}")
+    return error
 
 
 def load_error_of(failure: Failure) -> WorkerLoadError | None:

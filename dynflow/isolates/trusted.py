@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
+from uuid import uuid4
 
 from dynflow.failure import RemoteError
 from dynflow.isolates import Caller, CodeSource, EntrypointStub, WorkerCode, WorkerLoader, WorkerStub
@@ -44,6 +45,12 @@ class TrustedLoader(WorkerLoader):
             self._workers[worker_id] = _Worker(worker_id, code, self._wraps)
         return self._workers[worker_id]
 
+    def load(self, code: WorkerCode) -> WorkerStub:
+        """Return a worker of its own for `code`."""
+        worker = _Worker(f"loaded:{uuid4().hex}", lambda: code, self._wraps)
+        self._workers[worker.id] = worker
+        return worker
+
     def bind(self, name: str, wrap: Wrap) -> None:
         """Make a workflow binding known."""
         self._wraps[name] = wrap
@@ -65,7 +72,7 @@ class _Worker(WorkerStub):
             self.code = await outside(made) if inspect.isawaitable(made) else made
         return self.code
 
-    def load(self, code: WorkerCode, modules: Mapping[str, str]) -> Worker:
+    def load(self, code: WorkerCode, modules: Mapping[str, Any]) -> Worker:
         """Return `modules`, loaded once."""
         digest = code_digest(code.main_module, modules)
         if digest not in self._loaded:

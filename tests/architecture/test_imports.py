@@ -81,6 +81,7 @@ STDLIB_ONLY = (
     "dynflow.failure",
     "dynflow.isolates.confinement",
     "dynflow.isolates.guest",
+    "dynflow.isolates.modules",
     "dynflow.isolates.proxies",
     "dynflow.isolates.seccomp",
     "dynflow.isolates.syscalls",

@@ -25,6 +25,7 @@ from dynflow.isolates import (
     WorkerCode,
     WorkerLoader,
     WrappedBinding,
+    binding,
     current_caller,
 )
 from dynflow.loop import WorkflowLoop
@@ -185,6 +186,97 @@ async def test_modules_import_each_other_by_name(loader: WorkerLoader) -> None:
     }
     worker = loader.get("w", lambda: WorkerCode(".dynflow/ci.py", modules))
     assert await worker.get_entrypoint().both() == ["beside", "from the top", "from the top", "1"]
+
+
+async def test_text_json_and_bytes_are_modules_with_a_value(loader: WorkerLoader) -> None:
+    modules = {
+        "index.py": """
+import pkgutil
+import json, settings, limits
+from prompts import hello, logo
+def all(): return [settings.value, limits.value, hello.value, logo.value, json.dumps(1)]
+def read(): return [pkgutil.get_data(__name__, "prompts/hello.txt"), pkgutil.get_data(__name__, "limits.json")]
+""",
+        "settings.json": '{"region": "eu"}',
+        "limits.json": {"jobs": [1, 2]},
+        "prompts/hello.txt": "Hello!",
+        "prompts/logo.png": b"\x89PNG",
+        "json.txt": "does not hide json",
+        "README": "not importable",
+    }
+    worker = loader.get("w", lambda: WorkerCode("index.py", modules)).get_entrypoint()
+    assert await worker.all() == [{"region": "eu"}, {"jobs": [1, 2]}, "Hello!", b"\x89PNG", "1"]
+    assert await worker.read() == [b"Hello!", b'{"jobs": [1, 2]}']
+
+
+async def test_a_json_module_that_is_none_says_where(loader: WorkerLoader) -> None:
+    modules = {"index.py": "import settings", "settings.json": '{\n"a": }'}
+    with pytest.raises(WorkerLoadError) as caught:
+        await loader.load(WorkerCode("index.py", modules)).get_entrypoint().fetch()
+    assert (caught.value.file, caught.value.line) == ("settings.json", 2)
+
+
+async def test_what_is_loaded_without_an_id_is_a_worker_of_its_own(loader: WorkerLoader) -> None:
+    source = "seen = []\ndef count():\n    seen.append(1)\n    return len(seen)"
+    one, two = (loader.load(WorkerCode("index.py", {"index.py": source})).get_entrypoint() for _ in range(2))
+    assert await one.count() == 1
+    assert await two.count() == 1
+
+
+def test_a_compatibility_date_is_a_day() -> None:
+    assert WorkerCode("a.py", {}, compatibility_date="2026-11-01").compatibility_date == "2026-11-01"
+    with pytest.raises(InvalidArgumentError, match="a day such as"):
+        WorkerCode("a.py", {}, compatibility_date="tomorrow")
+
+
+async def test_an_ordinary_object_is_a_binding(loader: WorkerLoader) -> None:
+    class GitHub:
+        async def stars(self) -> int:
+            return 7
+
+        async def delete(self) -> None:
+            raise AssertionError
+
+        def sync(self) -> None:
+            raise AssertionError
+
+    source = """
+async def fetch(request, env):
+    told = [await env.GITHUB.stars()]
+    for method in ("delete", "sync"):
+        try:
+            await getattr(env.GITHUB, method)()
+        except ValueError as error:
+            told.append(str(error))
+    return told
+"""
+    env = {"GITHUB": binding(GitHub(), methods=["stars"])}
+    assert await loader.get("w", code(source, env)).get_entrypoint().fetch() == [
+        7,
+        "GITHUB has no method 'delete'",
+        "GITHUB has no method 'sync'",
+    ]
+
+
+async def test_a_worker_can_be_a_service_of_another(loader: WorkerLoader) -> None:
+    greeter = "from dynflow import WorkerEntrypoint\nclass G(WorkerEntrypoint):\n"
+    greeter += "    async def greet(self, name): return f'Hello, {name}'"
+    service = loader.get("greeter", code(greeter)).get_entrypoint("G")
+    source = "async def fetch(request, env): return await env.GREETER.greet('Ann')"
+    assert await loader.get("w", code(source, {"GREETER": service})).get_entrypoint().fetch() == "Hello, Ann"
+
+
+async def test_an_error_carries_the_tenants_part_of_the_traceback(loader: WorkerLoader) -> None:
+    if isinstance(loader, TrustedLoader):
+        pytest.skip("it is raised in this process")
+    source = "def outer(): return inner()\ndef inner(): raise ValueError('no\\x1b[2J')"
+    with pytest.raises(ValueError, match="no") as caught:
+        await loader.get("w", code(source)).get_entrypoint().outer()
+    (note,) = caught.value.__notes__
+    assert 'File "index.py", line 1, in outer' in note
+    assert 'File "index.py", line 2, in inner' in note
+    assert "guest.py" not in note
+    assert "\x1b" not in note
 
 
 @pytest.mark.parametrize(
