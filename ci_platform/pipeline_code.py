@@ -48,7 +48,7 @@ class PipelineCode:
         self._source, self._loader, self._identities = source, loader, identities
         self._env, self._limits = env, limits
         # A commit's files never change: what was looked up at the delivery need not be at the start and each wake.
-        self._known: OrderedDict[tuple[str, str], dict[str, str]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], dict[str, str | bytes]] = OrderedDict()
 
     async def describe(
         self, change: Change, *, clone_url: str, credentials: tuple[str, str] | None
@@ -71,7 +71,7 @@ class PipelineCode:
         code = WorkerCode(MAIN_MODULE, modules, self._env, {"repo": identity.repo}, self._limits)
         return self._loader.get(worker_id, lambda: code).get_entrypoint(PIPELINE_CLASS, props=identity)
 
-    async def _modules(self, repo: str, sha: str) -> dict[str, str]:
+    async def _modules(self, repo: str, sha: str) -> dict[str, str | bytes]:
         found = self._known.pop((repo, sha), None)
         if found is None:
             found = await self._read(repo, sha)
@@ -80,17 +80,31 @@ class PipelineCode:
             self._known.popitem(last=False)
         return found
 
-    async def _read(self, repo: str, sha: str) -> dict[str, str]:
-        files = await self._source.read_folder(repo, sha, FOLDER, suffix=".py")
+    async def _read(self, repo: str, sha: str) -> dict[str, str | bytes]:
+        files = await self._source.read_folder(repo, sha, FOLDER)
         try:
-            return {f"{FOLDER}/{name}": content.decode() for name, content in files.items()}
+            return {f"{FOLDER}/{name}": module_of(name, content) for name, content in files.items()}
         except UnicodeDecodeError as error:
             raise FailedError(f"{FOLDER}/ of {repo} at {sha} is not UTF-8: {error}") from None
 
 
-def _digest(modules: Mapping[str, str]) -> str:
+def module_of(name: str, content: bytes) -> str | bytes:
+    """Return a file of a pipeline as a module's content: bytes where it is no text.
+
+    Raises UnicodeDecodeError where it should be code.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        if name.endswith(".py"):
+            raise
+        return content
+
+
+def _digest(modules: Mapping[str, str | bytes]) -> str:
     digest = hashlib.sha256()
     for name in sorted(modules):
-        for part in (name.encode(), modules[name].encode()):
+        held = modules[name]
+        for part in (name.encode(), held if isinstance(held, bytes) else held.encode()):
             digest.update(len(part).to_bytes(8, "big") + part)
     return f"sha256:{digest.hexdigest()}"

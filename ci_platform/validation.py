@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci_platform.assembly import make_loader
-from ci_platform.pipeline_code import FOLDER, MAIN_MODULE, PIPELINE_CLASS
+from ci_platform.pipeline_code import FOLDER, MAIN_MODULE, PIPELINE_CLASS, module_of
 from ci_platform.settings import load_settings
 from dynflow.errors import IsolateLimitError, WorkerLoadError
 from dynflow.isolates import WorkerCode
@@ -50,15 +50,16 @@ async def validate_folder(folder: Path) -> Problem | None:
         return Problem(MAIN_MODULE, None, "there is no such file")
     try:
         modules = {
-            path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
-            for path in sorted((folder / FOLDER).rglob("*.py"))
+            path.relative_to(folder).as_posix(): module_of(path.name, path.read_bytes())
+            for path in sorted((folder / FOLDER).rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts
         }
     except UnicodeDecodeError as error:
         return Problem(FOLDER, None, f"a file is not UTF-8: {error}")
     return await _check(modules)
 
 
-async def _check(modules: dict[str, str]) -> Problem | None:
+async def _check(modules: dict[str, str | bytes]) -> Problem | None:
     code = WorkerCode(_CHECKER, {**modules, _CHECKER: _CHECK})
     async with make_loader(load_settings()) as loader:
         try:

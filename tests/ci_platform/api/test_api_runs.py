@@ -5,7 +5,26 @@ from __future__ import annotations
 import anyio
 import httpx
 
-from tests.ci_platform.api.world import FAILING, GATED, QUICK, SLOW, World, assert_problem
+from tests.ci_platform.api.world import FAILING, GATED, HEAD, QUICK, SLOW, World, assert_problem
+
+
+async def test_files_beside_the_pipeline_are_modules_of_it(world: World) -> None:
+    pipeline = (
+        "import words, settings\nfrom data import raw\n"
+        + HEAD
+        + (
+            "        text = '-'.join([words.say(), settings.value['region'], raw.value.hex()])\n"
+            "        await step.do(text, lambda: text)\n"
+        )
+    )
+    files = {
+        ".dynflow/words.py": "def say(): return 'hi'",
+        ".dynflow/settings.json": '{"region": "eu"}',
+        ".dynflow/data/raw.bin": "\udcff\udcfe",
+    }
+    run = await world.concluded(await world.push(pipeline, files=files))
+    assert run["conclusion"] == "success", run
+    assert "hi-eu-fffe" in [step["name"] for step in run["steps"]]
 
 
 async def test_a_push_becomes_a_run_with_steps_attempts_and_a_cause(world: World) -> None:

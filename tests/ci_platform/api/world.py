@@ -62,7 +62,7 @@ class World:
         tree = self.folder / "tree"
         for name, text in {**(files or {}), ".dynflow/ci.py": pipeline}.items():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).write_text(text)
+            (tree / name).write_text(text, errors="surrogateescape")  # bytes that are no text are wanted, too
         destination = Destination(self.served.url, self.repo, branch, self.served.token)
         sha = await anyio.to_thread.run_sync(push_folder, tree, destination, "A change")
         with anyio.fail_after(30):
