@@ -135,6 +135,21 @@ def test_every_path_of_the_api_is_in_the_reference() -> None:
     assert [path for path in paths if path not in reference] == []
 
 
+def test_the_rules_for_workflows_are_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    rules = reference.split("### Rules for workflows\n")[1].split("\n## ")[0]
+    for word in (
+        "side effects",
+        "clock",
+        "random",
+        "uuid",
+        "deterministic",
+        "idempotent",
+        "Race inside of one step",
+    ):
+        assert word in rules
+
+
 def test_every_decision_is_in_the_index() -> None:
     index = (ROOT / "docs" / "adr" / "README.md").read_text()
     pages = [page.name for page in (ROOT / "docs" / "adr").glob("[0-9]*.md")]

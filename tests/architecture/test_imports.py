@@ -201,6 +201,15 @@ def test_what_runs_inside_isolates_needs_only_the_standard_library(name: str) ->
     assert wrong == []
 
 
+def test_nothing_is_pickled() -> None:
+    """What isolates and files hold is hostile: reading it must not run it."""
+    forbidden = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    found = {
+        (name, each.module) for name, each in every_import() if each.module.partition(".")[0] in forbidden
+    }
+    assert found == set()
+
+
 def test_there_is_no_type_checking_loophole() -> None:
     wrong = [
         f"{name}:{node.lineno}"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from dynflow import WorkflowEntrypoint, create_dynamic_workflow_entrypoint
+from dynflow import DynamicWorkflowBinding, WorkflowEntrypoint, create_dynamic_workflow_entrypoint
 from dynflow.errors import (
     InvalidArgumentError,
     InvalidInstanceIdError,
     NonRetryableError,
     WorkflowTimeoutError,
 )
+from dynflow.isolates import ProcessLoader, TrustedLoader, WorkerCode
 from dynflow.testing import InstanceScript, TestingEngine
 
 DEADLINE = 10
@@ -233,3 +235,128 @@ async def test_tenants_workflows_behind_the_router_follow_scripts_too(engine: Te
     params = {"__dispatcher_metadata": {"tenant_id": "t"}, "params": {}}
     instance = await engine.binding("dynamic").create(id="o", params=params)
     assert await instance.result(timeout=DEADLINE) == ["mocked", "yes", "ship"]
+
+
+# --- workflows in isolates -----------------------------------------------------------------------
+
+TENANT = """
+from dynflow import WorkflowEntrypoint, WorkflowTimeoutError
+
+class Order(WorkflowEntrypoint):
+    async def run(self, event, step):
+        retries = {"retries": {"limit": 2, "delay": "1 hour"}}
+        charged = await step.do("charge", retries, lambda ctx: f"charge {ctx.attempt}")
+        await step.sleep("cool down", "1 day")
+        await step.sleep_until("new year", 4102444800 if event.payload else 0)
+        try:
+            approval = (await step.wait_for_event("approval", type="approve", timeout="30 days")).payload
+        except WorkflowTimeoutError:
+            return [charged, "nobody"]
+        return [charged, approval, await step.do("ship", lambda: "ship")]
+"""
+
+
+Tell = Callable[[InstanceScript], None]
+
+
+async def in_isolates(loader: Any, says: list[Tell], params: Any = None) -> Any:
+    """Run one instance of TENANT under a script; return its status and how far the clock has moved."""
+
+    async def load_runner(context: Any) -> Any:
+        return loader.get("t", lambda: WorkerCode("index.py", {"index.py": TENANT})).get_entrypoint("Order")
+
+    engine = TestingEngine()
+    engine.register("orders", create_dynamic_workflow_entrypoint(load_runner))
+    async with loader, engine:
+        before = engine.clock.now()
+        script = engine.script("orders", "o")
+        for tell in says:
+            tell(script)
+        await DynamicWorkflowBinding(engine.binding("orders"), {"tenant_id": "t"}).create(
+            id="o", params=params
+        )
+        status = await script.wait_for_status("complete", "waiting", "errored", timeout=30)
+        return status, engine.clock.now() - before
+
+
+CHARGE = "charge"
+
+
+def steps_of(status: Any) -> dict[str, Any]:
+    return {step.name: step for step in status.steps}
+
+
+SCRIPTS: dict[str, tuple[list[Tell], Callable[[Any], bool]]] = {
+    "disable_sleeps": (
+        [lambda script: script.disable_sleeps()],
+        lambda status: steps_of(status)["approval"].status == "waiting",
+    ),
+    "disable_sleeps of one": (
+        [lambda script: script.disable_sleeps("new year")],
+        lambda status: steps_of(status)["cool down"].status == "waiting",
+    ),
+    "disable_retry_delays and mock_step_error": (
+        [
+            lambda script: script.disable_retry_delays(),
+            lambda script: script.mock_step_error(CHARGE, ConnectionError("down"), times=2),
+        ],
+        lambda status: (
+            [each.error and each.error.name for each in steps_of(status)[CHARGE].attempts]
+            == ["ConnectionError", "ConnectionError", None]
+        ),
+    ),
+    "mock_step_result": (
+        [lambda script: script.mock_step_result(CHARGE, {"mocked": (1,)})],
+        lambda status: steps_of(status)[CHARGE].output == {"mocked": (1,)},
+    ),
+    "force_step_timeout": (
+        [lambda script: script.force_step_timeout(CHARGE, times=1)],
+        lambda status: steps_of(status)[CHARGE].attempts[0].error.name == "WorkflowTimeoutError",
+    ),
+    "mock_event": (
+        [
+            lambda script: script.disable_sleeps(),
+            lambda script: script.mock_event(type="approve", payload="yes"),
+        ],
+        lambda status: status.output == ["charge 1", "yes", "ship"],
+    ),
+    "force_event_timeout": (
+        [lambda script: script.disable_sleeps(), lambda script: script.force_event_timeout("approval")],
+        lambda status: status.output == ["charge 1", "nobody"],
+    ),
+}
+
+
+@pytest.mark.parametrize("make_loader", [TrustedLoader, ProcessLoader])
+@pytest.mark.parametrize("name", SCRIPTS)
+async def test_every_name_of_a_script_holds_for_workflows_in_isolates(make_loader: Any, name: str) -> None:
+    tell, holds = SCRIPTS[name]
+    status, passed = await in_isolates(
+        make_loader(), tell, params={"far": True} if "sleeps" in name else None
+    )
+    assert holds(status), status
+    assert passed < timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("make_loader", [TrustedLoader, ProcessLoader])
+async def test_results_of_steps_in_isolates_are_waited_for_over_a_crash(make_loader: Any) -> None:
+    loader = make_loader()
+
+    async def load_runner(context: Any) -> Any:
+        return loader.get("t", lambda: WorkerCode("index.py", {"index.py": TENANT})).get_entrypoint("Order")
+
+    engine = TestingEngine()
+    engine.register("orders", create_dynamic_workflow_entrypoint(load_runner))
+    async with loader, engine:
+        script = engine.script("orders", "o")
+        script.mock_step_result("ship", "mocked")
+        orders = DynamicWorkflowBinding(engine.binding("orders"), {"tenant_id": "t"})
+        await orders.create(id="o")
+        assert await script.wait_for_step_result("charge") == "charge 1"
+        await script.wait_for_status("waiting")
+        await engine.reopen()
+        engine.clock.advance(86_400)
+        await script.wait_for_step_result("new year")
+        await (await orders.get("o")).send_event(type="approve", payload="yes")
+        assert await script.wait_for_step_result("ship", timeout=30) == "mocked"
+        assert (await script.wait_for_status("complete")).output == ["charge 1", "yes", "mocked"]
