@@ -103,7 +103,8 @@ def _open(path: Path, synchronous: Synchronous, migrations: Traversable) -> sqli
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {synchronous}")
-            db.execute("PRAGMA cache_size = -65536")  # 64 MiB of pages
+            # 24 MiB of pages: more makes nothing faster at a million instances, and is memory of an idle engine.
+            db.execute("PRAGMA cache_size = -24576")
             if version == 0:
                 _create(db)
             elif version < SCHEMA_VERSION:
