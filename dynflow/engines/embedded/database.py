@@ -6,6 +6,7 @@ the schema changes `schema.sql`, adds a migration, and counts SCHEMA_VERSION up.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -64,6 +65,9 @@ _REMEDIES = {
 }
 
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
 def trouble(path: Path, error: sqlite3.Error | OSError) -> StorageError:
     """Return what says which file is in trouble, why, and what to do."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest says where in SQLite it came up
@@ -84,9 +88,7 @@ def _lock(path: Path) -> int:
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StorageError(
-            f"cannot open {path}.lock: {error.strerror}; is {path.parent} there and writable?"
-        ) from None
+        raise _cannot_open(Path(f"{path}.lock"), error) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -118,12 +120,17 @@ def _open(path: Path, synchronous: Synchronous, migrations: Traversable) -> sqli
     return db
 
 
+def _cannot_open(path: Path, error: OSError) -> StorageError:
+    remedy = "make room on its disk" if error.errno in _NO_ROOM else f"is {path.parent} there and writable?"
+    return StorageError(f"cannot open {path}: {error.strerror}; {remedy}")
+
+
 def _make_private(path: Path) -> None:
     """Make the file before SQLite does, for its owner alone; what SQLite puts beside it takes over the mode."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
-        raise StorageError(f"cannot open {path}: {error.strerror}") from None
+        raise _cannot_open(path, error) from None
 
 
 def _check(path: Path) -> int:
