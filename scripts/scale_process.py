@@ -32,6 +32,8 @@ _MAKERS = 4
 _NOTED = 20
 # Instances that run and end before an empty engine's memory is read: what every process loads and keeps anyway.
 _WARM_UP = 100
+# How many of the instances that it made a process wakes again.
+_HANDFUL = 5
 # More than the instances of a recovery, so that none of them queues.
 _CONCURRENCY = 2000
 
@@ -42,6 +44,15 @@ class Waits(WorkflowEntrypoint):
     async def run(self, _event: Any, step: Any) -> Any:
         """Run it."""
         await step.do("one", lambda: 1)
+        await step.wait_for_event("w", type="go")
+        return await step.do("woken", time.perf_counter)
+
+
+class OnlyWaits(WorkflowEntrypoint):
+    """The same without the first step: quicker to make."""
+
+    async def run(self, _event: Any, step: Any) -> Any:
+        """Run it."""
         await step.wait_for_event("w", type="go")
         return await step.do("woken", time.perf_counter)
 
@@ -91,10 +102,10 @@ def noted(path: Path) -> Path:
     return path.with_suffix(".ids")
 
 
-def engine_of(path: Path, **options: Any) -> EmbeddedEngine:
-    """Return an engine on the file with the workflows of this script."""
-    engine = EmbeddedEngine(path, concurrency=_CONCURRENCY, **options)
-    engine.register("waits", Waits)
+def engine_of(path: Path, *, bare: bool = False) -> EmbeddedEngine:
+    """Return an engine on the file whose workflow "waits" has a step before its wait, unless it is bare."""
+    engine = EmbeddedEngine(path)
+    engine.register("waits", OnlyWaits if bare else Waits)
     return engine
 
 
@@ -134,9 +145,9 @@ async def make(binding: WorkflowBinding, tenants: range) -> list[str]:
     return lines
 
 
-async def fill(path: Path, before: int, count: int) -> dict[str, float]:
+async def fill(path: Path, before: int, count: int, *, bare: bool) -> dict[str, float]:
     """Make the waiting instances from number `before` to `count`; tells their memory over the engine without them."""
-    engine = engine_of(path)
+    engine = engine_of(path, bare=bare)
     async with engine:
         binding, arrivals = engine.binding("waits"), Arrivals(engine)
         await wakes(await parked(binding, arrivals, _WARM_UP))
@@ -149,7 +160,7 @@ async def fill(path: Path, before: int, count: int) -> dict[str, float]:
             file.writelines(f"{line}\n" for line in lines)
         lines.clear()
         held_full = held()
-        return {
+        figures = {
             "empty_mb": empty,
             "memory_mb": resident_mb() - empty,
             "tasks": len(asyncio.all_tasks()),
@@ -158,6 +169,8 @@ async def fill(path: Path, before: int, count: int) -> dict[str, float]:
             "made_per_second": (count - before) / seconds,
             "made_cpu_ms": 1000 * cpu / (count - before),
         }
+        figures["woken"] = len(await wakes(await choose(binding, path, _HANDFUL)))
+        return figures
 
 
 async def parked(binding: WorkflowBinding, arrivals: Arrivals, count: int) -> list[WorkflowInstance]:
@@ -186,19 +199,15 @@ def forget_cached(path: Path) -> None:
     os.close(descriptor)
 
 
-async def rest(path: Path, seconds: float, samples: int, *, cold: bool) -> dict[str, float]:
+async def rest(path: Path, seconds: float, samples: int, *, cold: bool, bare: bool) -> dict[str, float]:
     """Open the file, be idle, wake some of its instances; without a file of ids, as many new ones."""
     if cold:
         forget_cached(path)
-    engine = engine_of(path)
+    engine = engine_of(path, bare=bare)
     start = time.perf_counter()
     async with engine:
         opened = time.perf_counter() - start
-        await asyncio.sleep(1)  # what starts with the engine has ended, so that being idle is measured alone
-        switches, cpu, begin = wake_ups(), time.process_time(), time.perf_counter()
-        await asyncio.sleep(seconds)
-        idle = time.perf_counter() - begin
-        cpu, switches = time.process_time() - cpu, wake_ups() - switches
+        idle = await idling(seconds)
         binding = engine.binding("waits")
         if noted(path).exists():
             instances = await choose(binding, path, samples)
@@ -207,12 +216,26 @@ async def rest(path: Path, seconds: float, samples: int, *, cold: bool) -> dict[
         woken = await wakes(instances)
         return {
             "open_ms": 1000 * opened,
-            "idle_cpu_percent": 100 * cpu / idle,
-            "idle_wake_ups_per_second": switches / idle,
+            "woken": len(woken),
+            **idle,
             "resident_mb": resident_mb(),
             "wake_p50_ms": percentile(woken, 50),
             "wake_p95_ms": percentile(woken, 95),
         }
+
+
+async def idling(seconds: float) -> dict[str, float]:
+    """Do nothing; tells what this process did all the same."""
+    if not seconds:
+        return {}
+    await asyncio.sleep(1)  # what starts with the engine has ended, so that being idle is measured alone
+    switches, cpu, begin = wake_ups(), time.process_time(), time.perf_counter()
+    await asyncio.sleep(seconds)
+    idle = time.perf_counter() - begin
+    return {
+        "idle_cpu_percent": 100 * (time.process_time() - cpu) / idle,
+        "idle_wake_ups_per_second": (wake_ups() - switches) / idle,
+    }
 
 
 async def choose(binding: WorkflowBinding, path: Path, count: int) -> list[WorkflowInstance]:
@@ -296,12 +319,13 @@ def main() -> None:
     parser.add_argument("--before", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--bare", action="store_true")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--started", type=float, default=0)
     given = parser.parse_args()
     work: dict[str, Callable[[], Awaitable[dict[str, float]]]] = {
-        "fill": lambda: fill(given.path, given.before, given.count),
-        "rest": lambda: rest(given.path, given.seconds, given.count, cold=given.cold),
+        "fill": lambda: fill(given.path, given.before, given.count, bare=given.bare),
+        "rest": lambda: rest(given.path, given.seconds, given.count, cold=given.cold, bare=given.bare),
         "grow": lambda: grow(given.path),
         "block": lambda: block(given.path, given.count, given.started),
     }
