@@ -197,9 +197,19 @@ class WorkerLoadError(IsolateError):
 
 
 class IsolateLimitError(IsolateError):
-    """The isolate ran into a limit (time, memory, output, message size) and was stopped. The tenant's matter."""
+    """The isolate ran into a limit and was stopped. The tenant's matter.
+
+    `limit` is the name of the limit in `IsolateLimits`, `value` what was allowed.
+    """
 
     code = "isolate_limit"
+
+    def __init__(self, limit: str, value: object = None, message: str | None = None) -> None:
+        super().__init__(limit, value, message)
+        self.limit, self.value, self.message = limit, value, message
+
+    def __str__(self) -> str:
+        return self.message or f"the isolate was stopped at its limit {self.limit!r}: {self.value}"
 
 
 class IsolateCrashedError(IsolateError):

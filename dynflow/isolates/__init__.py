@@ -12,29 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import date
 from typing import Any, Protocol, Self
 
 from dynflow.errors import InvalidArgumentError
-from dynflow.serialization import MEBIBYTE
+from dynflow.isolates.limits import CallLimits, IsolateLimits
 from dynflow.types import StepContext
 from dynflow.workflow import StepPort, WorkflowStep
-
-
-@dataclass(frozen=True, slots=True)
-class IsolateLimits:
-    """What one isolate may use; over it the isolate is stopped with IsolateLimitError."""
-
-    memory: int = 256 * MEBIBYTE
-    """Bytes of address space that the tenant's code may add."""
-    busy: timedelta = timedelta(seconds=30)
-    """How long code may compute without coming back to its event loop."""
-    output: int = 4 * MEBIBYTE
-    """Bytes printed in one session."""
-    message: int = 8 * MEBIBYTE
-    """Bytes of one message to the host."""
-    outstanding: int = 20_000
-    """Calls to the host that are not answered yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +37,7 @@ class WorkerCode:
     modules: Mapping[str, Any]
     env: Mapping[str, Any] = field(default_factory=dict)
     metadata: Any = None
-    limits: IsolateLimits = IsolateLimits()
+    limits: IsolateLimits = IsolateLimits()  # noqa: RUF009 - frozen
     compatibility_date: str | None = None
 
     def __post_init__(self) -> None:
@@ -186,10 +170,13 @@ class WorkerStub(ABC):
     """A worker, loaded when it is first used."""
 
     @abstractmethod
-    def get_entrypoint(self, name: str | None = None, *, props: Any = None) -> EntrypointStub:
+    def get_entrypoint(
+        self, name: str | None = None, *, props: Any = None, limits: CallLimits | None = None
+    ) -> EntrypointStub:
         """Return the entrypoint class `name` (None: the main module's functions, such as `fetch`).
 
         `props` reaches the tenant as `ctx.props` if it is plain data, and capabilities as `caller.props` as it is.
+        `limits` hold for each call made through it; of them and the worker's own the lower one counts.
         """
 
 
@@ -235,3 +222,25 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dynflow.isolates' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+__all__ = [
+    "Activity",
+    "BoundObject",
+    "CallLimits",
+    "Caller",
+    "Capability",
+    "CodeSource",
+    "EntrypointStub",
+    "IsolateLimits",
+    "ProcessLoader",
+    "SegmentPort",
+    "TrustedLoader",
+    "WorkerCode",
+    "WorkerLoader",
+    "WorkerStub",
+    "WrappedBinding",
+    "binding",
+    "current_caller",
+    "describe_walls",
+]

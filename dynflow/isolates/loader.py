@@ -15,7 +15,15 @@ from uuid import uuid4
 
 from dynflow.errors import InvalidArgumentError, IsolateError, UnserializableError
 from dynflow.failure import RemoteError
-from dynflow.isolates import Caller, CodeSource, EntrypointStub, WorkerCode, WorkerLoader, WorkerStub
+from dynflow.isolates import (
+    Caller,
+    CallLimits,
+    CodeSource,
+    EntrypointStub,
+    WorkerCode,
+    WorkerLoader,
+    WorkerStub,
+)
 from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from dynflow.isolates.pool import IsolatePool
@@ -129,7 +137,6 @@ class ProcessLoader(WorkerLoader):
 
     def release(self, key: Any, isolate: Isolate) -> None:
         """Keep an isolate that has finished cleanly for a moment."""
-        isolate.renew()
         timer = asyncio.get_running_loop().call_later(_KEEP_WARM, self._cool, isolate)
         self._warm[isolate] = (key, timer)
         while len(self._warm) > _WARM_PER_LOADER:
@@ -174,8 +181,10 @@ class _Worker(WorkerStub):
         self._source: CodeSource = source
         self._loaded: asyncio.Future[_Loaded] | None = None
 
-    def get_entrypoint(self, name: str | None = None, *, props: Any = None) -> EntrypointStub:
-        return _Entrypoint(self, name, props)
+    def get_entrypoint(
+        self, name: str | None = None, *, props: Any = None, limits: CallLimits | None = None
+    ) -> EntrypointStub:
+        return _Entrypoint(self, name, props, limits)
 
     async def loaded(self) -> _Loaded:
         """Return the code, asked for once; after an error it is asked for again."""
@@ -198,8 +207,8 @@ class _Worker(WorkerStub):
 
 
 class _Entrypoint(EntrypointStub):
-    def __init__(self, worker: _Worker, name: str | None, props: Any) -> None:
-        self._worker, self._name, self._props = worker, name, props
+    def __init__(self, worker: _Worker, name: str | None, props: Any, limits: CallLimits | None) -> None:
+        self._worker, self._name, self._props, self._limits = worker, name, props, limits
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a public method of the entrypoint."""
@@ -265,7 +274,8 @@ class _Entrypoint(EntrypointStub):
     ) -> tuple[Session, Callable[..., Any]]:
         loader, key = self._worker.loader, (loaded.token, loaded.digest)
         isolate = await loader.acquire(key, loaded)
-        session = Session(isolate, loaded.bindings, caller, port, activity)
+        limits = loaded.code.limits.lowered(self._limits)
+        session = Session(isolate, loaded.bindings, caller, limits, port, activity)
 
         async def release(*, clean: bool) -> None:
             session.close()

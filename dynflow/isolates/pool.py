@@ -54,12 +54,18 @@ def describe_walls() -> dict[str, str]:
     return found
 
 
+def _pid_of(pidfd: int) -> int:
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:  # noqa: PTH123 - one line of a small file
+        return next(int(line[4:]) for line in file if line.startswith("Pid:"))
+
+
 class IsolateProcess:
     """One forked child: the socket to it, and a hold on its life."""
 
     def __init__(self, sock: socket.socket, pidfd: int) -> None:
         self._socket, self._pidfd = sock, pidfd
         self._is_taken = False
+        self._pid: int | None = None
         self.status: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self.gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(pidfd, self._ended)
@@ -80,6 +86,14 @@ class IsolateProcess:
         if not self.gone.is_set():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def cpu_clock(self) -> int | None:
+        """Return the clock of its CPU time, for `time.clock_gettime`; None where it has ended."""
+        if self._pid is None and not self.gone.is_set():
+            with contextlib.suppress(OSError):
+                self._pid = _pid_of(self._pidfd)
+        # The kernel's CPUCLOCK_SCHED of a process (include/linux/posix-timers.h): asks nobody, costs a microsecond.
+        return (~self._pid << 3) | 2 if self._pid else None
 
     def ended_with(self, status: int | None) -> None:
         """Say how it ended: an exit code, minus the signal, or None where nobody knows."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, Protocol
 
 from dynflow.errors import DynflowError, InvalidArgumentError, IsolateCrashedError, IsolateLimitError
 from dynflow.isolates import Caller, IsolateLimits
 from dynflow.isolates.pool import IsolateProcess
+from dynflow.isolates.watchdog import Watchdog
 from dynflow.isolates.wire import Call, CallFuture, OversizeError, Peer, ProtocolError, WireLimits
 
 # Frames a second from one isolate before its host reads it more slowly: parsing them costs the host 10 µs each.
@@ -42,15 +44,13 @@ class Isolate(asyncio.Protocol):
     def __init__(self, process: IsolateProcess, on_output: OnOutput) -> None:
         self._process, self._on_output = process, on_output
         self._loop = asyncio.get_running_loop()
-        self._limits = IsolateLimits()
+        self.limits = IsolateLimits()
+        self.watchdog = Watchdog(process.cpu_clock, self.fail)
         self._transport: asyncio.Transport | None = None
         self.peer = Peer(self._write, self._perform, WireLimits(), on_idle=self._idle, on_output=self._output)
         self.session: Guest | None = None
         self.failed: DynflowError | None = None
-        self._printed = self._outputs = 0
-        self._waits = True
-        self._deadline: float | None = None
-        self._watch: asyncio.TimerHandle | None = None
+        self._outputs = 0
         self._frames_since = (self._loop.time(), 0)
 
     @staticmethod
@@ -73,7 +73,8 @@ class Isolate(asyncio.Protocol):
         limits: IsolateLimits,
     ) -> CallFuture:
         """Send the worker's code; everything called later runs in it."""
-        self._limits = limits
+        self.limits = limits
+        self.watchdog.load(limits)
         self.peer.set_limits(WireLimits(limits.message, limits.outstanding))
         return self.peer.call(
             "load", "", [main_module, dict(modules), dict(env), metadata, limits.memory, limits.message]
@@ -81,12 +82,19 @@ class Isolate(asyncio.Protocol):
 
     @property
     def is_usable(self) -> bool:
-        """Whether nothing has gone wrong and nothing is under way."""
-        return self.failed is None and not self.peer.unanswered() and not self.peer.performing
+        """Whether nothing has gone wrong, nothing is under way, and there is CPU left for another call."""
+        busy = self.peer.unanswered() or self.peer.performing
+        return self.failed is None and not busy and not self.watchdog.cpu_is_half_used
 
-    def renew(self) -> None:
-        """Begin another session's account."""
-        self._printed = 0
+    def begin(self, session: Guest, limits: IsolateLimits) -> None:
+        """Give it to `session`, whose call has these limits."""
+        self.session = session
+        self.watchdog.begin(limits)
+
+    def end(self) -> None:
+        """Take it from its session."""
+        self.session = None
+        self.watchdog.end()
 
     def fail(self, error: DynflowError) -> None:
         """Stop the isolate; whatever waits for it gets `error`."""
@@ -101,8 +109,7 @@ class Isolate(asyncio.Protocol):
             self.failed = IsolateCrashedError("the isolate was stopped")
             self.peer.close(self.failed)
         self._process.kill()
-        if self._watch is not None:
-            self._watch.cancel()
+        self.watchdog.close()
         if self._transport is not None:
             self._transport.abort()
 
@@ -116,11 +123,8 @@ class Isolate(asyncio.Protocol):
 
         def look() -> None:
             if not cancelled.answered.done():
-                self.fail(
-                    IsolateLimitError(
-                        "the isolate was stopped: cancelled code went on for more than a second"
-                    )
-                )
+                text = "the isolate was stopped: cancelled code went on for more than a second"
+                self.fail(IsolateLimitError("cancel", timedelta(seconds=CANCEL_GRACE), text))
 
         self._loop.call_later(CANCEL_GRACE, look)
 
@@ -136,14 +140,14 @@ class Isolate(asyncio.Protocol):
         try:
             self.peer.feed(data)
         except OversizeError as error:
-            self.fail(IsolateLimitError(f"the isolate was stopped: {error}"))
+            self.fail(IsolateLimitError("message", self.limits.message, f"the isolate was stopped: {error}"))
         except ProtocolError as error:
             self.fail(IsolateCrashedError(f"the isolate sent what it never may and was stopped: {error}"))
         except IsolateLimitError as error:
             self.fail(error)
         else:
-            if not self._waits and self.peer.seen - self._outputs > heard:
-                self._expect_within(self._busy)
+            if not self.watchdog.waits and self.peer.seen - self._outputs > heard:
+                self.watchdog.heard()
             self._slow_down()
 
     def eof_received(self) -> bool:
@@ -164,25 +168,23 @@ class Isolate(asyncio.Protocol):
         except TimeoutError:
             status = None
         if status == -signal.SIGKILL:
-            self.fail(
-                IsolateLimitError("the isolate's process was killed, most likely for the memory it used")
-            )
+            text = "the isolate's process was killed, most likely for the memory it used"
+            self.fail(IsolateLimitError("memory", self.limits.memory, text))
         elif status == -signal.SIGXCPU:
-            self.fail(IsolateLimitError("the isolate used up its CPU time"))
+            most = self.limits.isolate_cpu_ms
+            self.fail(IsolateLimitError("isolate_cpu_ms", most, "the isolate used up its CPU time"))
         else:
             how = "ended" if status is None else f"exited with {status}"
             if status is not None and status < 0:
                 how = f"was ended by {signal.Signals(-status).name}"
             self.fail(IsolateCrashedError(f"the isolate's process {how}"))
 
-    # --- limits ---
+    # --- the wire ---
 
     def _write(self, data: bytes) -> None:
         if self._transport is None:
             return
-        if self._waits:
-            self._waits = False
-            self._expect_within(self._busy)
+        self.watchdog.sent()
         self._transport.write(data)
         if self.session is not None:
             self.session.sent()
@@ -197,51 +199,13 @@ class Isolate(asyncio.Protocol):
             raise ValueError("it cannot have read more than was sent")
         if seen < self.peer.sent:
             return  # more is on its way to it: it will be busy again
-        self._waits = True
-        # Where a timer runs it wakes up by itself, and says so when it waits again.
-        self._deadline = None if quiet else self._loop.time() + max(0.0, due or 0.0) + self._busy
-        if not quiet:
-            self._arm()
-        elif self.session is not None:
+        self.watchdog.waiting(None if quiet else due or 0.0)
+        if quiet and self.session is not None:
             self.session.idled()
 
-    @property
-    def _busy(self) -> float:
-        return self._limits.busy.total_seconds()
-
-    def _expect_within(self, seconds: float) -> None:
-        self._deadline = self._loop.time() + seconds
-        self._arm()
-
-    def _arm(self) -> None:
-        # A timer that is due earlier is left alone: it looks again. So a busy wire does not churn timers.
-        if self._deadline is None or (self._watch is not None and self._watch.when() <= self._deadline):
-            return
-        if self._watch is not None:
-            self._watch.cancel()
-        self._watch = self._loop.call_at(self._deadline, self._look)
-
-    def _look(self) -> None:
-        self._watch = None
-        if self.failed is not None or self._deadline is None:
-            return
-        if self._loop.time() < self._deadline:
-            self._arm()
-            return
-        self.fail(
-            IsolateLimitError(
-                f"the isolate was stopped: its code ran for {self._busy:g} seconds "
-                "without coming back to its event loop"
-            )
-        )
-
     def _output(self, text: str) -> None:
-        self._printed += len(text)
         self._outputs += 1
-        if self._printed > self._limits.output:
-            raise IsolateLimitError(
-                f"the isolate was stopped: it printed more than {self._limits.output:,} bytes"
-            )
+        self.watchdog.printed(len(text))
         caller = self.session.caller if self.session is not None else Caller("")
         self._on_output(caller, text)
 

@@ -15,7 +15,7 @@ from dynflow.errors import (
     WorkerLoadError,
 )
 from dynflow.failure import Failure, RemoteError
-from dynflow.isolates import Activity, Caller, SegmentPort
+from dynflow.isolates import Activity, Caller, IsolateLimits, SegmentPort
 from dynflow.isolates.bindings import HostBinding
 from dynflow.isolates.process import CANCEL_GRACE, ENDED, Isolate
 from dynflow.isolates.wire import Call, CallFuture
@@ -34,6 +34,7 @@ class Session:
         isolate: Isolate,
         bindings: Mapping[str, HostBinding],
         caller: Caller,
+        limits: IsolateLimits,
         port: SegmentPort | None = None,
         activity: Activity | None = None,
     ) -> None:
@@ -42,7 +43,7 @@ class Session:
         self._entry: CallFuture | None = None
         self._scopes: dict[int, _Scope] = {}
         self.has_rollbacks = False
-        isolate.session = self
+        isolate.begin(self, limits)
 
     async def call(self, target: str, method: str, args: list[Any]) -> Any:
         """Call the guest and return its result; raises RemoteError, or an isolate error."""
@@ -63,7 +64,7 @@ class Session:
 
     def close(self) -> None:
         """Take no more calls."""
-        self._isolate.session = None
+        self._isolate.end()
 
     # --- what the isolate tells ---
 
@@ -81,7 +82,9 @@ class Session:
             self._activity.idle()
         elif not self._isolate.peer.performing:
             self._isolate.fail(
-                IsolateLimitError("the isolate was stopped: its code waits for what can never happen")
+                IsolateLimitError(
+                    "wait", None, "the isolate was stopped: its code waits for what can never happen"
+                )
             )
 
     def perform(self, call: Call) -> Any:
@@ -95,6 +98,7 @@ class Session:
         if kind != "env" or name not in self._bindings:
             raise InvalidArgumentError(f"there is no binding {call.target!r:.100}")
         scope.calls.add(call.id)
+        self._isolate.watchdog.asked()
         return self._bindings[name].call(scope.caller, call.method, call.args, call.kwargs)
 
     def _step(self, call: Call) -> Any:
@@ -168,9 +172,9 @@ class Session:
 
     def _stopped_by(self, failure: Failure) -> DynflowError | None:
         if failure.type == "builtins:MemoryError":
-            self._isolate.fail(
-                IsolateLimitError("the isolate was stopped: its code needs more memory than its limit")
-            )
+            most = self._isolate.limits.memory
+            text = "the isolate was stopped: its code needs more memory than its limit"
+            self._isolate.fail(IsolateLimitError("memory", most, text))
             return self._isolate.failed
         return None
 

@@ -14,7 +14,15 @@ from typing import Any, Self
 from uuid import uuid4
 
 from dynflow.failure import RemoteError
-from dynflow.isolates import Caller, CodeSource, EntrypointStub, WorkerCode, WorkerLoader, WorkerStub
+from dynflow.isolates import (
+    Caller,
+    CallLimits,
+    CodeSource,
+    EntrypointStub,
+    WorkerCode,
+    WorkerLoader,
+    WorkerStub,
+)
 from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
 from dynflow.isolates.loader import code_digest
 from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
@@ -62,7 +70,10 @@ class _Worker(WorkerStub):
         self.code: WorkerCode | None = None
         self._loaded: dict[str, Worker] = {}
 
-    def get_entrypoint(self, name: str | None = None, *, props: Any = None) -> EntrypointStub:
+    def get_entrypoint(
+        self, name: str | None = None, *, props: Any = None, limits: CallLimits | None = None
+    ) -> EntrypointStub:
+        del limits  # nothing is limited here
         return _Entrypoint(self, name, props)
 
     async def ask_code(self) -> WorkerCode:

@@ -250,7 +250,8 @@ class Peer:
         if number in self.performing:
             raise ValueError(f"call {number} is running already")
         if len(self.performing) >= self.limits.outstanding:
-            raise IsolateLimitError(f"more than {self.limits.outstanding:,} calls wait for an answer")
+            most = self.limits.outstanding
+            raise IsolateLimitError("outstanding", most, f"more than {most:,} calls wait for an answer")
         values = {key: unpack(value) for key, value in kwargs.items()}
         call = Call(number, target, method, tuple([unpack(value) for value in args]), values, scope)
         try:

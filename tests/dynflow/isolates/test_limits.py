@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dynflow.errors import InstanceFailedError, IsolateCrashedError, IsolateLimitError, ValueTooLargeError
-from dynflow.isolates import Capability, IsolateLimits, ProcessLoader, WorkerCode
+from dynflow.isolates import CallLimits, Capability, IsolateLimits, ProcessLoader, WorkerCode
 from tests.dynflow.isolates.support import hostile
 
 MEBIBYTE = 1024 * 1024
@@ -36,6 +36,92 @@ async def test_code_that_does_not_come_back_to_its_loop_is_stopped(
 ) -> None:
     with pytest.raises(IsolateLimitError, match=r"ran for 0\.3 seconds without coming back"):
         await hostile(loader, busy=SHORT).get_entrypoint().call(attack, {})
+
+
+SPIN = """
+import asyncio, time
+async def fetch(request, env):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        await asyncio.sleep(0)
+def lie():
+    from dynflow.isolates.wire import encode_frame
+    import os
+    while True:
+        os.write(3, encode_frame(["idle", 2, False, 1000]))
+        for _ in range(100_000): pass
+"""
+
+
+@pytest.mark.parametrize("method", ["fetch", "lie"])
+@pytest.mark.parametrize("whose", ["code", "call", "both"])
+async def test_cpu_time_of_a_call_has_an_end(loader: ProcessLoader, method: str, whose: str) -> None:
+    high = 10_000 if whose == "both" else 300_000
+    code = WorkerCode(
+        "index.py", {"index.py": SPIN}, limits=IsolateLimits(cpu_ms=100 if whose == "code" else high)
+    )
+    limits = None if whose == "code" else CallLimits(cpu_ms=100)
+    stub = loader.load(code).get_entrypoint(limits=limits)
+    with pytest.raises(IsolateLimitError, match="used more than 100 ms of CPU") as caught:
+        await stub.call(method)
+    assert (caught.value.limit, caught.value.value) == ("cpu_ms", 100)
+
+
+async def test_cpu_time_of_an_isolates_life_has_an_end(loader: ProcessLoader) -> None:
+    source = """
+import os, time
+def work():
+    end = time.process_time() + 0.12
+    while time.process_time() < end: pass
+    return os.getpid(), time.process_time()
+"""
+    code = WorkerCode("index.py", {"index.py": source}, limits=IsolateLimits(isolate_cpu_ms=400))
+    stub = loader.load(code).get_entrypoint()
+    lives = [await stub.work() for _ in range(6)]
+    assert max(cpu for _, cpu in lives) < 0.4  # another isolate goes on before it is used up
+    short = WorkerCode("index.py", {"index.py": source}, limits=IsolateLimits(isolate_cpu_ms=50))
+    with pytest.raises(IsolateLimitError) as caught:
+        await loader.load(short).get_entrypoint().work()
+    assert (caught.value.limit, caught.value.value) == ("isolate_cpu_ms", 50)
+
+
+async def test_a_call_takes_no_longer_than_its_wall_time(loader: ProcessLoader) -> None:
+    source = "import asyncio\nasync def fetch(request, env): await asyncio.sleep(100)\ndef quick(): return 1"
+    stub = loader.load(WorkerCode("index.py", {"index.py": source})).get_entrypoint(
+        limits=CallLimits(wall=timedelta(milliseconds=200))
+    )
+    assert await stub.quick() == 1
+    with pytest.raises(IsolateLimitError, match=r"took more than 0\.2 seconds") as caught:
+        await stub.fetch()
+    assert caught.value.limit == "wall"
+
+
+async def test_calls_of_bindings_are_counted_for_each_call(loader: ProcessLoader) -> None:
+    class Echo(Capability):
+        async def back(self, value: int) -> int:
+            return value
+
+    source = """
+async def fetch(request, env):
+    for number in range(request.json()):
+        try:
+            await env.ECHO.back(number)
+        except Exception:
+            pass
+"""
+    code = WorkerCode(
+        "index.py", {"index.py": source}, env={"ECHO": Echo()}, limits=IsolateLimits(subrequests=5)
+    )
+    stub = loader.load(code).get_entrypoint(limits=CallLimits(subrequests=50))
+    await stub.fetch(5)
+    await stub.fetch(5)
+    with pytest.raises(IsolateLimitError, match="more than 5 calls of bindings"):
+        await stub.fetch(6)
+
+
+async def test_printing_fast_has_an_end(loader: ProcessLoader) -> None:
+    with pytest.raises(IsolateLimitError, match="printed more than 50,000 bytes in a second"):
+        await hostile(loader, output_rate=50_000).get_entrypoint().print_without_end({})
 
 
 async def test_code_that_spins_while_it_is_loaded_is_stopped(loader: ProcessLoader) -> None:
