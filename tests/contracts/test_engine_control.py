@@ -387,7 +387,9 @@ async def test_events_to_a_paused_instance_are_delivered_after_the_resume_in_ord
     await instance.pause()
     for number in range(3):
         await instance.send_event(type="go", payload=number)
-    assert (await instance.status()).status == "paused"
+    status = await instance.status()
+    assert (status.status, step_of(status, "w").status) == ("paused", "waiting")
+    assert world.kinds(instance)["wait.completed"] == 0
     await instance.resume()
     assert await instance.result(timeout=DEADLINE) == [0, 1, 2]
 

@@ -557,13 +557,15 @@ async def test_an_error_whose_class_is_not_importable_is_a_step_failed_error(wor
         try:
             await step.do("fails", quick(1, 0), fail)
         except Exception as error:  # noqa: BLE001
-            return [type(error).__name__, error.step, error.attempts, error.cause]  # type: ignore[attr-defined]
+            return [type(error).__name__, error.args, error.step, error.attempts, error.cause, str(error)]  # type: ignore[attr-defined]
 
     assert await world.run_through(await world.start(run)) == [
         "StepFailedError",
+        ("fails", 2, "Local: here only"),
         "fails",
         2,
         "Local: here only",
+        "step 'fails' failed after 2 attempt(s): Local: here only",
     ]
 
 

@@ -83,7 +83,19 @@ async def test_sleep_until_a_past_time_returns_at_once(world: World) -> None:
     assert await world.result(run) == "at once"
 
 
-@pytest.mark.parametrize("when", [datetime(2030, 1, 1), "2030-01-01", None, float("nan"), 1e300, 4e9])  # noqa: DTZ001
+@pytest.mark.parametrize(
+    "when",
+    [
+        datetime(2026, 1, 2),
+        datetime(2030, 1, 1, tzinfo=UTC),
+        "2026-01-02",
+        None,
+        float("nan"),
+        1e300,
+        4e9,
+        True,
+    ],  # noqa: DTZ001
+)
 async def test_a_wrong_time_is_refused(world: World, when: Any) -> None:
     async def run(event: Any, step: Any) -> None:
         await step.sleep_until("dawn", when)
