@@ -86,7 +86,7 @@ async def test_sleep_until_a_past_time_returns_at_once(world: World) -> None:
 @pytest.mark.parametrize(
     "when",
     [
-        datetime(2026, 1, 2),
+        datetime(2026, 1, 2),  # noqa: DTZ001
         datetime(2030, 1, 1, tzinfo=UTC),
         "2026-01-02",
         None,
@@ -94,7 +94,7 @@ async def test_sleep_until_a_past_time_returns_at_once(world: World) -> None:
         1e300,
         4e9,
         True,
-    ],  # noqa: DTZ001
+    ],
 )
 async def test_a_wrong_time_is_refused(world: World, when: Any) -> None:
     async def run(event: Any, step: Any) -> None:
