@@ -651,6 +651,23 @@ async def test_restart_from_a_step_goes_by_the_order_of_starts_and_not_of_ends(w
     assert calls == ["slow", "quick", "after", "quick", "after"]
 
 
+@pytest.mark.parametrize("from_step", [None, ("first", 1), ("start", 1, "wait_for_event")])
+async def test_restart_forgets_events_that_nobody_has_taken(world: World, from_step: Any) -> None:
+    async def run(event: Any, step: Any) -> Any:
+        await step.do("first", lambda: 1)
+        await step.wait_for_event("start", type="start")
+        return (await step.wait_for_event("w", type="go")).payload
+
+    instance = await world.start(run)
+    await world.parked(instance)
+    await instance.send_event(type="go", payload="old")
+    await instance.restart(from_step=from_step)
+    await world.parked(instance, 2)
+    await instance.send_event(type="start")
+    await instance.send_event(type="go", payload="new")
+    assert await instance.result(timeout=DEADLINE) == "new"
+
+
 async def test_restart_from_a_step_forgets_buffered_events_and_the_end(world: World) -> None:
     async def run(event: Any, step: Any) -> Any:
         first = await step.do("first", lambda: 1)
