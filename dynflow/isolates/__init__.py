@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import date
@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 
 from dynflow.errors import InvalidArgumentError
 from dynflow.isolates.limits import CallLimits, IsolateLimits
+from dynflow.isolates.tails import Tail, TailEvent
 from dynflow.types import StepContext
 from dynflow.workflow import StepPort, WorkflowStep
 
@@ -31,6 +32,7 @@ class WorkerCode:
     `metadata` is what tenants see as `ctx.metadata`.
     `compatibility_date` (`"2026-11-01"`) says which day's behaviour of the library the code was written for. There
     is one behaviour so far; code that names a day keeps it when there are more.
+    `tails` are told what the code prints, logs, warns of and fails with, see dynflow.isolates.tails.
     """
 
     main_module: str
@@ -39,6 +41,7 @@ class WorkerCode:
     metadata: Any = None
     limits: IsolateLimits = IsolateLimits()  # noqa: RUF009 - frozen
     compatibility_date: str | None = None
+    tails: Sequence[Tail] = ()
 
     def __post_init__(self) -> None:
         """Raise InvalidArgumentError for a date that is none."""
@@ -235,6 +238,8 @@ __all__ = [
     "IsolateLimits",
     "ProcessLoader",
     "SegmentPort",
+    "Tail",
+    "TailEvent",
     "TrustedLoader",
     "WorkerCode",
     "WorkerLoader",

@@ -29,6 +29,7 @@ from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from dynflow.isolates.pool import IsolatePool
 from dynflow.isolates.process import Isolate, OnOutput
 from dynflow.isolates.session import Session, error_of, load_error_of
+from dynflow.isolates.tails import Tails
 from dynflow.loop import WorkflowLoop, outside
 from dynflow.serialization import pack
 from dynflow.workflow import WorkflowStep
@@ -38,6 +39,7 @@ _output = logging.getLogger("dynflow.output")
 _KEEP_WARM = 10.0
 _WARM_PER_LOADER = 16
 _CLAIM_WITHIN = 5.0
+_TAILS_GRACE = 1.0
 
 
 class ProcessLoader(WorkerLoader):
@@ -73,6 +75,8 @@ class ProcessLoader(WorkerLoader):
         self._warm: OrderedDict[Isolate, tuple[Any, asyncio.TimerHandle]] = OrderedDict()
         self._wraps: dict[str, Wrap] = {}
         self._live: set[Isolate] = set()
+        self.telling: set[asyncio.Task[None]] = set()
+        """Tasks in which tails hear of something."""
 
     async def __aenter__(self) -> Self:
         pool = IsolatePool(*self._pool_options)
@@ -86,6 +90,10 @@ class ProcessLoader(WorkerLoader):
             await self._discard(isolate)
         if pool is not None:
             await pool.close()
+        if self.telling:  # what was said last is heard, by tails that do not take long
+            _, late = await asyncio.wait(list(self.telling), timeout=_TAILS_GRACE)
+            for task in late:
+                task.cancel()
 
     @property
     def walls(self) -> tuple[str, ...]:
@@ -131,7 +139,9 @@ class ProcessLoader(WorkerLoader):
         isolate = await Isolate.start(await self._pool.take(), self._on_output)
         self._live.add(isolate)
         code = loaded.code
-        answer = isolate.load(code.main_module, loaded.modules, loaded.told, code.metadata, code.limits)
+        answer = isolate.load(
+            code.main_module, loaded.modules, loaded.told, code.metadata, code.limits, loaded.tails
+        )
         answer.add_done_callback(_ignore)  # a load error is the answer to every call that follows, too
         return isolate
 
@@ -171,6 +181,7 @@ class _Loaded:
     told: dict[str, list[Any]]
     bindings: dict[str, HostBinding]
     digest: str
+    tails: Tails
     token: object
     """Of this answer of the code source: isolates with another env are not reused."""
 
@@ -203,7 +214,8 @@ class _Worker(WorkerStub):
         code = await made if inspect.isawaitable(made) else made
         told, bindings = make_bindings(code.env, self.loader.wraps)
         digest = code_digest(code.main_module, code.modules)
-        return _Loaded(code, code.modules, told, bindings, digest, object())
+        tails = Tails(code.tails, self.loader.telling)
+        return _Loaded(code, code.modules, told, bindings, digest, tails, object())
 
 
 class _Entrypoint(EntrypointStub):

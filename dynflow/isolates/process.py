@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import signal
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -11,6 +13,7 @@ from typing import Any, Protocol
 from dynflow.errors import DynflowError, InvalidArgumentError, IsolateCrashedError, IsolateLimitError
 from dynflow.isolates import Caller, IsolateLimits
 from dynflow.isolates.pool import IsolateProcess
+from dynflow.isolates.tails import Tails
 from dynflow.isolates.watchdog import Watchdog
 from dynflow.isolates.wire import Call, CallFuture, OversizeError, Peer, ProtocolError, WireLimits
 
@@ -19,6 +22,8 @@ _FRAMES_PER_SECOND = 20_000
 # How long cancelled code may take to finish, before its isolate is stopped (dynflow.isolates.EntrypointStub).
 CANCEL_GRACE = 1.0
 ENDED = "the step attempt or call that this comes from has ended"
+
+_numbers = itertools.count(1)
 
 OnOutput = Callable[[Caller, str], None]
 
@@ -51,6 +56,8 @@ class Isolate(asyncio.Protocol):
         self.session: Guest | None = None
         self.failed: DynflowError | None = None
         self._outputs = 0
+        self._tails: Tails | None = None
+        self.id = f"{os.getpid()}-{next(_numbers)}"
         self._frames_since = (self._loop.time(), 0)
 
     @staticmethod
@@ -71,8 +78,10 @@ class Isolate(asyncio.Protocol):
         env: Mapping[str, Any],
         metadata: Any,
         limits: IsolateLimits,
+        tails: Tails,
     ) -> CallFuture:
         """Send the worker's code; everything called later runs in it."""
+        self._tails = tails
         self.limits = limits
         self.watchdog.load(limits)
         self.peer.set_limits(WireLimits(limits.message, limits.outstanding))
@@ -203,11 +212,16 @@ class Isolate(asyncio.Protocol):
         if quiet and self.session is not None:
             self.session.idled()
 
-    def _output(self, text: str) -> None:
+    def _output(self, text: str, level: int, source: str) -> None:
         self._outputs += 1
         self.watchdog.printed(len(text))
-        caller = self.session.caller if self.session is not None else Caller("")
-        self._on_output(caller, text)
+        self._on_output(self.session.caller if self.session is not None else Caller(""), text)
+        self.tell(level, source, text)
+
+    def tell(self, level: int, source: str, text: str) -> None:
+        """Tell the tails of its worker."""
+        if self._tails is not None and self.session is not None:
+            self._tails.tell(self.session.caller.worker_id, self.id, level, source, text)
 
     def _slow_down(self) -> None:
         since, count = self._frames_since

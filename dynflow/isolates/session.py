@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -53,6 +54,7 @@ class Session:
         try:
             return await entry
         except RemoteError as error:
+            self._isolate.tell(logging.ERROR, "uncaught", error.failure.traceback or str(error.failure))
             raise self._stopped_by(error.failure) or error from None
         finally:
             await self._close_scope(entry.id)

@@ -7,7 +7,7 @@ A frame is four bytes of length (big endian) and a JSON array whose first item i
     ["error", id, failure, step, attempts]                likewise; the last two where a step failed for good
     ["cancel", id]                                        the caller wants no answer any more; one still comes
     ["idle", seen, quiet, due]                            guest only: it waits, having read `seen` frames
-    ["output", text]                                      guest only: it printed
+    ["output", text, level, source]                       guest only: it printed, logged or warned
 
 Values are packed by dynflow.serialization. Whatever else arrives raises ProtocolError: the bytes are hostile.
 """
@@ -34,6 +34,7 @@ _MAX_ITEMS = 500_000
 
 
 _MAX_ERROR_NAME, _MAX_ERROR_TEXT = 300, 16_000
+_MAX_LEVEL = 100  # of logging, whose highest is 50
 
 
 class ProtocolError(Exception):
@@ -147,7 +148,7 @@ class Peer:
         limits: WireLimits,
         *,
         on_idle: Callable[[int, bool, float | None], None] | None = None,
-        on_output: Callable[[str], None] | None = None,
+        on_output: Callable[[str, int, str], None] | None = None,
         incoming: int | None = None,
     ) -> None:
         self._write, self._perform, self.limits = write, perform, limits
@@ -326,10 +327,10 @@ class Peer:
             raise ValueError("only guests are idle")
         self._on_idle(seen, quiet, due)
 
-    def _on_output_frame(self, text: Any) -> None:
-        if type(text) is not str or self._on_output is None:
+    def _on_output_frame(self, text: Any, level: Any = 20, source: Any = "stdout") -> None:
+        if (type(text), type(level), type(source)) != (str, int, str) or self._on_output is None:
             raise ValueError("only guests print text")
-        self._on_output(text)
+        self._on_output(text, min(max(level, 0), _MAX_LEVEL), source[:_MAX_ERROR_NAME])
 
 
 class CallFuture(asyncio.Future[Any]):

@@ -14,6 +14,7 @@ import array
 import gc
 import importlib
 import json
+import logging
 import os
 import pkgutil
 import select
@@ -21,9 +22,11 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from typing import Any
 
 from dynflow.isolates import confinement, guest, wire
+from dynflow.isolates.guest_loop import GuestLoop
 
 # In a fork of a preloaded interpreter these cost nothing; loading C extensions is not possible later, because
 # the system-call filter refuses executable mappings.
@@ -120,14 +123,14 @@ def _warm_up() -> None:
     ]
     fetch = ["call", 2, "call", "fetch", [None, None, [{"name": "x"}], {}], {}, None]
     run = ["call", 3, "run", "", ["Flow", None, {}], {}, None]
-    stdout, stderr = sys.stdout, sys.stderr
+    stdout, stderr, last_resort, show = sys.stdout, sys.stderr, logging.lastResort, warnings.showwarning
     for _ in range(5):
         ours, theirs = socket.socketpair()
         ours.sendall(b"".join(wire.encode_frame(frame) for frame in (load, fetch, run)))
-        guest.serve(theirs, guest.GuestLoop(), until_idle=True)
+        guest.serve(theirs, GuestLoop(), until_idle=True)
         ours.close()
         theirs.close()
-    sys.stdout, sys.stderr = stdout, stderr
+    sys.stdout, sys.stderr, logging.lastResort, warnings.showwarning = stdout, stderr, last_resort, show
     sys.modules.pop("index", None)
 
 
@@ -163,7 +166,7 @@ class Zygote:
                 self._fork(fds[0])
 
     def _fork(self, fd: int) -> None:
-        loop = guest.GuestLoop()  # before the fork: its pages are then shared
+        loop = GuestLoop()  # before the fork: its pages are then shared
         uid = self._walls.prepare()
         pid = os.fork()
         if pid == 0:
@@ -186,7 +189,7 @@ class Zygote:
             _tell(self._control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _be_guest(fd: int, loop: guest.GuestLoop, walls: confinement.ChildWalls, uid: int) -> None:
+def _be_guest(fd: int, loop: GuestLoop, walls: confinement.ChildWalls, uid: int) -> None:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
