@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 from dynflow.errors import WorkflowFatalError
 from dynflow.types import Event, StepContext, StepInfo, StepKind, WorkflowEvent
 
 Callback = Callable[..., Any]
+T = TypeVar("T")
 
 current_env: ContextVar[Any] = ContextVar("current_env")
 """The bindings of the entrypoint that is running: how a tenant's helper finds `env` without being handed it."""
@@ -102,6 +103,55 @@ class WorkflowStep:
         self.port = port
         self._counts: dict[tuple[StepKind, Any], int] = {}
 
+    # For type checkers, the first that fits: what an async or a sync callback makes, without a config or with one; the
+    # decorator.
+    @overload
+    def do(
+        self,
+        name: str,
+        config: Callable[..., Coroutine[Any, Any, T]],
+        *,
+        rollback: Callback | None = None,
+        rollback_config: Mapping[str, Any] | None = None,
+    ) -> Coroutine[Any, Any, T]: ...
+    @overload
+    def do(
+        self,
+        name: str,
+        config: Callable[..., T],
+        *,
+        rollback: Callback | None = None,
+        rollback_config: Mapping[str, Any] | None = None,
+    ) -> Coroutine[Any, Any, T]: ...
+    @overload
+    def do(
+        self,
+        name: str,
+        config: Mapping[str, Any] | None,
+        callback: Callable[..., Coroutine[Any, Any, T]],
+        *,
+        rollback: Callback | None = None,
+        rollback_config: Mapping[str, Any] | None = None,
+    ) -> Coroutine[Any, Any, T]: ...
+    @overload
+    def do(
+        self,
+        name: str,
+        config: Mapping[str, Any] | None,
+        callback: Callable[..., T],
+        *,
+        rollback: Callback | None = None,
+        rollback_config: Mapping[str, Any] | None = None,
+    ) -> Coroutine[Any, Any, T]: ...
+    @overload
+    def do(
+        self,
+        name: str,
+        config: Mapping[str, Any] | None = None,
+        *,
+        rollback: Callback | None = None,
+        rollback_config: Mapping[str, Any] | None = None,
+    ) -> Decorator: ...
     def do(
         self,
         name: str,
@@ -125,18 +175,24 @@ class WorkflowStep:
                 self.port, StepCall("do", name, count, config, chosen, rollback, rollback_config)
             )
 
-        return start(callback) if callback is not None else _Decorator(start)
+        return start(callback) if callback is not None else Decorator(start)
 
-    def sleep(self, name: str, duration: Any) -> Awaitable[None]:
+    def sleep(self, name: str, duration: Any) -> Coroutine[Any, Any, None]:
         """Sleep durably for a timedelta, seconds, or text such as `"5 minutes"`."""
         return _PendingCall(self.port, StepCall("sleep", name, self._next("sleep", name), argument=duration))
 
-    def sleep_until(self, name: str, when: Any) -> Awaitable[None]:
+    def sleep_until(self, name: str, when: Any) -> Coroutine[Any, Any, None]:
         """Sleep durably until an aware datetime, or a number of seconds since the epoch."""
         count = self._next("sleep_until", name)
         return _PendingCall(self.port, StepCall("sleep_until", name, count, argument=when))
 
-    def wait_for_event(self, name: str, *, type: str, timeout: Any = "24 hours") -> Awaitable[Event]:  # noqa: A002 - the contract's names
+    def wait_for_event(
+        self,
+        name: str,
+        *,
+        type: str,  # noqa: A002 - the contract's names
+        timeout: Any = "24 hours",
+    ) -> Coroutine[Any, Any, Event]:
         """Wait for an event of this type; raises WorkflowTimeoutError when none came in time."""
         count = self._next("wait_for_event", name)
         return _PendingCall(
@@ -195,32 +251,36 @@ class _PendingCall(Coroutine[Any, Any, Any]):
             )
 
 
-class _Decorator:
+class Decorator:
     """`@step.do(name)`. Awaiting it says what is missing: its step is refused for having no callback."""
 
     def __init__(self, start: Callable[[Callback | None], _PendingCall]) -> None:
         self._start = start
 
-    def __call__(self, function: Callback) -> _Decorated:
-        return _Decorated(function, self._start)
+    @overload
+    def __call__(self, function: Callable[..., Coroutine[Any, Any, T]]) -> Decorated[T]: ...
+    @overload
+    def __call__(self, function: Callable[..., T]) -> Decorated[T]: ...
+    def __call__(self, function: Callback) -> Decorated[Any]:
+        return Decorated(function, self._start)
 
     def __await__(self) -> Generator[Any, Any, Any]:
         return self._start(None).__await__()
 
 
-class _Decorated:
+class Decorated(Generic[T]):
     """A function under `@step.do(name)`: awaiting it, or awaiting a call of it, runs the step."""
 
     def __init__(self, function: Callback, start: Callable[[Callback], _PendingCall]) -> None:
         functools.update_wrapper(self, function)
         self._function, self._start = function, start
 
-    def __call__(self, *args: Any, **kwargs: Any) -> _PendingCall:
+    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, T]:
         if args or kwargs:
             return self._start(functools.partial(self._function, *args, **kwargs))
         return self._start(self._function)
 
-    def __await__(self) -> Generator[Any, Any, Any]:
+    def __await__(self) -> Generator[Any, Any, T]:
         return self._start(self._function).__await__()
 
 
