@@ -75,7 +75,7 @@ class World:
     def register(self, run: Run, name: str | None = None, **options: Any) -> WorkflowBinding:
         """Register `run` as a workflow, where that has not been done yet; returns its binding."""
         name = name or run.__name__
-        if self._runs.setdefault(name, run) is run and name in self._registered:
+        if self._runs.setdefault(name, run) == run and name in self._registered:
             return self.engine.binding(name)  # type: ignore[no-any-return]
         entrypoint = type(name, (WorkflowEntrypoint,), {"run": lambda _, event, step: run(event, step)})
         self._registered[name] = (entrypoint, options)
