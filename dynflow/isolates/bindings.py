@@ -46,6 +46,10 @@ class HostBinding(ABC):
     def find(self, method: str) -> Callable[..., Any]:
         """Return what performs `method`. Raises InvalidArgumentError where tenants cannot reach it."""
 
+    def given(self) -> Any:
+        """Return what the host gets where a tenant passes this binding to another one."""
+        raise InvalidArgumentError(f"{self.name} cannot be passed on")
+
     def _shown(self, error: Exception, method: str) -> Failure:
         failure = error.failure if isinstance(error, RemoteError) else Failure.of(error)
         told = isinstance(
@@ -79,6 +83,10 @@ class ObjectBinding(HostBinding):
         found: Callable[..., Any] = getattr(self._target, method)
         return found
 
+    def given(self) -> Any:
+        """Return the object itself."""
+        return self._target
+
 
 class EntrypointBinding(HostBinding):
     """An entrypoint of another worker: one tenant's code as a service of another's."""
@@ -98,6 +106,10 @@ class EntrypointBinding(HostBinding):
             return await self._stub.call(method, *args, **kwargs)
 
         return of_worker
+
+    def given(self) -> Any:
+        """Return the entrypoint."""
+        return self._stub
 
 
 class WorkflowsBinding(HostBinding):
@@ -122,6 +134,10 @@ class WorkflowsBinding(HostBinding):
             return await getattr(await self._target().get(instance_id), name)(*args, **kwargs)
 
         return of_instance
+
+    def given(self) -> Any:
+        """Return the tenant's own binding."""
+        return self._target()
 
     async def _create(self, id: str | None = None, params: Any = None, retention: Any = None) -> str:  # noqa: A002
         instance_id: str = (await self._target().create(id=id, params=params, retention=retention)).id

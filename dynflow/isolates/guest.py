@@ -20,10 +20,12 @@ from dynflow.failure import Failure, RemoteError
 from dynflow.isolates.guest_loop import GuestLoop
 from dynflow.isolates.guest_output import Output
 from dynflow.isolates.guest_steps import Callbacks, StepWire, current_scope
-from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
+from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy, reference_of
+from dynflow.isolates.remotes import Kind
+from dynflow.isolates.stubs import Kept, Stubs, WireLink
 from dynflow.isolates.wire import Call, Peer, ProtocolError, WireLimits
 from dynflow.isolates.worker import Env, Worker
-from dynflow.workflow import ExecutionContext, WorkflowStep, awaitable, current_env, invoke
+from dynflow.workflow import ExecutionContext, WorkerEntrypoint, WorkflowStep, awaitable, current_env, invoke
 
 # The host is trusted: this only catches a stream that is out of step.
 _FROM_HOST = 1 << 30
@@ -42,6 +44,16 @@ class Guest:
         self._metadata: Any = None
         self._callbacks = Callbacks()
         self._ended = False
+        self._peer.stubs = self._stubs = self._make_stubs()
+
+    def _make_stubs(self) -> Stubs:
+        async def ask(number: int, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+            return await self._ask("stub", method, [number, *args], kwargs)
+
+        def link(stubs: Stubs, number: int) -> WireLink:
+            return WireLink(stubs, number, ask, lambda gone: self._peer.send("release", gone))
+
+        return Stubs(self._peer.stub_numbers, _FROM_HOST, link=link, own=_own_kind, refer=reference_of)
 
     def serve(self, sock: socket.socket) -> None:
         """Serve the host until it closes its end."""
@@ -100,10 +112,10 @@ class Guest:
         if kind == "value":
             return value
         proxy = WorkflowsProxy if kind == "workflows" else CapabilityProxy
-        return proxy(functools.partial(self._ask, name))
+        return proxy(functools.partial(self._ask, "env:" + name))
 
-    async def _ask(self, name: str, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        future = self._peer.call("env:" + name, method, args, kwargs, current_scope.get())
+    async def _ask(self, target: str, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        future = self._peer.call(target, method, args, kwargs, current_scope.get())
         try:
             return await future
         except RemoteError as error:
@@ -133,6 +145,11 @@ class Guest:
         finally:
             self._cancel_leftovers()
 
+    async def _call_stub(self, call: Call) -> Any:
+        number, *args = call.args
+        self._enter(call)
+        return await _result(self._stubs.given(number).kept.find(call.method)(*args, **call.kwargs))
+
     def _enter(self, call: Call) -> None:
         current_scope.set(call.id)
         current_env.set(self._env)
@@ -157,7 +174,11 @@ def _own_part(trace: types.TracebackType | None) -> types.TracebackType | None:
 _OUR_FILES = {__file__, Callbacks.call.__code__.co_filename, invoke.__code__.co_filename}
 
 
-_METHODS = {"load": "_load", "call": "_call", "run": "_run", "callback": "_callback"}
+_METHODS = {"load": "_load", "call": "_call", "run": "_run", "callback": "_callback", "stub": "_call_stub"}
+
+
+def _own_kind(value: Any) -> tuple[Kind, Kept] | None:
+    return ("object", Kept("object", value)) if isinstance(value, WorkerEntrypoint) else None
 
 
 async def _result(value: Any) -> Any:

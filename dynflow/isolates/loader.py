@@ -75,6 +75,7 @@ class ProcessLoader(WorkerLoader):
         self._warm: OrderedDict[Isolate, tuple[Any, asyncio.TimerHandle]] = OrderedDict()
         self._wraps: dict[str, Wrap] = {}
         self._live: set[Isolate] = set()
+        self._holding: set[asyncio.Task[None]] = set()
         self.telling: set[asyncio.Task[None]] = set()
         """Tasks in which tails hear of something."""
 
@@ -86,6 +87,9 @@ class ProcessLoader(WorkerLoader):
 
     async def __aexit__(self, *exc_info: object) -> None:
         pool, self._pool = self._pool, None
+        for holding in list(self._holding):
+            holding.cancel()
+        await asyncio.gather(*self._holding, return_exceptions=True)
         for isolate in list(self._live):
             await self._discard(isolate)
         if pool is not None:
@@ -153,6 +157,19 @@ class ProcessLoader(WorkerLoader):
             oldest = next(iter(self._warm))
             self._warm[oldest][1].cancel()
             self._cool(oldest)
+
+    def hold(self, session: Session, release: Callable[..., Any]) -> None:
+        """Keep a session whose call has returned something that lives in its isolate."""
+
+        async def until_let_go() -> None:
+            try:
+                await session.let_go.wait()
+            finally:
+                await release(clean=True)
+
+        task = asyncio.get_running_loop().create_task(until_let_go())
+        self._holding.add(task)
+        task.add_done_callback(self._holding.discard)
 
     async def discard(self, isolate: Isolate) -> None:
         """Stop an isolate; returns when it is gone, even if cancelled meanwhile."""
@@ -255,7 +272,10 @@ class _Entrypoint(EntrypointStub):
         except BaseException:
             await release(clean=False)
             raise
-        await release(clean=True)
+        if session.is_held:
+            self._worker.loader.hold(session, release)
+        else:
+            await release(clean=True)
         return result
 
     async def _run(self, event: Any, port: Any, activity: Any, held: list[_Held]) -> Any:

@@ -82,3 +82,12 @@ class InstanceProxy:
                 f"an instance has no {method!r}; it has: id, {', '.join(sorted(INSTANCE_METHODS))}"
             )
         return lambda *args, **kwargs: self._ask(f"instance.{method}", (self.id, *args), kwargs)
+
+
+def reference_of(proxy: Any) -> list[Any] | None:
+    """Return how a guest names something out of its env to the host: a binding's name, and an instance's id or None."""
+    if not isinstance(proxy, (CapabilityProxy, WorkflowsProxy, InstanceProxy)):
+        return None
+    ask = vars(proxy)["_ask"]
+    target: str = ask.args[0]  # a partial, see the guest
+    return [target.removeprefix("env:"), proxy.id if isinstance(proxy, InstanceProxy) else None]

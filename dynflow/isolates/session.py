@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +16,19 @@ from dynflow.errors import (
     WorkerLoadError,
 )
 from dynflow.failure import Failure, RemoteError
-from dynflow.isolates import Activity, Caller, IsolateLimits, SegmentPort
+from dynflow.isolates import Activity, Caller, IsolateLimits, SegmentPort, current_caller
 from dynflow.isolates.bindings import HostBinding
+from dynflow.isolates.host_stubs import host_stubs
 from dynflow.isolates.process import CANCEL_GRACE, ENDED, Isolate
 from dynflow.isolates.wire import Call, CallFuture
+from dynflow.loop import outside
 from dynflow.types import RollbackContext, StepContext
 from dynflow.workflow import StepCall
 
 # The guest counts the steps of a name; no instance can have as many, and databases hold no larger number.
 _MOST_OF_ONE_NAME = 1 << 31
+# Stubs that one session gives away, and holds, at a time.
+_MOST_STUBS = 1_000
 
 
 class Session:
@@ -44,6 +48,14 @@ class Session:
         self._entry: CallFuture | None = None
         self._scopes: dict[int, _Scope] = {}
         self.has_rollbacks = False
+        self.let_go = asyncio.Event()
+        """Set once the host holds no stub of the isolate's."""
+        peer = isolate.peer
+        most = min(limits.outstanding, _MOST_STUBS)
+        self._stubs = host_stubs(
+            peer.stub_numbers, most, bindings, self._call_stub, self._send_release, self.let_go.set
+        )
+        peer.stubs = self._stubs
         isolate.begin(self, limits)
 
     async def call(self, target: str, method: str, args: list[Any]) -> Any:
@@ -64,8 +76,19 @@ class Session:
         if self._entry is not None:
             await asyncio.wait([self._entry.answered], timeout=CANCEL_GRACE)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the host holds stubs of the isolate's: then it goes on after its call has returned."""
+        return self._stubs.holds and self._isolate.failed is None
+
     def close(self) -> None:
         """Take no more calls."""
+        if self._stubs.has_held and self._isolate.failed is None:
+            self._send_release(
+                0
+            )  # what the call has given away does not stay in an isolate that is used again
+        self._stubs.close()
+        self._isolate.peer.stubs = None
         self._isolate.end()
 
     # --- what the isolate tells ---
@@ -82,7 +105,7 @@ class Session:
             return
         if self._activity is not None:
             self._activity.idle()
-        elif not self._isolate.peer.performing:
+        elif not self._isolate.peer.performing and not self._stubs.holds:
             self._isolate.fail(
                 IsolateLimitError(
                     "wait", None, "the isolate was stopped: its code waits for what can never happen"
@@ -97,11 +120,17 @@ class Session:
         kind, _, name = call.target.partition(":")
         if scope is None:
             raise InvalidArgumentError(ENDED)
-        if kind != "env" or name not in self._bindings:
+        binding: HostBinding | None = None
+        args = call.args
+        if kind == "env":
+            binding = self._bindings.get(name)
+        elif call.target == "stub" and args:
+            binding, args = self._stubs.given(args[0]).kept, args[1:]
+        if binding is None:
             raise InvalidArgumentError(f"there is no binding {call.target!r:.100}")
         scope.calls.add(call.id)
         self._isolate.watchdog.asked()
-        return self._bindings[name].call(scope.caller, call.method, call.args, call.kwargs)
+        return binding.call(scope.caller, call.method, args, call.kwargs)
 
     def _step(self, call: Call) -> Any:
         if self._port is None:
@@ -147,9 +176,27 @@ class Session:
         if error is not None:
             failure = error.failure if isinstance(error, RemoteError) else Failure.of(error)
             args += [failure, ctx.step.name, ctx.attempt]
-        future = self._isolate.peer.call("callback", what, args)
         step = ctx if isinstance(ctx, StepContext) else None
-        self._scopes[future.id] = _Scope(replace(self.caller, step=step))
+        return await self._ask("callback", what, args, {}, replace(self.caller, step=step))
+
+    async def _call_stub(
+        self, number: int, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Call what the guest keeps, as whoever made the call in which the host does so."""
+        caller = current_caller.get(self.caller)
+        if not any(scope.caller is caller for scope in self._scopes.values()):
+            caller = self.caller
+        try:
+            return await outside(self._ask("stub", method, [number, *args], kwargs, caller))
+        except RemoteError as error:
+            raise error_of(error.failure) from error
+
+    async def _ask(
+        self, target: str, method: str, args: Sequence[Any], kwargs: Mapping[str, Any], caller: Caller
+    ) -> Any:
+        """Call into the guest; a call that is cancelled has a second to obey."""
+        future = self._isolate.peer.call(target, method, args, kwargs)
+        self._scopes[future.id] = _Scope(caller)
         try:
             return await future
         except RemoteError as remote:
@@ -159,6 +206,9 @@ class Session:
             raise
         finally:
             await self._close_scope(future.id)
+
+    def _send_release(self, number: int) -> None:
+        self._isolate.peer.send("release", number)
 
     def _running(self, scope: _Scope) -> list[asyncio.Task[None]]:
         performing = self._isolate.peer.performing

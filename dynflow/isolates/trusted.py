@@ -24,12 +24,22 @@ from dynflow.isolates import (
     WorkerStub,
 )
 from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
+from dynflow.isolates.host_stubs import own_kind
 from dynflow.isolates.loader import code_digest
 from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
+from dynflow.isolates.remotes import Kind
+from dynflow.isolates.stubs import Kept, copied
 from dynflow.isolates.worker import Env, Worker
 from dynflow.loop import outside
 from dynflow.serialization import pack, unpack
-from dynflow.workflow import ExecutionContext, WorkflowStep, awaitable, current_env, current_step
+from dynflow.workflow import (
+    ExecutionContext,
+    WorkerEntrypoint,
+    WorkflowStep,
+    awaitable,
+    current_env,
+    current_step,
+)
 
 
 class TrustedLoader(WorkerLoader):
@@ -116,9 +126,9 @@ class _Ask:
     async def __call__(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         step = current_step.get()
         caller = replace(self._caller, step=step)
-        copied, named = unpack(pack(list(args))), unpack(pack(dict(kwargs)))
+        given, named = copied(list(args), _own_kind), copied(dict(kwargs), _own_kind)
         try:
-            return unpack(pack(await outside(self._call(caller, method, tuple(copied), named))))
+            return copied(await outside(self._call(caller, method, tuple(given), named)), _own_kind)
         except RemoteError as error:
             raise error.__cause__ or error from None
 
@@ -142,9 +152,9 @@ class _Entrypoint(EntrypointStub):
             function = worker.find(
                 self._name, method, ExecutionContext(_plain(self._props), code.metadata), env
             )
-            result = function(*unpack(pack(list(args))), **unpack(pack(kwargs)))
+            result = function(*copied(list(args), _own_kind), **copied(kwargs, _own_kind))
             result = await result if inspect.isawaitable(result) else result
-            return unpack(pack(result))
+            return copied(result, _own_kind)
 
         return await asyncio.get_running_loop().create_task(call(), context=contextvars.copy_context())
 
@@ -160,6 +170,12 @@ class _Entrypoint(EntrypointStub):
         run = worker.find_workflow(self._name, ExecutionContext(_plain(self._props), code.metadata), env)
         # Awaited where it is made: a coroutine that a variable holds too is not dropped unnoticed (discard.py).
         return await awaitable(run(event, step), run)
+
+
+def _own_kind(value: Any) -> tuple[Kind, Any] | None:
+    if isinstance(value, WorkerEntrypoint):
+        return "object", Kept("object", value)
+    return own_kind(value)
 
 
 def _plain(props: Any) -> Any:

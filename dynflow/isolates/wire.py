@@ -5,11 +5,14 @@ A frame is four bytes of length (big endian) and a JSON array whose first item i
     ["call", id, target, method, args, kwargs, scope]     ids are the caller's own, counted up from 1
     ["return", id, value]                                 answers a call of the receiver
     ["error", id, failure, step, attempts]                likewise; the last two where a step failed for good
+    ["release", number]                                   the sender has no stub of this object of the receiver's any
+                                                          more (0: of any)
     ["cancel", id]                                        the caller wants no answer any more; one still comes
     ["idle", seen, quiet, due]                            guest only: it waits, having read `seen` frames
     ["output", text, level, source]                       guest only: it printed, logged or warned
 
-Values are packed by dynflow.serialization. Whatever else arrives raises ProtocolError: the bytes are hostile.
+Values are packed by dynflow.serialization; what goes by reference is a stub (stubs.py). Whatever else arrives raises
+ProtocolError: the bytes are hostile.
 """
 
 from __future__ import annotations
@@ -17,32 +20,22 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import json
-import struct
-from collections.abc import Awaitable, Callable, Iterator
+import itertools
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dynflow.errors import IsolateLimitError, ValueTooLargeError
+from dynflow.errors import InvalidArgumentError, IsolateLimitError
 from dynflow.failure import Failure, RemoteError, storable
+from dynflow.isolates.frames import FrameReader, OversizeError, ProtocolError, decode_frame, encode_frame
+from dynflow.isolates.stubs import Stubs
 from dynflow.serialization import MEBIBYTE, pack, unpack
 from dynflow.workflow import PORT_GONE
 
-_HEADER = struct.Struct(">I")
-# A parsed list or object takes 64 bytes and more where the JSON took three: this bounds what 8 MiB can become.
-_MAX_ITEMS = 500_000
-
-
 _MAX_ERROR_NAME, _MAX_ERROR_TEXT = 300, 16_000
+# Calls whose values are plain data: what they carry is stored.
+_PLAIN = frozenset({"load", "run", "callback", "step"})
 _MAX_LEVEL = 100  # of logging, whose highest is 50
-
-
-class ProtocolError(Exception):
-    """The other side sent what it never may send."""
-
-
-class OversizeError(ProtocolError):
-    """The other side sent a frame over the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,68 +56,6 @@ class WireLimits:
 
     message: int = 8 * MEBIBYTE
     outstanding: int = 20_000
-
-
-def encode_frame(frame: list[Any], limit: int | None = None) -> bytes:
-    """Return `frame`, which holds packed values, as bytes. Raises ValueTooLargeError above `limit` bytes."""
-    data = _ENCODER.encode(frame).encode()
-    if limit is not None and len(data) > limit:
-        raise ValueTooLargeError(f"the message is {len(data):,} bytes; the limit is {limit:,} bytes")
-    if _items(data) > _MAX_ITEMS:
-        raise ValueTooLargeError(f"the message has more than {_MAX_ITEMS:,} items")
-    return _HEADER.pack(len(data)) + data
-
-
-def decode_frame(data: bytes) -> list[Any]:
-    """Return the frame, its values still packed. Raises ProtocolError."""
-    if _items(data) > _MAX_ITEMS:
-        raise OversizeError(f"the message has more than {_MAX_ITEMS:,} items")
-    try:
-        frame = _DECODER.decode(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"a frame is not JSON: {type(error).__name__}") from None
-    if type(frame) is not list or not frame or type(frame[0]) is not str:
-        raise ProtocolError("a frame is not an array that starts with its kind")
-    return frame
-
-
-def _items(data: bytes) -> int:
-    # Commas and brackets inside of strings count too: cheap and on the safe side.
-    return data.count(b",") + data.count(b"[") + data.count(b"{") if len(data) > _MAX_ITEMS else 0
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(text)
-
-
-# Made once: `json.dumps` and `json.loads` make theirs at every call with options.
-_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-class FrameReader:
-    """Cuts a stream into frames."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[list[Any]]:
-        """Add `data`; yield the frames that are complete. Raises ProtocolError."""
-        buffer = self._buffer
-        buffer += data
-        start = 0
-        while len(buffer) - start >= _HEADER.size:
-            (size,) = _HEADER.unpack_from(buffer, start)
-            if size > self.limit:
-                raise OversizeError(f"a message of {size:,} bytes came; the limit is {self.limit:,} bytes")
-            end = start + _HEADER.size + size
-            if len(buffer) < end:
-                break
-            body = bytes(buffer[start + _HEADER.size : end])
-            start = end
-            yield decode_frame(body)
-        del buffer[:start]
 
 
 Perform = Callable[[Call], Awaitable[Any]]
@@ -158,6 +89,9 @@ class Peer:
         self._next_id = 0
         self._calls: dict[int, CallFuture] = {}
         self.performing: dict[int, asyncio.Task[None]] = {}
+        self.stubs: Stubs | None = None
+        """What goes by reference; None where nothing may."""
+        self.stub_numbers = itertools.count(1)
         self.seen = 0
         self.sent = 0
         self.closed: BaseException | None = None
@@ -180,10 +114,11 @@ class Peer:
             raise self.closed
         self._next_id += 1
         number = self._next_id
-        packed_kwargs = {key: pack(value) for key, value in kwargs.items()} if kwargs else {}
-        frame = ["call", number, target, method, [pack(value) for value in args], packed_kwargs, scope]
+        packing = self._packing(target)
+        packed_kwargs = {key: packing(value) for key, value in kwargs.items()} if kwargs else {}
+        frame = ["call", number, target, method, [packing(value) for value in args], packed_kwargs, scope]
         data = encode_frame(frame, self.limits.message)
-        future = CallFuture(number, asyncio.get_running_loop())
+        future = CallFuture(number, asyncio.get_running_loop(), target)
         self._calls[number] = future
         future.add_done_callback(self._call_done)
         self._send(data)
@@ -211,6 +146,8 @@ class Peer:
             if not future.answered.done():
                 future.answered.set_result(None)
         self._calls.clear()
+        if self.stubs is not None:
+            self.stubs.close()
 
     def _call_done(self, future: asyncio.Future[Any]) -> None:
         if future.cancelled() and self.closed is None and isinstance(future, CallFuture):
@@ -221,7 +158,16 @@ class Peer:
             self.sent += 1
             self._write(data)
 
+    def _packing(self, target: str) -> Callable[[Any], Any]:
+        return pack if self.stubs is None or target in _PLAIN else self.stubs.pack
+
     # --- in ---
+
+    def _unpacking(self, target: str) -> Callable[[Any], Any]:
+        stubs = self.stubs
+        if stubs is None or not self._reader.has_stubs or target in _PLAIN:
+            return unpack
+        return lambda value: unpack(stubs.lift(value))
 
     def feed(self, data: bytes) -> None:
         """Act on the frames in `data`. Raises ProtocolError for any other bytes, IsolateLimitError over a limit."""
@@ -245,37 +191,45 @@ class Peer:
                 raise ProtocolError(f"a frame {frame[0]!r} is malformed: {error!s:.200}") from None
 
     def _on_call(self, number: Any, target: Any, method: Any, args: Any, kwargs: Any, scope: Any) -> None:
-        given = (type(number), type(target), type(method), type(args), type(kwargs))
-        if given != (int, str, str, list, dict) or type(scope) not in (int, type(None)):
+        types = (type(number), type(target), type(method), type(args), type(kwargs))
+        if types != (int, str, str, list, dict) or type(scope) not in (int, type(None)):
             raise ValueError("wrong types")
         if number in self.performing:
             raise ValueError(f"call {number} is running already")
         if len(self.performing) >= self.limits.outstanding:
             most = self.limits.outstanding
             raise IsolateLimitError("outstanding", most, f"more than {most:,} calls wait for an answer")
-        values = {key: unpack(value) for key, value in kwargs.items()}
-        call = Call(number, target, method, tuple([unpack(value) for value in args]), values, scope)
+        unpacking = self._unpacking(target)
         try:
-            result = self._perform(call)
+            values = {key: unpacking(value) for key, value in kwargs.items()}
+            given = tuple([unpacking(value) for value in args])
+        except InvalidArgumentError as error:  # a stub that has ended, or never was
+            self._send(_error_frame(number, error))
+            return
+        try:
+            result = self._perform(Call(number, target, method, given, values, scope))
         except Exception as error:  # noqa: BLE001 - whatever a call raises is its answer
             result = _raise(error)
         if isinstance(result, asyncio.Future) and result.done() and not result.cancelled():
             # At once, before the next frame is looked at: an answer that is due must not pass for idleness.
-            self._send(self._settled(call.id, result))
+            self._send(self._settled(number, result, target))
             return
-        task = asyncio.get_running_loop().create_task(self._answer(call.id, result))
-        self.performing[call.id] = task
-        task.add_done_callback(functools.partial(self._performed, call.id, result))
+        task = asyncio.get_running_loop().create_task(self._answer(number, result, target))
+        self.performing[number] = task
+        task.add_done_callback(functools.partial(self._performed, number, result))
 
-    def _settled(self, number: int, result: asyncio.Future[Any]) -> bytes:
+    def _settled(self, number: int, result: asyncio.Future[Any], target: str) -> bytes:
         try:
-            return encode_frame(["return", number, pack(result.result())], self.limits.message)
+            return self._return_frame(number, result.result(), target)
         except Exception as error:  # noqa: BLE001 - likewise its answer
             return _error_frame(number, error)
 
-    async def _answer(self, number: int, result: Awaitable[Any]) -> None:
+    def _return_frame(self, number: int, value: Any, target: str) -> bytes:
+        return encode_frame(["return", number, self._packing(target)(value)], self.limits.message)
+
+    async def _answer(self, number: int, result: Awaitable[Any], target: str) -> None:
         try:
-            data = encode_frame(["return", number, pack(await result)], self.limits.message)
+            data = self._return_frame(number, await result, target)
         except Exception as error:  # noqa: BLE001 - likewise its answer
             data = _error_frame(number, error)
         self._send(data)
@@ -294,9 +248,16 @@ class Peer:
         )
 
     def _on_return(self, number: Any, value: Any) -> None:
-        result = unpack(value)
+        try:
+            result = self._unpacking(self._calls[number].target)(value)
+        except InvalidArgumentError as error:  # a stub that has ended, or never was
+            result = error
         future = self._answered(number)
-        if not future.done():
+        if future.done():
+            return
+        if isinstance(result, InvalidArgumentError):
+            future.set_exception(result)
+        else:
             future.set_result(result)
 
     def _on_error(self, number: Any, packed: Any, step: Any, attempts: Any) -> None:
@@ -320,6 +281,10 @@ class Peer:
         if task is not None:  # else it was answered while the cancel was on its way
             task.cancel()
 
+    def _on_release(self, number: Any) -> None:
+        if self.stubs is not None:
+            self.stubs.release(number)
+
     def _on_idle_frame(self, seen: Any, quiet: Any, due: Any) -> None:
         if type(seen) is not int or type(quiet) is not bool or type(due) not in (int, float, type(None)):
             raise ValueError("wrong types")
@@ -339,9 +304,9 @@ class CallFuture(asyncio.Future[Any]):
     The two differ for a call that was cancelled: its other side may still be at it.
     """
 
-    def __init__(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, number: int, loop: asyncio.AbstractEventLoop, target: str) -> None:
         super().__init__(loop=loop)
-        self.id = number
+        self.id, self.target = number, target
         self.answered: asyncio.Future[None] = loop.create_future()
 
 
@@ -350,6 +315,7 @@ _HANDLERS: dict[str, Callable[..., None]] = {
     "return": Peer._on_return,  # noqa: SLF001
     "error": Peer._on_error,  # noqa: SLF001
     "cancel": Peer._on_cancel,  # noqa: SLF001
+    "release": Peer._on_release,  # noqa: SLF001
     "idle": Peer._on_idle_frame,  # noqa: SLF001
     "output": Peer._on_output_frame,  # noqa: SLF001
 }
@@ -391,3 +357,16 @@ def _is_failure(value: Any) -> bool:
         and type(value.args) in (tuple, type(None))
         and value.retry in ("yes", "no", "when_configured")
     )
+
+
+__all__ = [
+    "Call",
+    "CallFuture",
+    "FrameReader",
+    "OversizeError",
+    "Peer",
+    "ProtocolError",
+    "WireLimits",
+    "decode_frame",
+    "encode_frame",
+]
