@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from contextvars import ContextVar
 from dataclasses import FrozenInstanceError
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from dynflow.engines import NewInstance
 from dynflow.serialization import encode
 from dynflow.types import Event, Schedule, StepContext
+from dynflow.workflow import current_step
 from tests.engine_world import DEADLINE, Gate, World, noting, quick, step_of
 
 
@@ -214,3 +216,34 @@ async def test_the_event_given_to_a_callback_cannot_be_changed(world: World) -> 
         return "changed"
 
     assert await world.result(run) == "frozen"
+
+
+mine: ContextVar[str] = ContextVar("mine", default="nobody's")
+
+
+async def test_an_instance_inherits_nothing_of_who_made_or_woke_it(world: World) -> None:
+    """Whoever creates or wakes an instance may be a step of another tenant: its identity stays its own."""
+    seen: list[Any] = []
+
+    async def child(event: Any, step: Any) -> None:
+        seen.append((current_step.get(), mine.get()))
+        await step.do("look", lambda ctx: seen.append((ctx.step.name, mine.get())))
+        await step.wait_for_event("w", type="go")
+        seen.append((current_step.get(), mine.get()))
+
+    async def parent(event: Any, step: Any) -> None:
+        async def make() -> None:
+            mine.set("the parent's")
+            await world.engine.binding("child").create(id="made")
+
+        await step.do("make", make)
+
+    world.register(child)
+    await world.result(parent)
+    instance = await world.engine.binding("child").get("made")
+    await world.parked(instance)
+    mine.set("the waker's")
+    await instance.send_event(type="go")
+    await instance.result(timeout=DEADLINE)
+    start, wake = (None, "nobody's"), (None, "nobody's")
+    assert seen == [start, ("look", "nobody's"), start, wake]

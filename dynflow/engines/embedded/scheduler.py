@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Scheduler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._crashes: dict[int, int] = {}
         self._claiming = self._more_queued = False
+        self._context = contextvars.Context()
         self._timer: TimerHandle | None = None
         self._timer_at: int | None = None
 
@@ -100,6 +102,7 @@ class Scheduler:
 
     async def start(self) -> None:
         """Go on with what a process that is gone was running, and with what is due."""
+        self._context = contextvars.copy_context()
         now = self._clock.now_us()
 
         def recover(db: Any) -> int | None:
@@ -182,7 +185,9 @@ class Scheduler:
             failure = Failure.of(WorkflowInternalError(f"the instance's journal cannot be read: {error}"))
             task = loop.create_task(self._settle(row, Failed(failure)))
         else:
-            task = loop.create_task(self._run(row, segment, _main_of(registered), before))
+            # Not in the context of whoever made or woke it, who may be a step of another tenant.
+            context = self._context.copy()
+            task = loop.create_task(self._run(row, segment, _main_of(registered), before), context=context)
             self._live[row.key] = _Live(segment, task, row)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
