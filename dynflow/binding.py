@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
-import uuid
+import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -99,7 +99,7 @@ class WorkflowBinding:
 
     def _item(self, options: Mapping[str, Any]) -> tuple[str, NewInstance]:
         given_id, params = check_options(options).get("id"), options.get("params")
-        instance_id = uuid.uuid4().hex if given_id is None else check_instance_id(given_id)
+        instance_id = secrets.token_hex(16) if given_id is None else check_instance_id(given_id)
         encoded = encode({} if params is None else params, limit=self._engine.limits.payload, what="params")
         return self._tenant_for(params), NewInstance(
             instance_id, encoded, None, _retention(options.get("retention"))
@@ -188,8 +188,9 @@ class WorkflowInstance:
 
     async def result(self, timeout: Any = None) -> Any:  # noqa: ASYNC109 - the contract's name
         """Wait for the end; return the output or raise the instance's error. Raises TimeoutError."""
-        limit = None if timeout is None else _duration(timeout, "timeout").total_seconds()
-        async with asyncio.timeout(limit):
+        if timeout is None:
+            return await self._engine.result(self._ref)
+        async with asyncio.timeout(_duration(timeout, "timeout").total_seconds()):
             return await self._engine.result(self._ref)
 
 

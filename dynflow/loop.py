@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.events
-import contextlib
 import contextvars
 import functools
 from collections import deque
@@ -171,6 +170,16 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         self._timers.clear()
         return list(self._outside_tasks)
 
+    def now(self, callback: Callable[[*_Ts], object], *args: *_Ts) -> None:
+        """Call `callback` from outside, and run what that makes ready in this turn of the host's loop."""
+        if self._scheduled or self._closed:
+            callback(*args)
+            return
+        self._scheduled = True
+        self._on_active()
+        callback(*args)
+        self._burst()
+
     def _burst(self) -> None:
         # The host loop's own identity is put back afterwards: this is called from one of its callbacks.
         asyncio.events._set_running_loop(self)  # noqa: SLF001 - meant for loops
@@ -180,8 +189,10 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
                     break
                 handle = self._ready.popleft()
                 if not handle._cancelled:  # noqa: SLF001
-                    with contextlib.suppress(SystemExit):  # its task keeps it; it must not end the host
+                    try:  # noqa: SIM105 - a context manager for each would be dear
                         handle._run()  # noqa: SLF001
+                    except SystemExit:  # its task keeps it; it must not end the host
+                        pass
         finally:
             asyncio.events._set_running_loop(self.host)  # noqa: SLF001
         self._scheduled = bool(self._ready)

@@ -8,7 +8,8 @@ activity (the loop, an isolate's session) is idle, and what is left are waits. T
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +45,7 @@ from dynflow.run_errors import cancelled_by_workflow, failure_of, stuck
 from dynflow.serialization import encode
 from dynflow.step import perform
 from dynflow.step_config import StepConfig
-from dynflow.step_host import settle
+from dynflow.step_host import StepFuture, settle
 from dynflow.types import ErrorInfo, RollbackStatus, StepKind, WorkflowEvent
 from dynflow.workflow import StepCall, WorkflowStep
 
@@ -110,7 +111,7 @@ class Segment:
         self._host = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Outcome] = self._host.create_future()
         self._part = _Activity(self)
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: dict[asyncio.Task[None], Any] = {}
         self._outstanding: set[Any] = set()
         self._active_calls = 0
         self._waits: dict[int, _Wait] = {}
@@ -128,12 +129,16 @@ class Segment:
         of the segment is left: tasks, isolates and timers are gone.
         """
         loop = WorkflowLoop.inside(self._host, on_idle=self._part.idle, on_active=self._part.active)
-        task = loop.create_task(_call_main(main, self._event, WorkflowStep(self)))
-        task.add_done_callback(self._main_done)
+        loop.now(lambda: self._begin(main, loop))
         try:
             return await self._outcome
         finally:
             await self._close(loop)
+            del self._part  # it refers to the segment: without the circle both go now, not at a collection
+
+    def _begin(self, main: Main, loop: WorkflowLoop) -> None:
+        task = loop.create_task(_call_main(main, self._event, WorkflowStep(self)))
+        task.add_done_callback(self._main_done)
 
     def deliver(self, ended: StepRecord) -> None:
         """Say that the engine has ended this wait (already durable)."""
@@ -182,7 +187,7 @@ class Segment:
 
         Cancelling it ends the step for good. A replay never answers that call: what cancelled it does so again.
         """
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future = StepFuture(loop=asyncio.get_running_loop())
         key = (call.kind, call.name if isinstance(call.name, str) else repr(call.name), call.count)
         record = self.journal.steps.get(key)
         if self._rolling_back:
@@ -194,33 +199,34 @@ class Segment:
         elif key in self._outstanding:
             future.set_exception(WorkflowFatalError(f"step {key[1]!r:.300} is being performed already"))
         elif not self._terminated and (record is None or record.state != "cancelled"):
-            self._start(self._perform(call, future), key, future)
+            future.task = self._start(self._perform(call, future), key)
+            future.on_cancel = self._dropped
         return future
 
-    def _start(self, work: Any, key: Any, future: asyncio.Future[Any] | None = None) -> None:
+    def _start(self, work: Coroutine[Any, Any, None], key: Any) -> asyncio.Task[None]:
+        """Run `work`, which calls `_over` when it is."""
         self._active_calls += 1
         self._outstanding.add(key)
-        task: asyncio.Task[None] = self._host.create_task(work)
-        self._calls.add(task)
+        task = self._host.create_task(work)
+        self._calls[task] = key
+        return task
 
-        def over(task: asyncio.Task[None]) -> None:
-            # Counted here and not in the coroutine: one that is cancelled before it starts never runs.
-            self._calls.discard(task)
+    def _over(self, task: asyncio.Task[None] | None = None) -> None:
+        key = self._calls.pop(task or asyncio.current_task(), None)  # type: ignore[arg-type]
+        if key is not None:
             self._outstanding.discard(key)
             self._active_calls -= 1
-            # Later in this turn of the loop: whoever awaited the call goes on first and says that it is active.
-            self._host.call_soon(self.look)
 
-        task.add_done_callback(over)
-        if future is not None:
-            future.add_done_callback(
-                lambda done: self._dropped(done, key, task) if done.cancelled() else None
-            )
+    def _stop(self, task: asyncio.Task[None]) -> None:
+        if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED:  # type: ignore[arg-type]
+            self._over(task)  # it never begins
+        task.cancel()
 
-    def _dropped(self, future: asyncio.Future[Any], key: Any, task: asyncio.Task[None]) -> None:
-        if cancelled_by_workflow(future) and not self._outcome.done():
-            task.cancel()
-            self._start(self._cancel(key, task), ("cancel", key, 0))
+    def _dropped(self, future: StepFuture) -> None:
+        key = self._calls.get(future.task)
+        if key is not None and cancelled_by_workflow(future) and not self._outcome.done():
+            self._stop(future.task)
+            self._start(self._cancel(key, future.task), ("cancel", key, 0))
 
     # --- for steps (StepHost) ---
 
@@ -241,7 +247,7 @@ class Segment:
     def isolate_down(self) -> None:
         """Say that the isolate ended under an attempt; the segment ends `Interrupted` once that is recorded."""
         self._isolate_down = True
-        self._host.call_soon(self.look)
+        self._look_later()
 
     async def wait(self, record: StepRecord) -> None:
         """Wait for the record's deadline or its event."""
@@ -260,7 +266,7 @@ class Segment:
 
     async def _inactive(self, future: asyncio.Future[None]) -> None:
         self._active_calls -= 1
-        self._host.call_soon(self.look)
+        self._look_later()
         try:
             await future
         except asyncio.CancelledError:
@@ -279,17 +285,25 @@ class Segment:
         if not self._pausing:
             self._resolve(wait.over)
 
-    async def _perform(self, call: StepCall, future: asyncio.Future[Any]) -> None:
+    async def _perform(self, call: StepCall, future: StepFuture) -> None:
         try:
-            result = await perform(call, self)
+            answer: Any = await perform(call, self)
+            how: Callable[[Any], None] = future.set_result
         except (LeaseLostError, StorageError, EngineClosedError) as error:
             self._give_up(error)
+            return
         except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
-            if not future.done():
-                future.set_exception(error)
+            answer, how = error, future.set_exception
+        finally:
+            self._over()
+        loop = future.get_loop()
+        if future.done():
+            self._look_later()
+        elif isinstance(loop, WorkflowLoop):
+            loop.now(how, answer)  # it says that it is active, and when it is idle again
         else:
-            if not future.done():
-                future.set_result(result)
+            how(answer)
+            self._look_later()
 
     def _dropped_waits(self) -> list[Any]:
         """Return waits that an earlier segment stored and that nothing of this one is at, now that all is still.
@@ -315,6 +329,13 @@ class Segment:
             self._give_up(error)
         except WorkflowInternalError as error:
             self._fail(Failure.of(error))
+        finally:
+            self._over()
+            self._look_later()
+
+    def _look_later(self) -> None:
+        # Later in this turn of the loop: whoever awaited a call goes on first and says that it is active.
+        self._host.call_soon(self.look)
 
     def look(self) -> None:
         """End the segment if nothing in it can move by itself."""
@@ -378,9 +399,9 @@ class Segment:
             self._start(self._roll_back(chain, failure), ("rollback", None, 0))
 
     async def _roll_back(self, chain: list[StepCall], failure: Failure) -> None:
-        others = self._calls - {asyncio.current_task()}
+        others = self._calls.keys() - {asyncio.current_task()}
         for task in others:
-            task.cancel()
+            self._stop(task)
         if others:
             await asyncio.wait(others)
         reason = "the instance was terminated" if self._terminated else str(failure)
@@ -390,6 +411,8 @@ class Segment:
             self._give_up(error)
         else:
             self._finish(self._failed(failure, status))
+        finally:
+            self._over()
 
     def _failed(self, failure: Failure, rollback: RollbackStatus | None) -> Outcome:
         return Terminated(rollback) if self._terminated else Failed(failure, rollback)

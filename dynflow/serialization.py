@@ -62,7 +62,8 @@ def unpack(data: Any) -> Any:
 
 def encode(value: object, *, limit: int | None = None, what: str = "value") -> bytes:
     """Return `value` as bytes. Raises UnserializableError, or ValueTooLargeError above `limit` bytes."""
-    data = _to_json(_pack(value, what, 0)).encode()
+    packed = _pack(value, what, 0)
+    data = (repr(packed) if type(packed) is int else _to_json(packed)).encode()
     if limit is not None and len(data) > limit:
         raise ValueTooLargeError(f"{what} is {len(data):,} bytes when stored; the limit is {limit:,} bytes")
     return data
@@ -82,7 +83,17 @@ def _refuse_constant(text: str) -> Any:
 
 # Made once: `json.dumps` and `json.loads` make a new one at every call with options.
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
-_from_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_scan = json.JSONDecoder(parse_constant=_refuse_constant).scan_once  # type: ignore[attr-defined]
+
+
+def _from_json(text: str) -> Any:
+    try:
+        value, end = _scan(text, 0)
+    except StopIteration:
+        raise ValueError("not an encoded value") from None
+    if end != len(text):
+        raise ValueError(f"not an encoded value: more follows after character {end}")
+    return value
 
 
 def _pack(value: Any, path: str, depth: int) -> Any:

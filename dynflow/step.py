@@ -50,7 +50,7 @@ async def perform(call: StepCall, host: StepHost) -> Any:
 # --- do ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Work:
     """What a step attempts: the tenant's callback, and what it is given at an attempt."""
 
@@ -127,6 +127,8 @@ async def _attempt(work: _Work, record: StepRecord, host: StepHost) -> None:
     """Make one attempt and record how it ended: complete, errored, or waiting for the next."""
     record.attempt += 1
     record.state, record.deadline, record.attempt_at = "running", None, host.clock.now_us()
+    if record.attempt == 1:
+        record.started_at = record.attempt_at
     await host.journal.begin_attempt(record)
     ctx = work.context(record.attempt)
     what = f"step {work.name!r}, attempt {record.attempt},"

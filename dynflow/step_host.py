@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import unicodedata
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from dynflow.clock import Clock
@@ -77,6 +78,20 @@ def final_error(record: StepRecord) -> BaseException:
     error = failure.as_step_error(record.name, record.attempt)
     error.failure, error.step, error.attempts = failure, record.name, record.attempt  # type: ignore[attr-defined]
     return error
+
+
+class StepFuture(asyncio.Future[Any]):
+    """The answer of a step call. `on_cancel` is called at once when whoever awaits it cancels it."""
+
+    task: asyncio.Task[None]
+    on_cancel: Callable[[StepFuture], None] | None = None
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Cancel, and say so."""
+        is_cancelled = super().cancel(msg)
+        if is_cancelled and self.on_cancel is not None:
+            self.on_cancel(self)
+        return is_cancelled
 
 
 def settle(future: asyncio.Future[Any], record: StepRecord) -> None:

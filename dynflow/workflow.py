@@ -58,7 +58,7 @@ class ExecutionContext:
     metadata: Any = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take three times as long to make, at every call
 class StepCall:
     """One call of a method of `step`, as its port gets it, nothing checked yet.
 
@@ -166,7 +166,12 @@ class WorkflowStep:
         `step.do(name, callback)`, `step.do(name, config, callback)`, or as a decorator without a callback.
         The callback is sync or async and takes no argument or a StepContext.
         """
-        if callback is None and config is not None and not isinstance(config, Mapping):
+        if (
+            callback is None
+            and config is not None
+            and type(config) is not dict
+            and not isinstance(config, Mapping)
+        ):
             config, callback = None, config  # whether it can be called is checked when the step is performed
 
         def start(chosen: Callback | None) -> _PendingCall:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dynflow.failure import Failure
 from dynflow.serialization import MEBIBYTE
@@ -109,8 +109,7 @@ class Journal(ABC):
         """Return the pinned code of the instance; pin this one where there is none yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewInstance:
+class NewInstance(NamedTuple):
     """What `create` stores. `params` and `schedule` are encoded."""
 
     id: str
@@ -119,8 +118,7 @@ class NewInstance:
     retention: Mapping[str, timedelta] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceRef:
+class InstanceRef(NamedTuple):
     """Which instance. `tenant` None finds the id among all tenants, if one alone has it."""
 
     workflow: str

@@ -817,7 +817,7 @@ async def test_leaving_a_subscription_early_leaves_no_watcher(world: World) -> N
     with pytest.raises(TimeoutError):
         await instance.result(timeout=0)
     if hasattr(world.engine, "_telling"):
-        assert world.engine._telling._watches == {}
+        assert world.engine._telling._followers == {}
 
 
 async def test_a_listener_that_fails_harms_nobody(world: World) -> None:

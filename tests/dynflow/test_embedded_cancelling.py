@@ -21,14 +21,14 @@ async def test_an_event_that_comes_together_with_the_cancel_is_not_lost(
     sent: list[int] = []
     original = steps.cancel
 
-    def cancel(db: Any, key: int, epoch: int, record: Any, now: int) -> Any:
+    def cancel(db: Any, lease: Any, record: Any, now: int) -> Any:
         if record.name == "lost" and not sent:
-            row = rows.by_key(db, key)
+            row = rows.by_key(db, lease.key)
             assert row is not None
             for number in range(3):
                 sent.append(number)
                 steps.send_event(db, row, "go", b"%d" % number, now, 1 << 40)
-        return original(db, key, epoch, record, now)
+        return original(db, lease, record, now)
 
     monkeypatch.setattr(steps, "cancel", cancel)
 

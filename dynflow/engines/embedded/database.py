@@ -17,13 +17,14 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
 
+from dynflow.engines.embedded.connection import Connection
 from dynflow.errors import StorageError
 
 Synchronous = Literal["FULL", "NORMAL"]
 
 # "dynf" as a number: tells our files from other SQLite files.
 APPLICATION_ID = 0x64796E66
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _HERE = resources.files("dynflow.engines.embedded")
 
@@ -35,7 +36,7 @@ class Database:
     or another process has it; then the file is as it was. `migrations` is for tests: a folder of other ones.
     """
 
-    connection: sqlite3.Connection
+    connection: Connection
 
     def __init__(self, path: Path, synchronous: Synchronous, migrations: Traversable | None = None) -> None:
         self.path = path
@@ -97,11 +98,13 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def _open(path: Path, synchronous: Synchronous, migrations: Traversable) -> sqlite3.Connection:
+def _open(path: Path, synchronous: Synchronous, migrations: Traversable) -> Connection:
     _make_private(path)
     try:
         version = _check(path)
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=512)
+        db = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False, cached_statements=512, factory=Connection
+        )
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA synchronous = {synchronous}")

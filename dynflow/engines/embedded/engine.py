@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,14 @@ from dynflow.engines import (
     StepRecord,
     Terminated,
 )
-from dynflow.engines.embedded import instances, rows, steps
+from dynflow.engines.embedded import claims, history, instances, rows, steps
 from dynflow.engines.embedded.database import Synchronous
-from dynflow.engines.embedded.rows import Happened, InstanceRow
+from dynflow.engines.embedded.history import Happened
+from dynflow.engines.embedded.rows import InstanceRow
 from dynflow.engines.embedded.scheduler import Registered, Scheduler
 from dynflow.engines.embedded.storage import Storage
-from dynflow.engines.embedded.telling import Telling, Watch
-from dynflow.engines.embedded.view import history_events, instance_status, raise_result
+from dynflow.engines.embedded.telling import Telling
+from dynflow.engines.embedded.view import end_of, history_events, instance_status, result_of
 from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.instance import FINISHED, check_workflow_name, may
 from dynflow.router import DynamicWorkflowBinding
@@ -157,7 +157,7 @@ class EmbeddedEngine(Engine):
             try:
                 await self._scheduler.stop()
             finally:
-                self._telling.wake_all()
+                self._telling.close()
                 await writer.close()
 
     # --- Engine ---
@@ -165,9 +165,7 @@ class EmbeddedEngine(Engine):
     async def create(self, workflow: str, tenant: str, items: Sequence[NewInstance]) -> list[bool]:
         """Queue instances; False in the place of each whose id exists."""
         now = self.clock.now_us()
-        created = await self._storage.submit(
-            lambda db: instances.create(db, self._storage.queue, workflow, tenant, items, now)
-        )
+        created = await self._storage.submit(lambda db: claims.create(db, workflow, tenant, items, now))
         for item, made in zip(items, created, strict=True):
             if made is not None:
                 self._telling.tell(InstanceRef(workflow, item.id, tenant), [made])
@@ -221,7 +219,7 @@ class EmbeddedEngine(Engine):
             row = rows.find(db, ref)
             if not may("resume", row.status, row.id):
                 return row, [], []
-            happened = [instances.resume(db, self._storage.queue, row, now)]
+            happened = [instances.resume(db, row, now)]
             given = steps.deliver_buffered(db, row.key, now)
             return row, [*happened, *(event for _, event in given)], [waiter for waiter, _ in given]
 
@@ -235,20 +233,22 @@ class EmbeddedEngine(Engine):
         self._scheduler.pump()
 
     async def _terminate(self, ref: InstanceRef, *, rollback: bool) -> None:
-        now = self.clock.now_us()
+        now, end = self.clock.now_us(), Terminated(None)
 
         def write(db: Any) -> tuple[InstanceRow, Happened | None, int | None]:
             row = rows.find(db, ref)
             may("terminate", row.status, row.id)
             if not rollback or row.started_at is None:
-                return row, *instances.finish(db, row.key, None, Terminated(None), self._keep, now)
+                return row, *instances.finish(db, row.key, end, self._keep, now)
             if row.ending is not None:  # it is rolling back already
                 return row, None, None
-            return row, instances.begin_rollback(db, self._storage.queue, row, now), None
+            return row, instances.begin_rollback(db, row, now), None
 
         row, happened, expires_at = await self._storage.submit(write)
         if happened is not None:
             self._telling.tell(row.ref, [happened])
+            if expires_at is not None:
+                self._telling.ended(row.ref, end)
             self._scheduler.arm(expires_at)
             await self._scheduler.abort(row.key)
             self._scheduler.pump()
@@ -259,7 +259,7 @@ class EmbeddedEngine(Engine):
 
         def write(db: Any) -> tuple[InstanceRow, Happened]:
             row = rows.find(db, ref)
-            return row, instances.restart(db, self._storage.queue, row, from_step, now)
+            return row, instances.restart(db, row, from_step, now)
 
         row, happened = await self._storage.submit(write)
         self._telling.tell(row.ref, [happened])
@@ -275,7 +275,7 @@ class EmbeddedEngine(Engine):
             may("send_event", row.status, row.id)
             waiter, happened = steps.send_event(db, row, event_type, payload, now, self.limits.state)
             if waiter is not None and row.status == "waiting":
-                instances.requeue(db, self._storage.queue, row.key)
+                claims.requeue(db, row.key)
             return row, waiter, happened
 
         row, waiter, happened = await self._storage.submit(write)
@@ -295,48 +295,50 @@ class EmbeddedEngine(Engine):
         deleted = await self._storage.submit(write)
         for row in deleted:
             if row is not None:
-                self._telling.wake(row.ref, ended=True)
+                self._telling.ended(row.ref, None)
                 await self._scheduler.abort(row.key)
         return [row is not None for row in deleted]
 
     async def history(self, ref: InstanceRef, cursor: int) -> AsyncGenerator[HistoryEvent, None]:
         """Yield what happened after `cursor`, then what happens, up to the end of the instance."""
-        async with self._followed(ref) as (row, watch):
+        ref = await self._full(ref)
+        with self._telling.followed(ref) as follower:
+            row = await self._storage.submit(lambda db: rows.find(db, ref))
             while True:
-                watch.changed.clear()
-                page, status = await self._storage.submit(
+                found, status = await self._storage.submit(
                     lambda db, after=cursor: (  # type: ignore[misc]
-                        rows.load_history(db, row.key, after, _HISTORY_PAGE),
+                        history.load_history(db, row.key, after, _HISTORY_PAGE),
                         rows.status_of(db, row.key),
                     )
                 )
-                for event in history_events(page):
-                    if event.event_id > cursor:
-                        cursor = event.event_id
-                        yield event
-                if not page:
-                    if status is None or status in FINISHED:
-                        return
-                    await watch.changed.wait()
+                if not found and (status is None or status in FINISHED):
+                    return
+                is_live = not found
+                new: list[Happened] | None = found
+                while new is not None:
+                    for event in history_events(new):
+                        if event.event_id > cursor:
+                            cursor = event.event_id
+                            yield event
+                    if not is_live or (new and new[-1].types[-1] in history.ENDS):
+                        break
+                    new = await follower.after(cursor)
 
     async def result(self, ref: InstanceRef) -> Any:
         """Wait for the end; return the output or raise the instance's error."""
-        async with self._followed(ref) as (row, watch):
-            found: InstanceRow | None = row
-            while found is not None and found.status not in FINISHED:
-                await watch.ended.wait()
-                watch.ended.clear()
-                found = await self._storage.submit(lambda db: rows.by_key(db, row.key))
-        if found is None:
+        ref = await self._full(ref)
+        end = self._telling.end_of(ref)
+        try:
+            row = await self._storage.submit(lambda db: rows.find(db, ref))
+            how = end_of(row) if row.status in FINISHED else await end
+        finally:
+            self._telling.forget(ref, end)
+        if how is None:
             raise InstanceNotFoundError(f"instance {ref.id!r} was deleted before its end")
-        return raise_result(found)
+        return result_of(how, ref.id)
 
-    @contextlib.asynccontextmanager
-    async def _followed(self, ref: InstanceRef) -> AsyncIterator[tuple[InstanceRow, Watch]]:
-        if ref.tenant is None:
-            ref = await self.find(ref)
-        with self._telling.watch(ref) as watch:
-            yield await self._storage.submit(lambda db: rows.find(db, ref)), watch
+    async def _full(self, ref: InstanceRef) -> InstanceRef:
+        return await self.find(ref) if ref.tenant is None else ref
 
 
 class Env(dict[str, Any]):

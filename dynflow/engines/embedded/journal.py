@@ -1,13 +1,14 @@
-"""The embedded engine's journal: every record is fenced by the lease's epoch, and told after its commit."""
+"""The embedded engine's journal: every record is fenced by the lease, and told after its commit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from dynflow.clock import Clock
-from dynflow.engines import Journal, Limits, StepKey, StepRecord
+from dynflow.engines import InstanceRef, Journal, Limits, StepKey, StepRecord
 from dynflow.engines.embedded import instances, steps
-from dynflow.engines.embedded.rows import Happened, InstanceRow
+from dynflow.engines.embedded.history import Happened, attempt_started, step_ended
+from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.storage import Storage
 from dynflow.engines.embedded.telling import Telling
 from dynflow.engines.embedded.writer import Operation
@@ -24,31 +25,37 @@ class EmbeddedJournal(Journal):
         telling: Telling,
         clock: Clock,
         limits: Limits,
-        row: InstanceRow,
+        ref: InstanceRef,
+        lease: Lease,
         records: dict[StepKey, StepRecord],
     ) -> None:
         self.steps = records
         self._storage, self._telling, self._clock = storage, telling, clock
-        self._key, self._epoch, self._ref = row.key, row.epoch, row.ref
+        self._ref, self._lease = ref, lease
         self._state_limit = limits.state
 
     async def begin_attempt(self, record: StepRecord) -> None:
         """Store that an attempt starts."""
-        key, epoch, limit = self._key, self._epoch, self._state_limit
-        await self._write(lambda db: [steps.begin_attempt(db, key, epoch, record, limit)])
+        lease, limit = self._lease, self._state_limit
+        number = await self._storage.submit(lambda db: steps.begin_attempt(db, lease, record, limit))
+        if self._telling.is_heard(self._ref):
+            self._telling.tell(self._ref, (attempt_started(record, number),))
 
     async def finish_step(self, record: StepRecord) -> None:
         """Store a step's final state."""
-        await self._write(lambda db: [steps.finish_step(db, self._key, self._epoch, record)])
+        lease = self._lease
+        number = await self._storage.submit(lambda db: steps.finish_step(db, lease, record))
+        if self._telling.is_heard(self._ref):
+            self._telling.tell(self._ref, (step_ended(record, number),))
 
     async def delay_retry(self, record: StepRecord) -> None:
         """Store a failed attempt."""
-        await self._write(lambda db: [steps.delay_retry(db, self._key, self._epoch, record)])
+        await self._write(lambda db: [steps.delay_retry(db, self._lease, record)])
 
     async def begin_wait(self, record: StepRecord) -> None:
         """Store a sleep or a wait."""
-        key, epoch, limit = self._key, self._epoch, self._state_limit
-        await self._write(lambda db: steps.begin_wait(db, key, epoch, record, limit))
+        lease, limit = self._lease, self._state_limit
+        await self._write(lambda db: steps.begin_wait(db, lease, record, limit))
 
     async def end_wait(self, record: StepRecord) -> None:
         """End a wait whose deadline has passed."""
@@ -58,23 +65,19 @@ class EmbeddedJournal(Journal):
             )
         )
         now = self._clock.now_us()
-        await self._write(lambda db: steps.end_wait(db, self._key, self._epoch, record, timed_out, now))
+        await self._write(lambda db: steps.end_wait(db, self._lease, record, timed_out, now))
 
     async def cancel(self, record: StepRecord) -> list[StepRecord]:
         """Store that the workflow cancelled the step, unless it has ended."""
-        key, epoch, now = self._key, self._epoch, self._clock.now_us()
-        state, happened, waiters = await self._storage.submit(
-            lambda db: steps.cancel(db, key, epoch, record, now)
-        )
+        lease, now = self._lease, self._clock.now_us()
+        state, happened, waiters = await self._storage.submit(lambda db: steps.cancel(db, lease, record, now))
         record.state = state
         self._telling.tell(self._ref, happened)
         return waiters
 
     async def pin(self, digest: str, modules: Mapping[str, str]) -> Mapping[str, str]:
         """Return the pinned code."""
-        return await self._storage.submit(
-            lambda db: instances.pin(db, self._key, self._epoch, digest, modules)
-        )
+        return await self._storage.submit(lambda db: instances.pin(db, self._lease, digest, modules))
 
     async def _write(self, operation: Operation[list[Happened]]) -> None:
         self._telling.tell(self._ref, await self._storage.submit(operation))

@@ -12,10 +12,10 @@ from typing import Any
 
 from dynflow.clock import MICROSECOND, Clock, TimerHandle, to_datetime
 from dynflow.engines import Blocked, Completed, Failed, Interrupted, Limits, Outcome, Terminated
-from dynflow.engines.embedded import instances
-from dynflow.engines.embedded.instances import ClaimedRow, Room
+from dynflow.engines.embedded import claims, instances
+from dynflow.engines.embedded.claims import Claim, Room
 from dynflow.engines.embedded.journal import EmbeddedJournal
-from dynflow.engines.embedded.rows import InstanceRow, step_records
+from dynflow.engines.embedded.rows import step_records
 from dynflow.engines.embedded.storage import Storage
 from dynflow.engines.embedded.telling import Telling
 from dynflow.errors import (
@@ -41,6 +41,8 @@ _STORAGE_RETRY = timedelta(seconds=1)
 _CRASHED = f"{IsolateCrashedError.__module__}:{IsolateCrashedError.__qualname__}"
 
 
+_CONTEXT = ExecutionContext()
+
 MakeSegment = Callable[..., Segment]
 """What takes the arguments of Segment and makes one."""
 
@@ -54,6 +56,12 @@ class Registered:
     step_defaults: StepConfig
     concurrency: int
 
+    async def main(self, event: WorkflowEvent, step: Any) -> Any:
+        """Run one instance's code."""
+        current_env.set(self.env)
+        entrypoint = self.entrypoint(_CONTEXT, self.env)
+        return await awaitable(entrypoint.run(event, step), entrypoint.run)
+
 
 @dataclass(slots=True, eq=False)
 class _Live:
@@ -61,7 +69,6 @@ class _Live:
 
     segment: Segment
     task: asyncio.Task[None]
-    row: InstanceRow
 
 
 class Scheduler:
@@ -84,6 +91,8 @@ class Scheduler:
         self._new_segment = make_segment
         self._registered: dict[str, Registered] = {}
         self._live: dict[int, _Live] = {}
+        self._running: Counter[str] = Counter()
+        self._tenants: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crashes: dict[int, int] = {}
         self._claiming = self._more_queued = False
@@ -106,7 +115,7 @@ class Scheduler:
         now = self._clock.now_us()
 
         def recover(db: Any) -> int | None:
-            instances.recover(db, self._storage.queue, now)
+            claims.recover(db, now)
             return instances.next_wake(db)
 
         self.arm(await self._storage.submit(recover))
@@ -150,19 +159,19 @@ class Scheduler:
             return
         self._claiming, self._more_queued = True, False
         now, room = self._clock.now_us(), self._room(min(free, _CLAIMED_AT_ONCE))
-        claim = self._storage.submit(lambda db: instances.claim(db, self._storage.queue, room(), now))
+        claim = self._storage.submit(lambda db: claims.claim(db, room(), now))
         claim.add_done_callback(self._claimed)
 
     def _room(self, slots: int) -> Callable[[], Room]:
         """Return what makes the room: an operation may run twice, and using room up is not undone."""
-        workflows = {name: registered.concurrency for name, registered in self._registered.items()}
-        running: Counter[str] = Counter()
-        for live in self._live.values():
-            workflows[live.row.workflow] -= 1
-            running[live.row.tenant] += 1
-        return lambda: Room(slots, dict(workflows), Counter(running), self._per_tenant)
+        workflows = {
+            name: registered.concurrency - self._running[name]
+            for name, registered in self._registered.items()
+        }
+        tenants = Counter(self._tenants) if self._per_tenant is not None else Counter[str]()
+        return lambda: Room(slots, dict(workflows), Counter(tenants), self._per_tenant)
 
-    def _claimed(self, claim: asyncio.Future[list[ClaimedRow]]) -> None:
+    def _claimed(self, claim: asyncio.Future[list[Claim]]) -> None:
         self._claiming = False
         if not self._storage.is_open or claim.cancelled():
             return
@@ -170,61 +179,69 @@ class Scheduler:
             self._later(self.pump)
             return
         for claimed in claim.result():
-            self._telling.tell(claimed.row.ref, [claimed.happened])
+            self._telling.tell(claimed.ref, (claimed.happened,))
             self._start(claimed)
         if claim.result() or self._more_queued:
             self.pump()
 
-    def _start(self, claimed: ClaimedRow) -> None:
-        row, before = claimed.row, self._live.get(claimed.row.key)
-        registered = self._registered[row.workflow]
+    def _start(self, claimed: Claim) -> None:
+        key, ref = claimed.lease.key, claimed.ref
+        registered, before = self._registered[ref.workflow], self._live.get(key)
         loop = asyncio.get_running_loop()
         try:
             segment = self._make_segment(claimed, registered)
         except ValueError as error:  # stored values of a class that this release of the host does not know
             failure = Failure.of(WorkflowInternalError(f"the instance's journal cannot be read: {error}"))
-            task = loop.create_task(self._settle(row, Failed(failure)))
+            task = loop.create_task(self._settle(claimed, Failed(failure)))
         else:
+            self._running[ref.workflow] += 1
+            self._tenants[ref.tenant or ""] += 1
             # Not in the context of whoever made or woke it, who may be a step of another tenant.
             context = self._context.copy()
-            task = loop.create_task(self._run(row, segment, _main_of(registered), before), context=context)
-            self._live[row.key] = _Live(segment, task, row)
+            task = loop.create_task(self._run(claimed, segment, registered.main, before), context=context)
+            self._live[key] = _Live(segment, task)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _make_segment(self, claimed: ClaimedRow, registered: Registered) -> Segment:
-        row = claimed.row
+    def _make_segment(self, claimed: Claim, registered: Registered) -> Segment:
         event = WorkflowEvent(
             decode(claimed.params),
-            to_datetime(row.created_at),
-            row.id,
-            row.workflow,
+            to_datetime(claimed.created_at),
+            claimed.ref.id,
+            claimed.ref.workflow,
             None if claimed.schedule is None else decode(claimed.schedule),
         )
         records = step_records(claimed.step_rows)
-        journal = EmbeddedJournal(self._storage, self._telling, self._clock, self._limits, row, records)
+        journal = EmbeddedJournal(
+            self._storage, self._telling, self._clock, self._limits, claimed.ref, claimed.lease, records
+        )
         return self._new_segment(
             event,
             journal,
             self._clock,
             self._limits,
             registered.step_defaults,
-            terminated=row.ending is not None,
+            terminated=claimed.ending is not None,
         )
 
     # --- running ---
 
-    async def _run(self, row: InstanceRow, segment: Segment, main: Main, before: _Live | None) -> None:
+    async def _run(self, claimed: Claim, segment: Segment, main: Main, before: _Live | None) -> None:
+        key, ref = claimed.lease.key, claimed.ref
         try:
             if before is not None:  # the segment that this instance was taken from is still ending
                 await asyncio.wait([before.task])
             outcome = await self._outcome(segment, main)
             if outcome is not None:
-                await self._settle(row, outcome)
+                await self._settle(claimed, outcome)
         finally:
-            live = self._live.get(row.key)
+            self._running[ref.workflow] -= 1
+            self._tenants[ref.tenant or ""] -= 1
+            if not self._tenants[ref.tenant or ""]:
+                del self._tenants[ref.tenant or ""]
+            live = self._live.get(key)
             if live is not None and live.segment is segment:
-                del self._live[row.key]
+                del self._live[key]
             self.pump()
 
     async def _outcome(self, segment: Segment, main: Main) -> Outcome | None:
@@ -237,15 +254,15 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - the door around a segment (architecture.md section 6)
             return Failed(Failure.of(WorkflowInternalError(f"the engine failed: {error!r}")))
 
-    async def _settle(self, row: InstanceRow, outcome: Outcome) -> None:
+    async def _settle(self, claimed: Claim, outcome: Outcome) -> None:
         """Store how a segment ended, however long storage takes."""
-        outcome = self._judge_crash(row.key, outcome)
+        outcome = self._judge_crash(claimed.lease.key, outcome)
         while True:
             now = self._clock.now_us()
             try:
                 happened, look_at = await self._storage.submit(
                     lambda db, outcome=outcome, now=now: instances.settle(  # type: ignore[misc]
-                        db, self._storage.queue, row, outcome, self._keep, now
+                        db, claimed.lease, outcome, self._keep, now
                     )
                 )
             except (LeaseLostError, EngineClosedError):
@@ -257,7 +274,9 @@ class Scheduler:
                 self._later(again.set)
                 await again.wait()
             else:
-                self._telling.tell(row.ref, [happened])
+                self._telling.tell(claimed.ref, (happened,))
+                if isinstance(outcome, (Completed, Failed, Terminated)):
+                    self._telling.ended(claimed.ref, outcome)
                 self.arm(look_at)
                 return
 
@@ -289,7 +308,7 @@ class Scheduler:
         if not self._storage.is_open:
             return
         now = self._clock.now_us()
-        woken = self._storage.submit(lambda db: instances.wake_due(db, self._storage.queue, now))
+        woken = self._storage.submit(lambda db: instances.wake_due(db, now))
         woken.add_done_callback(self._woken)
 
     def _woken(self, woken: asyncio.Future[int | None]) -> None:
@@ -303,12 +322,3 @@ class Scheduler:
 
     def _later(self, callback: Callable[[], None]) -> None:
         self._clock.call_at(self._clock.now_us() + _STORAGE_RETRY // MICROSECOND, callback)
-
-
-def _main_of(registered: Registered) -> Main:
-    async def main(event: WorkflowEvent, step: Any) -> Any:
-        current_env.set(registered.env)
-        entrypoint = registered.entrypoint(ExecutionContext(), registered.env)
-        return await awaitable(entrypoint.run(event, step), entrypoint.run)
-
-    return main

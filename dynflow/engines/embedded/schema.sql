@@ -3,14 +3,13 @@
 -- plus its number in the instance, so that one B-tree serves as table and as index.
 
 CREATE TABLE instances (
-    key         INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused: the rows of a deleted instance are not another's
+    key         INTEGER PRIMARY KEY,
     workflow    TEXT NOT NULL,
-    tenant      TEXT NOT NULL,
     id          TEXT NOT NULL,
+    tenant      TEXT NOT NULL,
     status      TEXT NOT NULL,
     rank        INTEGER,            -- place in the queue, while queued
-    epoch       INTEGER NOT NULL DEFAULT 0,  -- grows at each claim and each taking away: fences segments
-    events      INTEGER NOT NULL DEFAULT 0,  -- number of the last history row
+    events      INTEGER NOT NULL DEFAULT 0,  -- number of the last history event, as of the last claim while it runs
     size        INTEGER NOT NULL DEFAULT 0,  -- bytes of steps, events and history, roughly: what the state limit counts
     wake_at     INTEGER,            -- earliest deadline, while waiting
     paused_at   INTEGER,
@@ -20,24 +19,24 @@ CREATE TABLE instances (
     expires_at  INTEGER,            -- once it has ended: when the sweep deletes it
     code        TEXT,               -- digest of the pinned code
     ending      TEXT,               -- 'terminated' while the rollback of a terminated instance goes on
+    params      BLOB,               -- NULL where they are in `inputs`
+    retention   BLOB,               -- NULL: the engine's
     output      BLOB,
     failure     BLOB,
     rollback    BLOB,               -- how the rollback ended
-    UNIQUE (workflow, tenant, id)
+    UNIQUE (workflow, id, tenant)
 );
-CREATE INDEX instances_queue ON instances (rank) WHERE status = 'queued';
+CREATE INDEX instances_queue ON instances (workflow, tenant, rank) WHERE status = 'queued';
 CREATE INDEX instances_wake ON instances (wake_at) WHERE wake_at IS NOT NULL;
 CREATE INDEX instances_live ON instances (status) WHERE status IN ('running', 'waiting_for_pause');
 CREATE INDEX instances_expiring ON instances (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX instances_code ON instances (code) WHERE code IS NOT NULL;
-CREATE INDEX instances_by_id ON instances (workflow, id);
 
--- Apart from the row that every step updates, since params can be large.
+-- What is too large to be written anew with each change of the instance's row, or rare.
 CREATE TABLE inputs (
     key         INTEGER PRIMARY KEY REFERENCES instances (key) ON DELETE CASCADE,
     params      BLOB NOT NULL,
-    schedule    BLOB,
-    retention   BLOB
+    schedule    BLOB
 );
 
 CREATE TABLE steps (
@@ -54,7 +53,9 @@ CREATE TABLE steps (
     output      BLOB,
     failure     BLOB,
     deadline    INTEGER,
-    event_type  TEXT
+    event_type  TEXT,
+    started_event INTEGER,  -- number of the history event that its start was, where the row itself says it
+    ended_event INTEGER     -- the same of its end
 );
 CREATE INDEX steps_awaiting ON steps (event_type, step) WHERE state = 'waiting' AND event_type IS NOT NULL;
 
@@ -78,6 +79,7 @@ CREATE TABLE events (
 );
 CREATE INDEX events_waiting ON events (instance, type, event);
 
+-- What no other row says: see `history.py`.
 CREATE TABLE history (
     event       INTEGER PRIMARY KEY,  -- instance key * 2^24 + number in the instance
     at          INTEGER NOT NULL,

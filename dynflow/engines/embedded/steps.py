@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import sqlite3
 from functools import lru_cache
-from typing import Any
 
 from dynflow.clock import to_datetime, to_microseconds
 from dynflow.engines import StepRecord, StepState
+from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.embedded.history import (
+    STEP_OVERHEAD,
+    Happened,
+    count,
+    error_data,
+    log,
+    step_data,
+)
+from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import (
     STEP_COLUMNS,
-    Happened,
     InstanceRow,
-    log,
     row_of,
     rows_of,
     status_of,
     step_record,
 )
-from dynflow.errors import LeaseLostError, WorkflowInternalError
+from dynflow.errors import WorkflowInternalError
 from dynflow.failure import Failure
 from dynflow.serialization import decode, encode
 from dynflow.step_config import StepConfig
 from dynflow.types import Event
 
-# What a row of `steps` or `events` takes beside its payload.
-_ROW_OVERHEAD = 100
 # What the history says of a cancelled step, by its kind and the state it had; else "step.cancelled".
 _CANCELLED = {
     ("do", "running"): "attempt.cancelled+step.cancelled",
@@ -34,19 +38,6 @@ _CANCELLED = {
     ("wait_for_event", "waiting"): "wait.cancelled",
     ("wait_for_event", "complete"): "wait.cancelled",
 }
-
-
-def _step_data(record: StepRecord) -> dict[str, Any]:
-    data: dict[str, Any] = {"step": record.name, "count": record.count, "kind": record.kind}
-    if record.attempt:
-        data["attempt"] = record.attempt
-    if record.event_type is not None:
-        data["event_type"] = record.event_type
-    return data
-
-
-def _error_data(failure: Failure) -> dict[str, str]:
-    return {"name": failure.name, "message": failure.message}
 
 
 def _stored(failure: Failure | None) -> bytes | None:
@@ -58,14 +49,14 @@ def _stored_config(config: StepConfig) -> bytes:
     return encode(config.as_stored())
 
 
-def _insert(db: sqlite3.Connection, key: int, record: StepRecord) -> None:
+def _insert(db: Connection, key: int, record: StepRecord, started_event: int | None = None) -> None:
     db.execute(
-        "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
         (
             row_of(key, record.seq), record.kind, record.name, record.count, record.state, record.attempt,
             None if record.config is None else _stored_config(record.config),
             record.started_at, record.attempt_at, record.ended_at, record.output, _stored(record.failure),
-            record.deadline, record.event_type,
+            record.deadline, record.event_type, started_event,
         ),
     )  # fmt: skip
 
@@ -73,25 +64,20 @@ def _insert(db: sqlite3.Connection, key: int, record: StepRecord) -> None:
 # --- do ------------------------------------------------------------------------------------------
 
 
-def begin_attempt(
-    db: sqlite3.Connection, key: int, epoch: int, record: StepRecord, state_limit: int
-) -> Happened:
-    """Store that an attempt starts; a previous one without an end was cut off by a crash."""
-    prefix = "rollback" if record.kind == "rollback" else "step"
-    first = record.attempt == 1
+def begin_attempt(db: Connection, lease: Lease, record: StepRecord, state_limit: int) -> int:
+    """Store that an attempt starts; a previous one without an end was cut off by a crash.
+
+    Returns the number of what happened, see `history.attempt_started`.
+    """
+    lease.check()
+    key, size = lease.key, STEP_OVERHEAD + len(record.name)
+    if record.attempt == 1:
+        number = count(db, key, 2, size, state_limit=state_limit)
+        _insert(db, key, record, number)
+        return number
     happened = log(
-        db,
-        key,
-        record.attempt_at,
-        f"{prefix}.started+attempt.started" if first else "attempt.started",
-        _step_data(record),
-        epoch=epoch,
-        stored=_ROW_OVERHEAD + len(record.name),
-        state_limit=state_limit,
+        db, key, record.attempt_at, "attempt.started", step_data(record), stored=size, state_limit=state_limit
     )
-    if first:
-        _insert(db, key, record)
-        return happened
     step = row_of(key, record.seq)
     db.execute(
         "INSERT OR IGNORE INTO attempts SELECT step, attempt, attempt_at, NULL, NULL, NULL FROM steps WHERE step = ?",
@@ -102,41 +88,31 @@ def begin_attempt(
         " WHERE step = ?",
         (record.attempt, record.attempt_at, step),
     )
-    return happened
+    return happened.number
 
 
-def finish_step(db: sqlite3.Connection, key: int, epoch: int, record: StepRecord) -> Happened:
-    """Store a step's final state."""
-    prefix = "rollback" if record.kind == "rollback" else "step"
-    data, failure = _step_data(record), None
-    verb = "completed" if record.state == "complete" else "errored"
-    if record.failure is not None and verb == "errored":
-        data["error"] = _error_data(record.failure)
-        failure = encode(record.failure)
-    happened = log(
-        db,
-        key,
-        record.ended_at or record.attempt_at,
-        f"attempt.{verb}+{prefix}.{verb}",
-        data,
-        epoch=epoch,
-        stored=len(record.output or b"") + len(failure or b""),
-    )
+def finish_step(db: Connection, lease: Lease, record: StepRecord) -> int:
+    """Store a step's final state; returns the number of what happened, see `history.step_ended`."""
+    lease.check()
+    failure = _stored(record.failure) if record.state == "errored" else None
+    number = count(db, lease.key, 2, len(record.output or b"") + len(failure or b""))
     db.execute(
-        "UPDATE steps SET state = ?, output = ?, failure = ?, ended_at = ?, deadline = NULL WHERE step = ?",
-        (record.state, record.output, failure, record.ended_at, row_of(key, record.seq)),
+        "UPDATE steps SET state = ?, output = ?, failure = ?, ended_at = ?, deadline = NULL, ended_event = ?"
+        " WHERE step = ?",
+        (record.state, record.output, failure, record.ended_at, number, row_of(lease.key, record.seq)),
     )
-    return happened
+    return number
 
 
-def delay_retry(db: sqlite3.Connection, key: int, epoch: int, record: StepRecord) -> Happened:
+def delay_retry(db: Connection, lease: Lease, record: StepRecord) -> Happened:
     """Store a failed attempt and when the next may start."""
-    data, failure, step = _step_data(record), _stored(record.failure), row_of(key, record.seq)
+    lease.check()
+    data, failure, step = step_data(record), _stored(record.failure), row_of(lease.key, record.seq)
     data["retry_at"] = record.deadline
     if record.failure is not None:
-        data["error"] = _error_data(record.failure)
+        data["error"] = error_data(record.failure)
     ended_at = record.ended_at or record.attempt_at
-    happened = log(db, key, ended_at, "attempt.errored", data, epoch=epoch, stored=2 * len(failure or b""))
+    happened = log(db, lease.key, ended_at, "attempt.errored", data, stored=2 * len(failure or b""))
     db.execute(
         "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
         (step, record.attempt, record.attempt_at, record.ended_at, failure, record.deadline),
@@ -151,12 +127,12 @@ def delay_retry(db: sqlite3.Connection, key: int, epoch: int, record: StepRecord
 # --- sleeps and waits ----------------------------------------------------------------------------
 
 
-def begin_wait(
-    db: sqlite3.Connection, key: int, epoch: int, record: StepRecord, state_limit: int
-) -> list[Happened]:
+def begin_wait(db: Connection, lease: Lease, record: StepRecord, state_limit: int) -> list[Happened]:
     """Store a sleep or a wait; a buffered event of the type completes it here and now."""
+    lease.check()
+    key = lease.key
     verb = "wait" if record.kind == "wait_for_event" else "sleep"
-    data = _step_data(record) | {"deadline": record.deadline}
+    data = step_data(record) | {"deadline": record.deadline}
     happened = [
         log(
             db,
@@ -164,28 +140,26 @@ def begin_wait(
             record.started_at,
             f"{verb}.started",
             data,
-            epoch=epoch,
-            stored=_ROW_OVERHEAD + len(record.name),
+            stored=STEP_OVERHEAD + len(record.name),
             state_limit=state_limit,
         )
     ]
     if record.event_type is not None and (event := _take_event(db, key, record.event_type)) is not None:
         record.state, record.output, record.ended_at = "complete", encode(event), record.started_at
-        happened.append(log(db, key, record.started_at, "wait.completed", _step_data(record)))
+        happened.append(log(db, key, record.started_at, "wait.completed", step_data(record)))
     _insert(db, key, record)
     return happened
 
 
 def end_wait(
-    db: sqlite3.Connection, key: int, epoch: int, record: StepRecord, timed_out: Failure, now: int
+    db: Connection, lease: Lease, record: StepRecord, timed_out: Failure, now: int
 ) -> list[Happened]:
     """End a wait whose deadline has passed: a sleep is complete, an event wait has timed out, unless an event won."""
-    step = row_of(key, record.seq)
+    lease.check()
+    step = row_of(lease.key, record.seq)
     stored = db.execute(
         "SELECT state, output, failure, ended_at, deadline FROM steps WHERE step = ?", (step,)
     ).fetchone()
-    if stored is None:
-        raise LeaseLostError("the step is gone: the instance was restarted or deleted")
     state, output, failure, ended_at, deadline = stored
     record.deadline = deadline
     if state != "waiting":
@@ -195,9 +169,7 @@ def end_wait(
     if deadline is not None and deadline > now:
         return []
     is_event = record.kind == "wait_for_event"
-    happened = log(
-        db, key, now, "wait.timed_out" if is_event else "sleep.completed", _step_data(record), epoch=epoch
-    )
+    happened = log(db, lease.key, now, "wait.timed_out" if is_event else "sleep.completed", step_data(record))
     record.ended_at = now
     record.state, record.failure = ("errored", timed_out) if is_event else ("complete", None)
     db.execute(
@@ -208,14 +180,15 @@ def end_wait(
 
 
 def cancel(
-    db: sqlite3.Connection, key: int, epoch: int, record: StepRecord, now: int
+    db: Connection, lease: Lease, record: StepRecord, now: int
 ) -> tuple[StepState, list[Happened], list[StepRecord]]:
     """Store that the workflow cancelled a step; returns its state, what happened, and the waits that this ended.
 
     A step that has ended stays as it is, except a wait: the workflow was not given its event, which goes to the
     next waiter or back to the head of the buffer.
     """
-    step = row_of(key, record.seq)
+    lease.check()
+    key, step = lease.key, row_of(lease.key, record.seq)
     stored = db.execute("SELECT state, output FROM steps WHERE step = ?", (step,)).fetchone()
     if stored is None:  # cancelled before it was stored
         return "cancelled", [], []
@@ -229,8 +202,7 @@ def cancel(
             key,
             now,
             _CANCELLED.get((record.kind, state), "step.cancelled"),
-            _step_data(record),
-            epoch=epoch,
+            step_data(record),
         )
     ]
     db.execute(
@@ -245,7 +217,7 @@ def cancel(
     return "cancelled", [*happened, *(event for _, event in given)], [waiter for waiter, _ in given]
 
 
-def _give_back(db: sqlite3.Connection, key: int, event: Event) -> None:
+def _give_back(db: Connection, key: int, event: Event) -> None:
     """Buffer an event before all that are buffered: numbers below zero are for these."""
     db.execute(
         "INSERT INTO events SELECT min(0, ifnull(min(event), 0)) - 1, ?, ?, ?, ? FROM events",
@@ -257,7 +229,7 @@ def _give_back(db: sqlite3.Connection, key: int, event: Event) -> None:
 
 
 def send_event(
-    db: sqlite3.Connection, row: InstanceRow, event_type: str, payload: bytes, now: int, state_limit: int
+    db: Connection, row: InstanceRow, event_type: str, payload: bytes, now: int, state_limit: int
 ) -> tuple[StepRecord | None, Happened | None]:
     """Give the event to the first waiter of its type whose time is not over, else buffer it.
 
@@ -271,7 +243,7 @@ def send_event(
             return waiter, _complete_with(db, row.key, waiter, event, now)
     counted = db.execute(
         "UPDATE instances SET size = size + ? WHERE key = ? AND size < ? RETURNING key",
-        (len(payload) + _ROW_OVERHEAD, row.key, state_limit),
+        (len(payload) + STEP_OVERHEAD, row.key, state_limit),
     ).fetchone()
     if counted is None:
         raise WorkflowInternalError(
@@ -284,7 +256,7 @@ def send_event(
     return None, None
 
 
-def deliver_buffered(db: sqlite3.Connection, key: int, now: int) -> list[tuple[StepRecord, Happened]]:
+def deliver_buffered(db: Connection, key: int, now: int) -> list[tuple[StepRecord, Happened]]:
     """Give buffered events to waits, as after a pause."""
     given = []
     for waiter in _waiters(db, key, now):
@@ -294,7 +266,7 @@ def deliver_buffered(db: sqlite3.Connection, key: int, now: int) -> list[tuple[S
     return given
 
 
-def _take_event(db: sqlite3.Connection, key: int, event_type: str) -> Event | None:
+def _take_event(db: Connection, key: int, event_type: str) -> Event | None:
     found = db.execute(
         "DELETE FROM events WHERE event ="
         " (SELECT event FROM events WHERE instance = ? AND type = ? ORDER BY event LIMIT 1)"
@@ -305,7 +277,7 @@ def _take_event(db: sqlite3.Connection, key: int, event_type: str) -> Event | No
 
 
 def _waiters(
-    db: sqlite3.Connection, key: int, now: int, event_type: str | None = None, *, limit: int = -1
+    db: Connection, key: int, now: int, event_type: str | None = None, *, limit: int = -1
 ) -> list[StepRecord]:
     """Return the event waits that can still take an event, in the order of their calls."""
     which, values = ("event_type = ?", [event_type]) if event_type else ("event_type IS NOT NULL", [])
@@ -317,8 +289,8 @@ def _waiters(
     return [step_record(row) for row in found]
 
 
-def _complete_with(db: sqlite3.Connection, key: int, waiter: StepRecord, event: Event, now: int) -> Happened:
-    happened = log(db, key, now, "wait.completed", _step_data(waiter))
+def _complete_with(db: Connection, key: int, waiter: StepRecord, event: Event, now: int) -> Happened:
+    happened = log(db, key, now, "wait.completed", step_data(waiter))
     waiter.state, waiter.output, waiter.ended_at = "complete", encode(event), now
     db.execute(
         "UPDATE steps SET state = 'complete', output = ?, ended_at = ? WHERE step = ?",

@@ -1,4 +1,4 @@
-"""The engine's file while it is open: the writer's thread, and the queue that lives in it."""
+"""The engine's file while it is open."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from dynflow.engines.embedded.database import Synchronous
-from dynflow.engines.embedded.fair_queue import FairQueue
 from dynflow.engines.embedded.writer import Operation, Writer
 from dynflow.errors import EngineClosedError
 
@@ -15,9 +14,7 @@ T = TypeVar("T")
 
 
 class Storage:
-    """Opens and closes the file, and takes operations in between. `queue` is for operations alone."""
-
-    queue: FairQueue
+    """Opens and closes the file, and takes operations in between."""
 
     def __init__(self, path: Path, synchronous: Synchronous) -> None:
         self._path, self._synchronous = path, synchronous
@@ -32,13 +29,9 @@ class Storage:
         """Open the file. Raises StorageError where it cannot be used, EngineClosedError if it is open."""
         if self._writer is not None:
             raise EngineClosedError("the engine is open already")
-        writer = await asyncio.to_thread(Writer, self._path, self._synchronous, asyncio.get_running_loop())
-        try:
-            self.queue = await writer.submit(FairQueue)
-        except BaseException:
-            await writer.close()
-            raise
-        self._writer = writer
+        self._writer = await asyncio.to_thread(
+            Writer, self._path, self._synchronous, asyncio.get_running_loop()
+        )
 
     def submit(self, operation: Operation[T]) -> asyncio.Future[T]:
         """Run an operation in a transaction; done when durable. Raises EngineClosedError, StorageError."""

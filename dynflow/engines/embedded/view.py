@@ -7,8 +7,9 @@ from datetime import datetime
 from typing import Any
 
 from dynflow.clock import MICROSECOND, to_datetime
-from dynflow.engines import StepKey, StepRecord
-from dynflow.engines.embedded.rows import Happened, InstanceRow
+from dynflow.engines import Completed, Failed, StepKey, StepRecord, Terminated
+from dynflow.engines.embedded.history import Happened
+from dynflow.engines.embedded.rows import InstanceRow
 from dynflow.errors import InstanceFailedError, InstanceTerminatedError
 from dynflow.failure import Failure
 from dynflow.serialization import decode
@@ -91,13 +92,22 @@ def history_events(rows: Iterable[Happened]) -> Iterator[HistoryEvent]:
             yield HistoryEvent(first + offset, kind, to_datetime(row.at), dict(row.data))
 
 
-def raise_result(row: InstanceRow) -> Any:
-    """Return the output of a finished instance, or raise its error."""
+def end_of(row: InstanceRow) -> Completed | Failed | Terminated:
+    """Return how a finished instance ended."""
     if row.status == "complete":
-        return None if row.output is None else decode(row.output)
+        return Completed(row.output or b"null")
     if row.status == "terminated":
-        raise InstanceTerminatedError(f"instance {row.id!r} was terminated")
+        return Terminated(None)
     failure: Failure = decode(row.failure or b"null") or Failure(
         "WorkflowInternalError", f"instance is {row.status}", ""
     )
-    raise failure.rebuild(only_loaded=True) or InstanceFailedError(failure.name, failure.message)
+    return Failed(failure)
+
+
+def result_of(end: Completed | Failed | Terminated, instance_id: str) -> Any:
+    """Return the output of an instance, or raise its error."""
+    if isinstance(end, Completed):
+        return decode(end.output)
+    if isinstance(end, Terminated):
+        raise InstanceTerminatedError(f"instance {instance_id!r} was terminated")
+    raise end.failure.rebuild(only_loaded=True) or InstanceFailedError(end.failure.name, end.failure.message)

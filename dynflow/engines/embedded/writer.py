@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.database import Database, Synchronous, trouble
 from dynflow.errors import EngineClosedError
 
 T = TypeVar("T")
-Operation = Callable[[sqlite3.Connection], T]
+Operation = Callable[[Connection], T]
 
 # A transaction larger than this gains no throughput and delays the callers at its head.
 _LARGEST_GROUP = 512
@@ -34,6 +35,7 @@ class Writer:
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._database = Database(path, synchronous)
         self._db = self._database.connection
+        self._db.remember()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="dynflow-writer", daemon=True)
         self._thread.start()
@@ -91,7 +93,7 @@ class Writer:
     def _transaction(self, group: list[_Item]) -> list[tuple[asyncio.Future[Any], Any, BaseException | None]]:
         outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
         db = self._db
-        db.execute("BEGIN IMMEDIATE")
+        db.begin()
         try:
             for operation, future in group:
                 try:
@@ -100,10 +102,9 @@ class Writer:
                     raise
                 except Exception as error:  # noqa: BLE001 - handed to whoever submitted it
                     outcomes.append((future, None, error))
-            db.execute("COMMIT")
+            db.end()
         except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
+            db.undo()
             raise
         return outcomes
 

@@ -1,0 +1,178 @@
+"""The queue in SQL: instances come in, are claimed in the order of their ranks, and come back when they wake."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dynflow.engines import InstanceRef, NewInstance
+from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.embedded.fair_queue import FairQueue, Lane
+from dynflow.engines.embedded.history import Happened, keep_counters, log, log_last, queued, recount
+from dynflow.engines.embedded.leases import Lease
+from dynflow.engines.embedded.rows import load_steps
+from dynflow.errors import WorkflowInternalError
+from dynflow.serialization import encode
+
+_LAST_RANK = (1 << 63) - 1
+# Params up to this many bytes are in the instance's row.
+_SMALL = 512
+
+
+class Claim(NamedTuple):
+    """An instance that was just claimed, as it is stored: `step_rows` is for `rows.step_records`."""
+
+    lease: Lease
+    ref: InstanceRef
+    created_at: int
+    ending: str | None
+    params: bytes
+    schedule: bytes | None
+    step_rows: list[tuple[Any, ...]]
+    happened: Happened
+
+
+def create(
+    db: Connection, workflow: str, tenant: str, items: Sequence[NewInstance], now: int
+) -> list[Happened | None]:
+    """Queue new instances; None for each whose id exists."""
+    return [_create_one(db, workflow, tenant, item, now) for item in items]
+
+
+def _create_one(db: Connection, workflow: str, tenant: str, item: NewInstance, now: int) -> Happened | None:
+    key = db.last_key + 1
+    is_small = item.schedule is None and len(item.params) <= _SMALL
+    retention = None if item.retention is None else encode(dict(item.retention))
+    added = db.execute(
+        "INSERT OR IGNORE INTO instances (key, workflow, id, tenant, status, rank, events, created_at, params,"
+        " retention) VALUES (?, ?, ?, ?, 'queued', ?, 1, ?, ?, ?)",
+        (
+            key, workflow, item.id, tenant, db.queue.rank_new(workflow, tenant), now,
+            item.params if is_small else None, retention,
+        ),
+    )  # fmt: skip
+    if not added.rowcount:
+        return None
+    db.last_key = key
+    if not is_small:
+        db.execute("INSERT INTO inputs VALUES (?, ?, ?)", (key, item.params, item.schedule))
+    return queued(now)
+
+
+def recover(db: Connection, now: int) -> None:
+    """Queue again what a process that is gone was running; this process holds the file's lock."""
+    for key, status in db.execute(
+        "SELECT key, status FROM instances WHERE status IN ('running', 'waiting_for_pause')"
+    ).fetchall():
+        recount(db, key)
+        if status == "waiting_for_pause":
+            with contextlib.suppress(WorkflowInternalError):  # its history is full: it goes on, to its end
+                paused(db, key, now)
+                continue
+        requeue(db, key)
+
+
+def paused(db: Connection, key: int, now: int) -> Happened:
+    """Note that a pause has taken effect."""
+    happened, events, size = log_last(db, key, now, "workflow.paused")
+    db.execute(
+        "UPDATE instances SET status = 'paused', rank = NULL, wake_at = NULL, paused_at = ?, events = ?, size = ?"
+        " WHERE key = ?",
+        (now, events, size, key),
+    )
+    return happened
+
+
+def requeue(db: Connection, key: int) -> None:
+    """Queue an instance that goes on; takes the lease from whoever has it."""
+    keep_counters(db, key)
+    rank = db.queue.rank_woken()
+    workflow, tenant = db.execute(
+        "UPDATE instances SET status = 'queued', rank = ?, wake_at = NULL, paused_at = NULL WHERE key = ?"
+        " RETURNING workflow, tenant",
+        (rank, key),
+    ).fetchone()
+    db.queue.put(Lane(rank, workflow, tenant))
+
+
+@dataclass(slots=True)
+class Room:
+    """What may be claimed: slots in all, slots of each workflow, and of each tenant where `per_tenant` says so."""
+
+    slots: int
+    workflows: dict[str, int]
+    running: Counter[str]
+    per_tenant: int | None
+
+    def of(self, workflow: str, tenant: str) -> int:
+        """Return how many slots there are for instances of this workflow and tenant."""
+        slots = min(self.slots, self.workflows[workflow])
+        return slots if self.per_tenant is None else min(slots, self.per_tenant - self.running[tenant])
+
+    def take(self, workflow: str, tenant: str) -> None:
+        """Take a slot."""
+        self.slots -= 1
+        self.workflows[workflow] -= 1
+        self.running[tenant] += 1
+
+
+def claim(db: Connection, room: Room, now: int) -> list[Claim]:
+    """Take queued instances in the order of their ranks, as many as there is room for."""
+    if db.queue.is_stale:
+        db.queue = FairQueue(db)
+    claimed: list[Claim] = []
+    full: list[Lane] = []
+    while room.slots and (lane := db.queue.first({name for name, slots in room.workflows.items() if slots})):
+        db.queue.take(lane)
+        if room.of(lane.workflow, lane.tenant) <= 0:
+            full.append(lane)
+        else:
+            claimed += _claim_from(db, lane, room, now)
+    for lane in full:
+        db.queue.put(lane)
+    return claimed
+
+
+def _claim_from(db: Connection, lane: Lane, room: Room, now: int) -> list[Claim]:
+    """Take a lane's instances, up to the turn of another, and put back what is left of it."""
+    _, workflow, tenant = lane
+    other = db.queue.first({name for name, slots in room.workflows.items() if slots})
+    found = db.execute(
+        "SELECT key, rank, id, created_at, started_at, ending, params, events, size"
+        " FROM instances INDEXED BY instances_queue"
+        " WHERE status = 'queued' AND workflow = ? AND tenant = ? AND rank <= ? ORDER BY rank LIMIT ?",
+        (workflow, tenant, _LAST_RANK if other is None else other.rank, room.of(workflow, tenant)),
+    ).fetchall()
+    claimed = []
+    for row in found:
+        room.take(workflow, tenant)
+        claimed.append(_claim_one(db, workflow, tenant, row, now))
+    left = db.execute(
+        "SELECT min(rank) FROM instances INDEXED BY instances_queue"
+        " WHERE status = 'queued' AND workflow = ? AND tenant = ?",
+        (workflow, tenant),
+    ).fetchone()[0]
+    if left is not None:
+        db.queue.put(Lane(left, workflow, tenant))
+    return claimed
+
+
+def _claim_one(db: Connection, workflow: str, tenant: str, row: tuple[Any, ...], now: int) -> Claim:
+    key, rank, id_, created_at, started_at, ending, params, events, size = row
+    db.queue.served(rank)
+    lease = db.leases.grant(key, events, size)
+    db.execute(
+        "UPDATE instances SET status = 'running', rank = NULL, started_at = ? WHERE key = ?",
+        (started_at or now, key),
+    )
+    # Ranks of never started instances are not negative: woken ones need not say that they started.
+    happened = log(db, key, now, "workflow.running" if rank < 0 else "workflow.started+workflow.running")
+    schedule = None
+    if params is None:
+        params, schedule = db.execute("SELECT params, schedule FROM inputs WHERE key = ?", (key,)).fetchone()
+    steps = load_steps(db, key) if events > 1 else []  # 1: all that has happened to it is that it was queued
+    ref = InstanceRef(workflow, id_, tenant)
+    return Claim(lease, ref, created_at, ending, params, schedule, steps, happened)

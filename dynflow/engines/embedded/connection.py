@@ -1,0 +1,38 @@
+"""The connection that operations get, and what they keep in memory beside the file."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from dynflow.engines.embedded.fair_queue import FairQueue
+from dynflow.engines.embedded.leases import Leases
+
+
+class Connection(sqlite3.Connection):
+    """The engine's file inside a transaction. All of it is for the writer's thread alone."""
+
+    queue: FairQueue
+    leases: Leases
+    last_key: int
+    """The key of the newest instance. Keys are not reused while a process lives, nor ever in its rows."""
+
+    def remember(self) -> None:
+        """Read what is kept in memory; once, before the first operation."""
+        self.queue, self.leases = FairQueue(self), Leases()
+        self.last_key = self.execute("SELECT ifnull(max(key), 0) FROM instances").fetchone()[0]
+
+    def begin(self) -> None:
+        """Start a transaction."""
+        self.execute("BEGIN IMMEDIATE")
+
+    def end(self) -> None:
+        """Commit; what is in memory stays."""
+        self.execute("COMMIT")
+        self.leases.committed()
+
+    def undo(self) -> None:
+        """Roll back, in the file and in memory."""
+        if self.in_transaction:
+            self.execute("ROLLBACK")
+        self.leases.rolled_back()
+        self.queue.is_stale = True

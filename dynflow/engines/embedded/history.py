@@ -1,0 +1,254 @@
+"""The history of an instance: numbered events, written with the change that they tell of.
+
+An instance's event 1 is that it was queued. A first attempt's start and a step's end are in the step's own row,
+which has their numbers; the rest is in `history`. Functions that change something change nothing before they
+have checked everything, so that raising leaves the transaction as it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from dynflow.engines import StepRecord
+from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.embedded.rows import MASK, STEP_COLUMNS, row_of, rows_of, step_record
+from dynflow.errors import LeaseLostError, WorkflowInternalError
+from dynflow.failure import Failure
+
+# Numbers above this are for the end of an instance alone: it must always be possible to end one.
+_LAST_NUMBER = MASK - 64
+ENDS = frozenset({"workflow.completed", "workflow.errored", "workflow.terminated"})
+# What may have the kept numbers: an instance has to be claimed to find that its history is full, and to end.
+_KEPT = ENDS | {"workflow.running", "workflow.started+workflow.running"}
+# What a history row takes beside its data: about a page's share of row header, key, time and type.
+_ROW_OVERHEAD = 64
+# What a row of `steps` or `events` takes beside its payload.
+STEP_OVERHEAD = 100
+NO_LIMIT = 1 << 62
+
+
+class Happened(NamedTuple):
+    """One or two events that happened together; `number` is the last one's. Listeners get it after the commit."""
+
+    number: int
+    at: int
+    types: tuple[str, ...]
+    data: Mapping[str, Any]
+
+
+def step_data(record: StepRecord, attempt: int | None = None) -> dict[str, Any]:
+    """Return what an event says of the step it is about."""
+    data: dict[str, Any] = {"step": record.name, "count": record.count, "kind": record.kind}
+    if record.attempt:
+        data["attempt"] = attempt or record.attempt
+    if record.event_type is not None:
+        data["event_type"] = record.event_type
+    return data
+
+
+def error_data(failure: Failure) -> dict[str, str]:
+    """Return what an event says of an error."""
+    return {"name": failure.name, "message": failure.message}
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def log(
+    db: Connection,
+    key: int,
+    at: int,
+    kinds: str,
+    data: Mapping[str, Any] | None = None,
+    *,
+    stored: int = 0,
+    state_limit: int = NO_LIMIT,
+) -> Happened:
+    """Write a history row (`"a+b"`: two events), and count it and `stored` bytes.
+
+    Raises WorkflowInternalError where the instance's state has reached `state_limit`, or its history has no
+    number left; LeaseLostError where there is no such instance.
+    """
+    types = tuple(kinds.split("+"))
+    text = json.dumps(data) if data else "{}"
+    last = MASK if kinds in _KEPT else _LAST_NUMBER
+    size = len(text) + _ROW_OVERHEAD + stored
+    number = count(db, key, len(types), size, state_limit=state_limit, last=last)
+    _insert(db, key, number, at, kinds, text)
+    return Happened(number, at, types, data or {})
+
+
+def log_last(
+    db: Connection, key: int, at: int, kind: str, data: Mapping[str, Any] | None = None
+) -> tuple[Happened, int, int]:
+    """Write an event and end the instance's lease; returns the counters too, for the instance's row."""
+    counted = db.leases.of(key)
+    events, size = (counted.events, counted.size) if counted is not None else _stored(db, key)
+    text = json.dumps(data) if data else "{}"
+    if events >= (MASK if kind in _KEPT else _LAST_NUMBER):
+        raise _full()
+    db.leases.end(key)
+    _insert(db, key, events + 1, at, kind, text)
+    return Happened(events + 1, at, (kind,), data or {}), events + 1, size + len(text) + _ROW_OVERHEAD
+
+
+def count(
+    db: Connection,
+    key: int,
+    events: int,
+    size: int,
+    *,
+    state_limit: int = NO_LIMIT,
+    last: int = _LAST_NUMBER,
+) -> int:
+    """Count events and bytes into the instance, with its lease or in its row; returns the last event's number.
+
+    Raises as `log` does.
+    """
+    lease = db.leases.of(key)
+    had, bytes_ = (lease.events, lease.size) if lease is not None else _stored(db, key)
+    if bytes_ >= state_limit:
+        raise WorkflowInternalError(
+            f"the instance's state is {bytes_:,} bytes; the limit is {state_limit:,} bytes"
+        )
+    if had >= last and events:
+        raise _full()
+    if lease is not None:
+        return db.leases.count(lease, events, size)
+    db.execute("UPDATE instances SET events = ?, size = ? WHERE key = ?", (had + events, bytes_ + size, key))
+    return had + events
+
+
+def keep_counters(db: Connection, key: int) -> None:
+    """End the instance's lease, if it has one, and store what it counted."""
+    lease = db.leases.end(key)
+    if lease is not None:
+        db.execute("UPDATE instances SET events = ?, size = ? WHERE key = ?", (lease.events, lease.size, key))
+
+
+def recount(db: Connection, key: int) -> None:
+    """Store the counters of an instance whose lease went with its process."""
+    low_high = rows_of(key)
+    events, size = db.execute(
+        f"SELECT max(event), total(length(data) + {_ROW_OVERHEAD}) FROM history WHERE event BETWEEN ? AND ?",  # noqa: S608 - a constant
+        low_high,
+    ).fetchone()
+    started, ended, stored = db.execute(
+        "SELECT max(started_event), max(ended_event),"  # noqa: S608 - a constant
+        f" total(length(name) + ifnull(length(output), 0) + ifnull(length(failure), 0) + {STEP_OVERHEAD})"
+        " FROM steps WHERE step BETWEEN ? AND ?",
+        low_high,
+    ).fetchone()
+    buffered = db.execute(
+        f"SELECT total(length(payload) + {STEP_OVERHEAD}) FROM events WHERE instance = ?",  # noqa: S608 - a constant
+        (key,),
+    ).fetchone()[0]
+    db.execute(
+        "UPDATE instances SET events = ?, size = ? WHERE key = ?",
+        (
+            max((events or 0) & MASK, started or 0, ended or 0, 1),
+            int(size + stored + buffered),
+            key,
+        ),
+    )
+
+
+def write_out(db: Connection, key: int, first: int) -> None:
+    """Write the events that only steps from number `first` on have into `history`: the steps are to be deleted."""
+    for happened in _of_steps(db, key, 0, first):
+        _insert(db, key, happened.number, happened.at, "+".join(happened.types), json.dumps(happened.data))
+
+
+def _insert(db: Connection, key: int, number: int, at: int, kinds: str, text: str) -> None:
+    db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", (row_of(key, number), at, kinds, text))
+
+
+def _stored(db: Connection, key: int) -> tuple[int, int]:
+    found: tuple[int, int] | None = db.execute(
+        "SELECT events, size FROM instances WHERE key = ?", (key,)
+    ).fetchone()
+    if found is None:
+        raise LeaseLostError("the instance was deleted")
+    return found
+
+
+def _full() -> WorkflowInternalError:
+    return WorkflowInternalError(f"the instance's history has its {_LAST_NUMBER:,} events already")
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def load_history(db: Connection, key: int, cursor: int, limit: int) -> list[Happened]:
+    """Return what happened after the event `cursor`, at most `limit` rows of it."""
+    if cursor >= MASK:
+        return []
+    rows = db.execute(
+        "SELECT event, at, type, data FROM history WHERE event BETWEEN ? AND ? ORDER BY event LIMIT ?",
+        (*rows_of(key, max(cursor + 1, 0)), limit),
+    )
+    found = [
+        Happened(event & MASK, at, tuple(kinds.split("+")), json.loads(data))
+        for event, at, kinds, data in rows
+    ]
+    if cursor < 1 and (
+        created := db.execute("SELECT created_at FROM instances WHERE key = ?", (key,)).fetchone()
+    ):
+        found.append(queued(created[0]))
+    found += _of_steps(db, key, cursor, 0)
+    return sorted(found)[:limit]
+
+
+def queued(created_at: int) -> Happened:
+    """Return the first event of every instance."""
+    return Happened(1, created_at, ("workflow.queued",), {})
+
+
+def _of_steps(db: Connection, key: int, cursor: int, first: int) -> Iterator[Happened]:
+    rows = db.execute(
+        f"SELECT {STEP_COLUMNS}, started_event, ended_event FROM steps WHERE step BETWEEN ? AND ?"  # noqa: S608 - constants
+        " AND (started_event > ? OR ended_event > ?)",
+        (*rows_of(key, first), cursor, cursor),
+    )
+    for *columns, started, ended in rows:
+        record = step_record(tuple(columns))
+        if started is not None and started > cursor:
+            yield first_started(record, started)
+        if ended is not None and ended > cursor:
+            yield step_ended(record, ended)
+
+
+_KINDS = {
+    kind: (
+        (f"{kind}.started", "attempt.started"),
+        ("attempt.completed", f"{kind}.completed"),
+        ("attempt.errored", f"{kind}.errored"),
+    )
+    for kind in ("step", "rollback")
+}
+
+
+def first_started(record: StepRecord, number: int) -> Happened:
+    """Return what a step's row says of its start."""
+    started, _, _ = _KINDS["rollback" if record.kind == "rollback" else "step"]
+    return Happened(number, record.started_at, started, step_data(record, attempt=1))
+
+
+def attempt_started(record: StepRecord, number: int) -> Happened:
+    """Return that the record's attempt has started."""
+    if record.attempt == 1:
+        return first_started(record, number)
+    return Happened(number, record.attempt_at, ("attempt.started",), step_data(record))
+
+
+def step_ended(record: StepRecord, number: int) -> Happened:
+    """Return what a step's row says of its end."""
+    _, completed, errored = _KINDS["rollback" if record.kind == "rollback" else "step"]
+    at, data = record.ended_at or record.attempt_at, step_data(record)
+    if record.state == "complete":
+        return Happened(number, at, completed, data)
+    if record.failure is not None:
+        data["error"] = error_data(record.failure)
+    return Happened(number, at, errored, data)
