@@ -1,4 +1,8 @@
-"""Run benchmark parts and put their tables into docs/performance.md, one section per part."""
+"""Run benchmark parts and put their tables into docs/performance.md, one section per part.
+
+A part may have options: "scale --most 1000000". Those of PLOTTED leave their figures in docs/figures too, which are
+drawn there.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+FIGURES = ROOT / "docs" / "figures"
+PLOTTED = frozenset({"scale", "peers"})
 
 
 def machine() -> str:
@@ -23,15 +29,21 @@ def machine() -> str:
     )
 
 
-def measure(part: str) -> str:
+def measure(part: str, options: list[str]) -> str:
     """Run one part and return the Markdown it printed."""
     script = ROOT / "scripts" / f"bench_{part}.py"
     if not script.is_file():
         sys.exit(f"there is no benchmark {part!r}: {script.relative_to(ROOT)} is missing")
     print(f"bench: {part} …", file=sys.stderr)
-    done = subprocess.run([sys.executable, script], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if part in PLOTTED:
+        FIGURES.mkdir(exist_ok=True)
+        options = [*options, "--json", str(FIGURES / f"{part}.json")]
+    command = [sys.executable, str(script), *options]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"benchmark {part!r} failed with exit code {done.returncode}")
+    if part in PLOTTED:
+        subprocess.run([sys.executable, ROOT / "scripts" / "plot_engine.py"], cwd=ROOT, check=True)
     return done.stdout.strip()
 
 
@@ -46,8 +58,9 @@ def put(page: str, part: str, text: str) -> str:
 
 def main(parts: list[str]) -> None:
     """Measure each part in turn; one that fails leaves the page's other sections as they were."""
-    for part in parts:
-        text = measure(part)
+    for given in parts:
+        part, *options = given.split()
+        text = measure(part, options)
         PAGE.write_text(put(PAGE.read_text(), part, text))
         print(text)
 
