@@ -218,6 +218,12 @@ class IsolateCrashedError(IsolateError):
     code = "isolate_crashed"
 
 
+class OutboundRefusedError(DynflowError):
+    """The platform does not let this request out; raised by `global_outbound` and delivered into tenant code."""
+
+    code = "outbound_refused"
+
+
 # --- between segment and engine ------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from dynflow.errors import WorkflowFatalError
+from dynflow.outbound import HttpRequest, HttpResponse, fetch
 from dynflow.types import Event, StepContext, StepInfo, StepKind, WorkflowEvent
 
 Callback = Callable[..., Any]
@@ -332,6 +333,8 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 __all__ = [
     "ExecutionContext",
+    "HttpRequest",
+    "HttpResponse",
     "StepCall",
     "StepContext",
     "StepInfo",
@@ -343,5 +346,6 @@ __all__ = [
     "begin",
     "current_env",
     "current_step",
+    "fetch",
     "invoke",
 ]

@@ -32,6 +32,8 @@ class WorkerCode:
     `metadata` is what tenants see as `ctx.metadata`.
     `compatibility_date` (`"2026-11-01"`) says which day's behaviour of the library the code was written for. There
     is one behaviour so far; code that names a day keeps it when there are more.
+    `global_outbound`, an object with `async def fetch(request: HttpRequest) -> HttpResponse`, gets all HTTP of the
+    code; without one it has no network.
     `tails` are told what the code prints, logs, warns of and fails with, see dynflow.isolates.tails.
     """
 
@@ -42,6 +44,7 @@ class WorkerCode:
     limits: IsolateLimits = IsolateLimits()  # noqa: RUF009 - frozen
     compatibility_date: str | None = None
     tails: Sequence[Tail] = ()
+    global_outbound: Any = None
 
     def __post_init__(self) -> None:
         """Raise InvalidArgumentError for a date that is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,10 +13,19 @@ from dynflow.errors import DynflowError, InvalidArgumentError
 from dynflow.failure import Failure, RemoteError
 from dynflow.isolates import BoundObject, Caller, Capability, EntrypointStub, WrappedBinding, current_caller
 from dynflow.isolates.proxies import INSTANCE_METHODS
+from dynflow.outbound import HttpRequest, HttpResponse
 from dynflow.serialization import encode
 
 _log = logging.getLogger(__name__)
 _WORKFLOW_METHODS = frozenset({"create", "create_batch", "get", "delete_batch"})
+
+_METHOD = re.compile(r"[A-Z]{1,20}")
+_URL = re.compile(r"https?://[\x21-\x7e]{1,8000}", re.IGNORECASE)
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,200}")  # RFC 9110, a token
+_HEADER_VALUE = re.compile(r"[\x20-\x7e\t]{0,8000}")
+
+OUTBOUND = ""
+"""The key of a worker's outbound among its bindings; no attribute of env has this name."""
 
 Wrap = Callable[[Any], Any]
 
@@ -112,6 +122,50 @@ class EntrypointBinding(HostBinding):
         return self._stub
 
 
+class OutboundBinding(HostBinding):
+    """What gets all of a worker's HTTP: an object with `async def fetch(request)`, or another worker's entrypoint."""
+
+    kind = "outbound"
+
+    def __init__(self, target: Any) -> None:
+        super().__init__("global_outbound")
+        target = target.target if isinstance(target, BoundObject) else target
+        if not callable(getattr(target, "fetch", None)):
+            raise InvalidArgumentError(
+                f"global_outbound has to have an async method fetch(request): {target!r:.200}"
+            )
+        self._target = target
+
+    def find(self, method: str) -> Callable[..., Any]:
+        """Return the way of a request."""
+        if method != "fetch":
+            raise InvalidArgumentError(f"{self.name} has no method {method!r:.100}")
+        return self._fetch
+
+    async def _fetch(self, request: HttpRequest) -> HttpResponse:
+        answer = await self._target.fetch(_checked(request))
+        if not isinstance(answer, HttpResponse):
+            raise TypeError(f"global_outbound answered {type(answer).__name__}, not an HttpResponse")
+        return answer
+
+
+def _checked(request: Any) -> HttpRequest:
+    # Bytes of a tenant: what would make two requests of one, or is no text, never reaches the host's client.
+    if not isinstance(request, HttpRequest) or type(request.body) is not bytes:
+        raise InvalidArgumentError("not a request")
+    if type(request.method) is not str or not _METHOD.fullmatch(request.method):
+        raise InvalidArgumentError(f"not a method: {request.method!r:.100}")
+    if type(request.url) is not str or not _URL.fullmatch(request.url):
+        raise InvalidArgumentError(f"not an http or https URL: {request.url!r:.200}")
+    headers = request.headers
+    if type(headers) is not dict or not all(
+        type(value) is str and _HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value)
+        for name, value in headers.items()
+    ):
+        raise InvalidArgumentError("a header is malformed")
+    return request
+
+
 class WorkflowsBinding(HostBinding):
     """A workflow binding: handles become ids on the wire."""
 
@@ -155,7 +209,7 @@ class WorkflowsBinding(HostBinding):
 
 
 def make_bindings(
-    env: Mapping[str, Any], wraps: Mapping[str, Wrap]
+    env: Mapping[str, Any], wraps: Mapping[str, Wrap], outbound: Any = None
 ) -> tuple[dict[str, list[Any]], dict[str, HostBinding]]:
     """Return what the guest is told of `env`, and what performs the calls.
 
@@ -176,6 +230,8 @@ def make_bindings(
         else:
             encode(value, what=f"env[{name!r}]")
             told[name] = ["value", value]
+    if outbound is not None:
+        bindings[OUTBOUND] = OutboundBinding(outbound)
     told.update({name: [binding.kind, None] for name, binding in bindings.items()})
     return told, bindings
 

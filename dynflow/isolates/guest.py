@@ -17,6 +17,7 @@ from typing import Any
 
 from dynflow.errors import WorkerLoadError
 from dynflow.failure import Failure, RemoteError
+from dynflow.isolates import guest_http
 from dynflow.isolates.guest_loop import GuestLoop
 from dynflow.isolates.guest_output import Output
 from dynflow.isolates.guest_steps import Callbacks, StepWire, current_scope
@@ -25,6 +26,7 @@ from dynflow.isolates.remotes import Kind
 from dynflow.isolates.stubs import Kept, Stubs, WireLink
 from dynflow.isolates.wire import Call, Peer, ProtocolError, WireLimits
 from dynflow.isolates.worker import Env, Worker
+from dynflow.outbound import HttpRequest, HttpResponse, current_outbound
 from dynflow.workflow import ExecutionContext, WorkerEntrypoint, WorkflowStep, awaitable, current_env, invoke
 
 # The host is trusted: this only catches a stream that is out of step.
@@ -43,7 +45,7 @@ class Guest:
         self._env = Env({})
         self._metadata: Any = None
         self._callbacks = Callbacks()
-        self._ended = False
+        self._ended = self._has_outbound = False
         self._peer.stubs = self._stubs = self._make_stubs()
 
     def _make_stubs(self) -> Stubs:
@@ -99,9 +101,11 @@ class Guest:
         limit_memory(memory)
         self._peer.set_limits(WireLimits(message=message))
         self._metadata = metadata
+        self._has_outbound = bindings.pop("", None) is not None
+        guest_http.install(self._fetch_now if self._has_outbound else None)
         made = {name: self._binding(name, *given) for name, given in bindings.items()}
         self._env = Env(made)
-        current_env.set(self._env)
+        self._enter(call)
         try:
             self._worker = Worker(main_module, modules)
         except WorkerLoadError as error:
@@ -120,6 +124,18 @@ class Guest:
             return await future
         except RemoteError as error:
             raise error.failure.rebuild(only_loaded=True) or error from None
+
+    async def _fetch(self, request: HttpRequest) -> HttpResponse:
+        answer: HttpResponse = await self._ask("outbound", "fetch", [request], {})
+        return answer
+
+    def _fetch_now(self, request: HttpRequest) -> HttpResponse:
+        asked = self._peer.call("outbound", "fetch", [request], {}, current_scope.get())
+        try:
+            answer: HttpResponse = self._loop.wait_here(asked)
+        except RemoteError as error:
+            raise error.failure.rebuild(only_loaded=True) or error from None
+        return answer
 
     def _loaded(self) -> Worker:
         if self._worker is None:
@@ -153,6 +169,8 @@ class Guest:
     def _enter(self, call: Call) -> None:
         current_scope.set(call.id)
         current_env.set(self._env)
+        if self._has_outbound:
+            current_outbound.set(self._fetch)
 
     def _cancel_leftovers(self) -> None:
         ours = {asyncio.current_task(), *self._peer.performing.values()}

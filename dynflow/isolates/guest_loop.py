@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import select
 import socket
 from asyncio.base_events import BaseEventLoop
@@ -49,6 +50,22 @@ class GuestLoop(BaseEventLoop):
         if self._out and self._socket is not None:
             data, self._out = self._out, bytearray()
             self._socket.sendall(data)
+
+    def wait_here(self, future: asyncio.Future[Any]) -> Any:
+        """Return the future's result, without letting anything else of this loop run: for code that is not async.
+
+        Raises ConnectionError where the host is gone.
+        """
+        while not future.done():
+            if self._socket is None:
+                raise ConnectionError("there is no host to ask")
+            self._before_wait(None)
+            self.flush()
+            data = self._socket.recv(_READ)
+            self._on_data(data)
+            if not data:
+                raise ConnectionError("the host is gone")
+        return future.result()
 
     # --- what BaseEventLoop asks of a selector and of its subclass ---
 

@@ -229,7 +229,7 @@ class _Worker(WorkerStub):
     async def _load(self) -> _Loaded:
         made = self._source()
         code = await made if inspect.isawaitable(made) else made
-        told, bindings = make_bindings(code.env, self.loader.wraps)
+        told, bindings = make_bindings(code.env, self.loader.wraps, code.global_outbound)
         digest = code_digest(code.main_module, code.modules)
         tails = Tails(code.tails, self.loader.telling)
         return _Loaded(code, code.modules, told, bindings, digest, tails, object())

@@ -17,7 +17,7 @@ from dynflow.errors import (
 )
 from dynflow.failure import Failure, RemoteError
 from dynflow.isolates import Activity, Caller, IsolateLimits, SegmentPort, current_caller
-from dynflow.isolates.bindings import HostBinding
+from dynflow.isolates.bindings import OUTBOUND, HostBinding
 from dynflow.isolates.host_stubs import host_stubs
 from dynflow.isolates.process import CANCEL_GRACE, ENDED, Isolate
 from dynflow.isolates.wire import Call, CallFuture
@@ -124,6 +124,8 @@ class Session:
         args = call.args
         if kind == "env":
             binding = self._bindings.get(name)
+        elif call.target == "outbound":
+            binding = self._bindings.get(OUTBOUND)
         elif call.target == "stub" and args:
             binding, args = self._stubs.given(args[0]).kept, args[1:]
         if binding is None:
@@ -258,6 +260,7 @@ _TENANTS_ERRORS = frozenset(
         "InvalidInstanceIdError",
         "NonRetryableDelayError",
         "NonRetryableError",
+        "OutboundRefusedError",
         "StepFailedError",
         "UnserializableError",
         "ValueTooLargeError",

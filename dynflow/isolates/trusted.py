@@ -23,7 +23,7 @@ from dynflow.isolates import (
     WorkerLoader,
     WorkerStub,
 )
-from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
+from dynflow.isolates.bindings import OUTBOUND, HostBinding, Wrap, make_bindings
 from dynflow.isolates.host_stubs import own_kind
 from dynflow.isolates.loader import code_digest
 from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
@@ -31,6 +31,7 @@ from dynflow.isolates.remotes import Kind
 from dynflow.isolates.stubs import Kept, copied
 from dynflow.isolates.worker import Env, Worker
 from dynflow.loop import outside
+from dynflow.outbound import HttpRequest, HttpResponse, Outbound, current_outbound
 from dynflow.serialization import pack, unpack
 from dynflow.workflow import (
     ExecutionContext,
@@ -102,14 +103,16 @@ class _Worker(WorkerStub):
             self._loaded[digest] = Worker(code.main_module, modules, prefix=prefix)
         return self._loaded[digest]
 
-    def env(self, code: WorkerCode, caller: Caller) -> Env:
-        """Return `env` as `caller` gets it."""
-        told, bindings = make_bindings(code.env, self._wraps)
+    def env(self, code: WorkerCode, caller: Caller) -> tuple[Env, Outbound | None]:
+        """Return `env` as `caller` gets it, and where its HTTP goes."""
+        told, bindings = make_bindings(code.env, self._wraps, code.global_outbound)
+        outbound = bindings.pop(OUTBOUND, None)
+        fetch = None if outbound is None else _Fetch(outbound, caller)
         made = {name: unpack(pack(value)) for name, (kind, value) in told.items() if kind == "value"}
         for name, binding in bindings.items():
             proxy = WorkflowsProxy if binding.kind == "workflows" else CapabilityProxy
             made[name] = proxy(_Ask(binding, caller))
-        return Env(made)
+        return Env(made), fetch
 
     def close(self) -> None:
         """Forget the modules."""
@@ -137,6 +140,17 @@ class _Ask:
         return await asyncio.create_task(self._binding.call(caller, method, args, kwargs))
 
 
+class _Fetch:
+    """Sends requests of trusted code to its worker's outbound."""
+
+    def __init__(self, binding: HostBinding, caller: Caller) -> None:
+        self._ask = _Ask(binding, caller)
+
+    async def __call__(self, request: HttpRequest) -> HttpResponse:
+        answer: HttpResponse = await self._ask("fetch", [request], {})
+        return answer
+
+
 class _Entrypoint(EntrypointStub):
     def __init__(self, worker: _Worker, name: str | None, props: Any) -> None:
         self._worker, self._name, self._props = worker, name, props
@@ -145,10 +159,11 @@ class _Entrypoint(EntrypointStub):
         """Call a public method of the entrypoint."""
         code = await self._worker.ask_code()
         worker = self._worker.load(code, code.modules)
-        env = self._worker.env(code, Caller(self._worker.id, code.metadata, self._props))
+        env, outbound = self._worker.env(code, Caller(self._worker.id, code.metadata, self._props))
 
         async def call() -> Any:
             current_env.set(env)
+            current_outbound.set(outbound)
             function = worker.find(
                 self._name, method, ExecutionContext(_plain(self._props), code.metadata), env
             )
@@ -165,8 +180,9 @@ class _Entrypoint(EntrypointStub):
         pinned = await outside(port.pin(code_digest(code.main_module, code.modules), code.modules))
         worker = self._worker.load(code, pinned)
         caller = Caller(self._worker.id, code.metadata, self._props, port.instance_id, port.workflow_name)
-        env = self._worker.env(code, caller)
+        env, outbound = self._worker.env(code, caller)
         current_env.set(env)
+        current_outbound.set(outbound)
         run = worker.find_workflow(self._name, ExecutionContext(_plain(self._props), code.metadata), env)
         # Awaited where it is made: a coroutine that a variable holds too is not dropped unnoticed (discard.py).
         return await awaitable(run(event, step), run)
