@@ -8,8 +8,7 @@ activity (the loop, an isolate's session) is idle, and what is left are waits. T
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +38,7 @@ from dynflow.errors import (
     WorkflowInternalError,
 )
 from dynflow.failure import Failure
+from dynflow.liveness import Liveness, Part
 from dynflow.loop import WorkflowLoop
 from dynflow.rollback import Handlers, roll_back
 from dynflow.run_errors import cancelled_by_workflow, failure_of, stuck
@@ -51,9 +51,6 @@ from dynflow.workflow import StepCall, WorkflowStep
 
 Main = Callable[[WorkflowEvent, WorkflowStep], Awaitable[Any]]
 
-# How long the tasks of a segment that is over may take to end; code that refuses its cancellation is left behind.
-_GRACE = 10.0
-
 
 @dataclass(slots=True, eq=False)
 class _Wait:
@@ -62,27 +59,6 @@ class _Wait:
     record: StepRecord
     over: asyncio.Future[None]
     timer: TimerHandle | None = field(default=None)
-
-
-class _Activity:
-    """One part that can make progress by itself (see dynflow.isolates.Activity)."""
-
-    def __init__(self, segment: Segment) -> None:
-        self._segment, self._is_active = segment, True
-        segment.active_parts += 1
-
-    def active(self) -> None:
-        if not self._is_active:
-            self._is_active = True
-            self._segment.active_parts += 1
-
-    def idle(self) -> None:
-        if self._is_active:
-            self._is_active = False
-            self._segment.active_parts -= 1
-            self._segment.look()
-
-    close = idle
 
 
 class Segment:
@@ -104,16 +80,13 @@ class Segment:
     ) -> None:
         self.journal, self.clock, self.limits, self.step_defaults = journal, clock, limits, step_defaults
         self.instance_id, self.workflow_name = event.instance_id, event.workflow_name
-        self.active_parts = 0
         self.do_steps = sum(1 for kind, _, _ in journal.steps if kind == "do")
         self._event, self._terminated = event, terminated
         self._seq = max((record.seq for record in journal.steps.values()), default=0)
         self._host = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Outcome] = self._host.create_future()
-        self._part = _Activity(self)
-        self._calls: dict[asyncio.Task[None], Any] = {}
-        self._outstanding: set[Any] = set()
-        self._active_calls = 0
+        self._live = Liveness(self.look)
+        self._part = self._live.part()
         self._waits: dict[int, _Wait] = {}
         self._pausing = self._isolate_down = False
         self._held: set[asyncio.Future[None]] = set()
@@ -134,7 +107,8 @@ class Segment:
             return await self._outcome
         finally:
             await self._close(loop)
-            del self._part  # it refers to the segment: without the circle both go now, not at a collection
+            # It refers to the segment: without the circle both go now, and not at a collection.
+            self._live.look = _nothing
 
     def _begin(self, main: Main, loop: WorkflowLoop) -> None:
         task = loop.create_task(_call_main(main, self._event, WorkflowStep(self)))
@@ -147,7 +121,7 @@ class Segment:
             record.state, record.output, record.failure = ended.state, ended.output, ended.failure
             record.ended_at = ended.ended_at
             if record.seq in self._waits:
-                self._resolve(self._waits[record.seq].over)
+                self._live.resolve(self._waits[record.seq].over)
 
     def pause(self) -> None:
         """Start no more steps, end no more waits; the segment ends `Paused` when running attempts are done."""
@@ -158,10 +132,10 @@ class Segment:
         """Take a pause back that has not taken effect."""
         self._pausing = False
         for held in self._held:
-            self._resolve(held)
+            self._live.resolve(held)
         for wait in self._waits.values():
             if wait.record.deadline is not None and wait.record.deadline <= self.clock.now_us():
-                self._resolve(wait.over)
+                self._live.resolve(wait.over)
 
     def abort(self) -> None:
         """End at once: the instance was terminated, restarted or deleted."""
@@ -174,9 +148,9 @@ class Segment:
         """Whether the workflow's code is being dropped."""
         return self._outcome.done()
 
-    def activity(self) -> _Activity:
+    def activity(self) -> Part:
         """Register a part that can make progress by itself, active from now."""
-        return _Activity(self)
+        return self._live.part()
 
     async def pin(self, digest: str, modules: Mapping[str, str]) -> Mapping[str, str]:
         """Return the modules the instance is pinned to."""
@@ -196,37 +170,18 @@ class Segment:
         self._handlers.note(call)
         if record is not None and record.state in {"complete", "errored"}:
             settle(future, record)
-        elif key in self._outstanding:
+        elif key in self._live.keys:
             future.set_exception(WorkflowFatalError(f"step {key[1]!r:.300} is being performed already"))
         elif not self._terminated and (record is None or record.state != "cancelled"):
-            future.task = self._start(self._perform(call, future), key)
+            future.task = self._live.start(self._perform(call, future), key)
             future.on_cancel = self._dropped
         return future
 
-    def _start(self, work: Coroutine[Any, Any, None], key: Any) -> asyncio.Task[None]:
-        """Run `work`, which calls `_over` when it is."""
-        self._active_calls += 1
-        self._outstanding.add(key)
-        task = self._host.create_task(work)
-        self._calls[task] = key
-        return task
-
-    def _over(self, task: asyncio.Task[None] | None = None) -> None:
-        key = self._calls.pop(task or asyncio.current_task(), None)  # type: ignore[arg-type]
-        if key is not None:
-            self._outstanding.discard(key)
-            self._active_calls -= 1
-
-    def _stop(self, task: asyncio.Task[None]) -> None:
-        if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED:  # type: ignore[arg-type]
-            self._over(task)  # it never begins
-        task.cancel()
-
     def _dropped(self, future: StepFuture) -> None:
-        key = self._calls.get(future.task)
+        key = self._live.calls.get(future.task)
         if key is not None and cancelled_by_workflow(future) and not self._outcome.done():
-            self._stop(future.task)
-            self._start(self._cancel(key, future.task), ("cancel", key, 0))
+            self._live.stop(future.task)
+            self._live.start(self._cancel(key, future.task), ("cancel", key, 0))
 
     # --- for steps (StepHost) ---
 
@@ -241,13 +196,13 @@ class Segment:
         while self._pausing:
             held: asyncio.Future[None] = self._host.create_future()
             self._held.add(held)
-            await self._inactive(held)
+            await self._live.inactive(held)
             self._held.discard(held)
 
     def isolate_down(self) -> None:
         """Say that the isolate ended under an attempt; the segment ends `Interrupted` once that is recorded."""
         self._isolate_down = True
-        self._look_later()
+        self._live.look_later()
 
     async def wait(self, record: StepRecord) -> None:
         """Wait for the record's deadline or its event."""
@@ -258,32 +213,17 @@ class Segment:
         if record.deadline is not None:
             wait.timer = self.clock.call_at(record.deadline, lambda: self._due(wait))
         try:
-            await self._inactive(wait.over)
+            await self._live.inactive(wait.over)
         finally:
             del self._waits[record.seq]
             if wait.timer is not None:
                 wait.timer.cancel()
 
-    async def _inactive(self, future: asyncio.Future[None]) -> None:
-        self._active_calls -= 1
-        self._look_later()
-        try:
-            await future
-        except asyncio.CancelledError:
-            self._active_calls += future.cancelled()
-            raise
-
-    def _resolve(self, future: asyncio.Future[None]) -> None:
-        # Active from here and not from when its task goes on: nothing may look and find it idle in between.
-        if not future.done():
-            self._active_calls += 1
-            future.set_result(None)
-
     # --- inside ---
 
     def _due(self, wait: _Wait) -> None:
         if not self._pausing:
-            self._resolve(wait.over)
+            self._live.resolve(wait.over)
 
     async def _perform(self, call: StepCall, future: StepFuture) -> None:
         try:
@@ -295,15 +235,15 @@ class Segment:
         except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
             answer, how = error, future.set_exception
         finally:
-            self._over()
+            self._live.over()
         loop = future.get_loop()
         if future.done():
-            self._look_later()
+            self._live.look_later()
         elif isinstance(loop, WorkflowLoop):
             loop.now(how, answer)  # it says that it is active, and when it is idle again
         else:
             how(answer)
-            self._look_later()
+            self._live.look_later()
 
     def _dropped_waits(self) -> list[Any]:
         """Return waits that an earlier segment stored and that nothing of this one is at, now that all is still.
@@ -330,16 +270,16 @@ class Segment:
         except WorkflowInternalError as error:
             self._fail(Failure.of(error))
         finally:
-            self._over()
-            self._look_later()
-
-    def _look_later(self) -> None:
-        # Later in this turn of the loop: whoever awaited a call goes on first and says that it is active.
-        self._host.call_soon(self.look)
+            self._live.over()
+            self._live.look_later()
 
     def look(self) -> None:
         """End the segment if nothing in it can move by itself."""
-        if self._outcome.done() or self._active_calls or (self.active_parts and not self._isolate_down):
+        if (
+            self._outcome.done()
+            or self._live.active_calls
+            or (self._live.active_parts and not self._isolate_down)
+        ):
             return
         if self._isolate_down:
             self._finish(Interrupted())
@@ -347,7 +287,7 @@ class Segment:
             self._finish(Paused())
         elif self._waits and (dropped := self._dropped_waits()):
             for key in dropped:
-                self._start(self._cancel(key), ("cancel", key, 0))
+                self._live.start(self._cancel(key), ("cancel", key, 0))
         elif self._waits:
             deadlines = [
                 wait.record.deadline for wait in self._waits.values() if wait.record.deadline is not None
@@ -363,7 +303,7 @@ class Segment:
         elif isinstance(error, LeaseLostError):
             self._give_up(error)
         elif isinstance(error, (IsolateCrashedError, IsolateLimitError)) and (
-            self._active_calls or self._isolate_down
+            self._live.active_calls or self._isolate_down
         ):
             # It went down under running attempts: they record that, and a new segment goes on.
             self.isolate_down()
@@ -396,12 +336,12 @@ class Segment:
             self._finish(self._failed(failure, RollbackStatus("failed", gone)))
         else:
             self._rolling_back = True
-            self._start(self._roll_back(chain, failure), ("rollback", None, 0))
+            self._live.start(self._roll_back(chain, failure), ("rollback", None, 0))
 
     async def _roll_back(self, chain: list[StepCall], failure: Failure) -> None:
-        others = self._calls.keys() - {asyncio.current_task()}
+        others = self._live.calls.keys() - {asyncio.current_task()}
         for task in others:
-            self._stop(task)
+            self._live.stop(task)
         if others:
             await asyncio.wait(others)
         reason = "the instance was terminated" if self._terminated else str(failure)
@@ -412,7 +352,7 @@ class Segment:
         else:
             self._finish(self._failed(failure, status))
         finally:
-            self._over()
+            self._live.over()
 
     def _failed(self, failure: Failure, rollback: RollbackStatus | None) -> Outcome:
         return Terminated(rollback) if self._terminated else Failed(failure, rollback)
@@ -427,11 +367,7 @@ class Segment:
             self._outcome.exception()  # nobody may have asked for it yet, nor ever will
 
     async def _close(self, loop: WorkflowLoop) -> None:
-        left = {*loop.discard(), *self._calls}
-        for task in left:
-            task.cancel()
-        if left:  # sandboxes and isolates end in these tasks; the segment is over when they are gone
-            _, left = await asyncio.wait(left, timeout=_GRACE)
+        left = await self._live.close(loop.discard())
         if left:
             message = (
                 f"{len(left)} task(s) of instance {self.instance_id!r} refuse to be cancelled: {left!r:.500}"
@@ -441,3 +377,7 @@ class Segment:
 
 async def _call_main(main: Main, event: WorkflowEvent, step: WorkflowStep) -> Any:
     return await main(event, step)
+
+
+def _nothing() -> None:
+    pass

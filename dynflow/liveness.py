@@ -1,0 +1,101 @@
+"""What in a segment can move by itself: calls that are being performed, and parts such as an isolate's session."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+# How long the tasks of a segment that is over may take to end; code that refuses its cancellation is left behind.
+_GRACE = 10.0
+
+
+class Part:
+    """One part that can make progress by itself (see dynflow.isolates.Activity), active from the start."""
+
+    def __init__(self, liveness: Liveness) -> None:
+        self._liveness, self._is_active = liveness, True
+        liveness.active_parts += 1
+
+    def active(self) -> None:
+        """Say that it moves, or is about to."""
+        if not self._is_active:
+            self._is_active = True
+            self._liveness.active_parts += 1
+
+    def idle(self) -> None:
+        """Say that it cannot move until a call is answered."""
+        if self._is_active:
+            self._is_active = False
+            self._liveness.active_parts -= 1
+            self._liveness.look()
+
+    close = idle
+
+
+class Liveness:
+    """Counts what is active, and has `look` called whenever that may have become nothing."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self.look = look
+        self.active_parts, self.active_calls = 0, 0
+        self.calls: dict[asyncio.Task[None], Any] = {}
+        """The key of each call that is being performed or waits."""
+        self.keys: set[Any] = set()
+        self._host = asyncio.get_running_loop()
+
+    def part(self) -> Part:
+        """Return a part of its own."""
+        return Part(self)
+
+    def start(self, work: Coroutine[Any, Any, None], key: Any) -> asyncio.Task[None]:
+        """Perform a call; `work` says when it is `over`."""
+        self.active_calls += 1
+        self.keys.add(key)
+        task = self._host.create_task(work)
+        self.calls[task] = key
+        return task
+
+    def over(self, task: asyncio.Task[None] | None = None) -> None:
+        """Say that the call of this task, or else of the current one, has been performed."""
+        key = self.calls.pop(task or asyncio.current_task(), None)  # type: ignore[arg-type]
+        if key is not None:
+            self.keys.discard(key)
+            self.active_calls -= 1
+
+    def stop(self, task: asyncio.Task[None]) -> None:
+        """Cancel a call."""
+        if inspect.getcoroutinestate(task.get_coro()) == inspect.CORO_CREATED:  # type: ignore[arg-type]
+            self.over(task)  # it never begins, so it cannot say so
+        task.cancel()
+
+    async def inactive(self, future: asyncio.Future[None]) -> None:
+        """Await what only `resolve` resolves; the current call does not move meanwhile."""
+        self.active_calls -= 1
+        self.look_later()
+        try:
+            await future
+        except asyncio.CancelledError:
+            self.active_calls += future.cancelled()
+            raise
+
+    def resolve(self, future: asyncio.Future[None]) -> None:
+        """Let a call go on."""
+        # Active from here and not from when its task goes on: nothing may look and find it idle in between.
+        if not future.done():
+            self.active_calls += 1
+            future.set_result(None)
+
+    def look_later(self) -> None:
+        """Look later in this turn of the loop: whoever awaited a call goes on first and says that it is active."""
+        self._host.call_soon(self.look)
+
+    async def close(self, others: Iterable[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
+        """End all calls and `others`; returns the tasks that refuse."""
+        left = {*others, *self.calls}
+        for task in left:
+            task.cancel()
+        if left:  # sandboxes and isolates end in these tasks; the segment is over when they are gone
+            _, left = await asyncio.wait(left, timeout=_GRACE)
+        return left
