@@ -45,7 +45,7 @@ from dynflow.run_errors import cancelled_by_workflow, failure_of, stuck
 from dynflow.serialization import encode
 from dynflow.step import perform
 from dynflow.step_config import StepConfig
-from dynflow.step_host import StepFuture, settle
+from dynflow.step_host import StepFuture, is_inner, settle
 from dynflow.types import ErrorInfo, RollbackStatus, StepKind, WorkflowEvent
 from dynflow.workflow import StepCall, WorkflowStep
 
@@ -58,6 +58,7 @@ class _Wait:
 
     record: StepRecord
     over: asyncio.Future[None]
+    inner: bool
     timer: TimerHandle | None = field(default=None)
 
 
@@ -172,7 +173,7 @@ class Segment:
             settle(future, record)
         elif key in self._live.keys:
             future.set_exception(WorkflowFatalError(f"step {key[1]!r:.300} is being performed already"))
-        elif not self._terminated and (record is None or record.state != "cancelled"):
+        elif not self._terminated and (record is None or record.state != "cancelled" or is_inner()):
             future.task = self._live.start(self._perform(call, future), key)
             future.on_cancel = self._dropped
         return future
@@ -193,7 +194,7 @@ class Segment:
 
     async def may_start(self) -> None:
         """Return when a step may start; never while a pause holds."""
-        while self._pausing:
+        while self._pausing and not is_inner():
             held: asyncio.Future[None] = self._host.create_future()
             self._held.add(held)
             await self._live.inactive(held)
@@ -206,9 +207,10 @@ class Segment:
 
     async def wait(self, record: StepRecord) -> None:
         """Wait for the record's deadline or its event."""
-        if not self._pausing and record.deadline is not None and record.deadline <= self.clock.now_us():
+        inner, deadline = is_inner(), record.deadline
+        if (inner or not self._pausing) and deadline is not None and deadline <= self.clock.now_us():
             return
-        wait = _Wait(record, self._host.create_future())
+        wait = _Wait(record, self._host.create_future(), inner)
         self._waits[record.seq] = wait
         if record.deadline is not None:
             wait.timer = self.clock.call_at(record.deadline, lambda: self._due(wait))
@@ -222,7 +224,7 @@ class Segment:
     # --- inside ---
 
     def _due(self, wait: _Wait) -> None:
-        if not self._pausing:
+        if wait.inner or not self._pausing:
             self._live.resolve(wait.over)
 
     async def _perform(self, call: StepCall, future: StepFuture) -> None:

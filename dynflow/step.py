@@ -40,10 +40,12 @@ async def perform(call: StepCall, host: StepHost) -> Any:
     record = host.journal.steps.get((call.kind, name, call.count))
     if record is not None and record.state in {"complete", "errored"}:
         return final_result(record)
-    if call.kind == "wait_for_event":
-        return await wait_for_event(call, record, host)
     if call.kind == "do":
         return await _do(call, record, host)
+    if record is not None and record.state == "cancelled":
+        record = None  # an earlier attempt of the outer step cancelled it: this one waits anew
+    if call.kind == "wait_for_event":
+        return await wait_for_event(call, record, host)
     return await sleep(call, record, host)
 
 

@@ -14,7 +14,7 @@ from dynflow.failure import Failure
 from dynflow.serialization import decode
 from dynflow.step_config import StepConfig
 from dynflow.types import StepKind
-from dynflow.workflow import StepCall
+from dynflow.workflow import StepCall, current_step
 
 _LONGEST_NAME = 256
 
@@ -78,6 +78,15 @@ def final_error(record: StepRecord) -> BaseException:
     error = failure.as_step_error(record.name, record.attempt)
     error.failure, error.step, error.attempts = failure, record.name, record.attempt  # type: ignore[attr-defined]
     return error
+
+
+def is_inner() -> bool:
+    """Whether the step that is called or performed here belongs to an attempt of another one.
+
+    That attempt is under way: a pause lets it finish. And no replay repeats it, so that what it cancelled, a later
+    attempt may call again.
+    """
+    return current_step.get() is not None
 
 
 class StepFuture(asyncio.Future[Any]):

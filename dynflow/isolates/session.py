@@ -23,7 +23,7 @@ from dynflow.isolates.process import CANCEL_GRACE, ENDED, Isolate
 from dynflow.isolates.wire import Call, CallFuture
 from dynflow.loop import outside
 from dynflow.types import RollbackContext, StepContext
-from dynflow.workflow import StepCall
+from dynflow.workflow import StepCall, current_step
 
 # The guest counts the steps of a name; no instance can have as many, and databases hold no larger number.
 _MOST_OF_ONE_NAME = 1 << 31
@@ -148,19 +148,23 @@ class Session:
         callbacks = {key: self._function(key, kept[key]) for key in kept if type(kept[key]) is int}
         config = _with_delay(config, callbacks.get("delay"))
         rollback_config = _with_delay(rollback_config, callbacks.get("rollback_delay"))
-        return self._port.call(
-            StepCall(
-                kind,
-                name,
-                count,
-                config,
-                callbacks.get("callback"),
-                callbacks.get("rollback"),
-                rollback_config,
-                argument,
-                event_type,
-            )
+        step = StepCall(
+            kind,
+            name,
+            count,
+            config,
+            callbacks.get("callback"),
+            callbacks.get("rollback"),
+            rollback_config,
+            argument,
+            event_type,
         )
+        scope = self._scopes.get(call.scope) if call.scope is not None else None
+        token = current_step.set(None if scope is None else scope.caller.step)  # whose inner step it is
+        try:
+            return self._port.call(step)
+        finally:
+            current_step.reset(token)
 
     def _function(self, what: str, number: int) -> Any:
         if number == 0:
