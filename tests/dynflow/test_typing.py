@@ -33,18 +33,19 @@ REVEALED = {
 
 
 def check(folder: Path, *options: str) -> str:
-    """Return what mypy says about the programs in a folder, as a user of the installed package would see it."""
+    """Return what mypy says about the programs in a folder: of the package, as of any installed one, nothing."""
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--config-file=", *options, "."],
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", *options, "."],
         cwd=folder, env=os.environ | {"MYPYPATH": str(ROOT)}, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
-    return done.stdout + done.stderr
+    lines = (done.stdout + done.stderr).splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(str(ROOT)))
 
 
 @pytest.mark.slow
 def test_a_typed_program_is_checked_strictly(tmp_path: Path) -> None:
     (tmp_path / "host.py").write_text(HOST)
-    assert check(tmp_path) == "Success: no issues found in 1 source file\n"
+    assert check(tmp_path) == ""
 
 
 @pytest.mark.slow
@@ -74,7 +75,7 @@ def test_programs_of_the_documentation_use_what_there_is(tmp_path: Path) -> None
         "--check-untyped-defs",
         "--disable-error-code=union-attr",  # a program that knows what it did need not ask whether it is None
     )
-    assert check(tmp_path, *untyped) == f"Success: no issues found in {len(PROGRAMS)} source files\n"
+    assert check(tmp_path, *untyped) == ""
 
 
 def test_the_stub_of_isolates_is_what_their_contract_says() -> None:
