@@ -17,7 +17,7 @@ from typing import Any
 
 from dynflow.errors import WorkerLoadError
 from dynflow.failure import Failure, RemoteError
-from dynflow.isolates import guest_http
+from dynflow.isolates import determinism, guest_http
 from dynflow.isolates.guest_loop import GuestLoop
 from dynflow.isolates.guest_output import Output
 from dynflow.isolates.guest_steps import Callbacks, StepWire, current_scope
@@ -156,6 +156,7 @@ class Guest:
         name, props, event = call.args
         self._enter(call)
         run = self._loaded().find_workflow(name, ExecutionContext(props, self._metadata), self._env)
+        determinism.begin(self._loaded().modules, run, self._output.advise)
         try:
             return await awaitable(run(event, WorkflowStep(StepWire(self._peer, self._callbacks))), run)
         finally:
@@ -168,6 +169,7 @@ class Guest:
 
     def _enter(self, call: Call) -> None:
         current_scope.set(call.id)
+        determinism.orchestrating.set(False)
         current_env.set(self._env)
         if self._has_outbound:
             current_outbound.set(self._fetch)

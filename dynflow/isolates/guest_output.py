@@ -34,6 +34,10 @@ class Output:
         for start in range(0, len(text), _PIECE):
             self._peer.send("output", text[start : start + _PIECE], level, source)
 
+    def advise(self, text: str) -> None:
+        """Tell the tenant something of our own."""
+        self.send(text, logging.WARNING, "dynflow")
+
     def flush(self) -> None:
         """Send the lines that were begun."""
         self._out.flush()

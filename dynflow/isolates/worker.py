@@ -46,7 +46,7 @@ class Worker:
 
     def __init__(self, main_module: str, modules: Mapping[str, Any], *, prefix: str = "") -> None:
         self._finder = ModuleFinder(main_module, modules, prefix)
-        self._main_file = main_module
+        self._main_file, self.modules = main_module, modules
         sys.meta_path.insert(0, self._finder)
         try:
             self.main = self._finder.load_main()

@@ -25,7 +25,7 @@ import traceback
 import warnings
 from typing import Any
 
-from dynflow.isolates import confinement, guest, wire
+from dynflow.isolates import confinement, determinism, guest, wire
 from dynflow.isolates.guest_loop import GuestLoop
 
 # In a fork of a preloaded interpreter these cost nothing; loading C extensions is not possible later, because
@@ -82,6 +82,7 @@ def _start(control: socket.socket, options: dict[str, Any]) -> None:
     sys.argv[:] = sys.orig_argv[:] = [""]
     confinement.die_with_parent()
     preload(options["preload"])
+    determinism.install()
     walls = frozenset(options["walls"])
     own_uids = confinement.raise_outer_walls(walls)
     pid = os.fork()

@@ -80,6 +80,7 @@ STDLIB_ONLY = (
     "dynflow.errors",
     "dynflow.failure",
     "dynflow.isolates.confinement",
+    "dynflow.isolates.determinism",
     "dynflow.isolates.frames",
     "dynflow.isolates.guest",
     "dynflow.isolates.guest_http",
