@@ -17,7 +17,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
 
+from dynflow.engines.embedded import integrity
 from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.embedded.integrity import LateCheck, damage_of, open_read_only
 from dynflow.errors import StorageError
 
 Synchronous = Literal["FULL", "NORMAL"]
@@ -46,9 +48,17 @@ class Database:
         except BaseException:
             os.close(self._lock)
             raise
+        self._late_check = None if is_checked_at_once(path) else LateCheck(path)
+
+    def check(self) -> None:
+        """Raise StorageError once a check of a large file has found damage: nothing is to be built upon it."""
+        if self._late_check is not None and self._late_check.damage is not None:
+            raise damaged(self.path, self._late_check.damage)
 
     def close(self) -> None:
         """Close the file, and let others have it."""
+        if self._late_check is not None:
+            self._late_check.close()
         self.connection.close()
         os.close(self._lock)
 
@@ -141,7 +151,7 @@ def _check(path: Path) -> int:
     # A connection that could write would move the log into the file when it closes. What an interrupted
     # transaction without a log left can only be read once it is taken back.
     mode = "rw" if Path(f"{path}-journal").exists() else "ro"
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as db:
+    with closing(open_read_only(path, mode)) as db:
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
         application = db.execute("PRAGMA application_id").fetchone()[0]
         tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
@@ -154,12 +164,21 @@ def _check(path: Path) -> int:
                 f"{path} was written by a newer release (schema {version}, this release knows {SCHEMA_VERSION}): "
                 "upgrade dynflow, or restore a backup from before; the file was not changed"
             )
-        problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if problem != "ok":
-            raise StorageError(
-                f"{path} is damaged ({problem}): restore it from a backup; the file was not changed"
-            )
+        if is_checked_at_once(path) or version < SCHEMA_VERSION:
+            damage = damage_of(db)
+            if damage is not None:
+                raise damaged(path, damage, "; the file was not changed")
     return version
+
+
+def is_checked_at_once(path: Path) -> bool:
+    """Whether the file is small enough to be checked before anything else."""
+    return path.stat().st_size <= integrity.CHECKED_AT_ONCE
+
+
+def damaged(path: Path, damage: str, then: str = "") -> StorageError:
+    """Return what says that a file is damaged."""
+    return StorageError(f"{path} is damaged ({damage}): restore it from a backup{then}")
 
 
 def _create(db: sqlite3.Connection) -> None:

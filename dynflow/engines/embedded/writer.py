@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.database import Database, Synchronous, trouble
-from dynflow.errors import EngineClosedError
+from dynflow.errors import EngineClosedError, StorageError
 
 T = TypeVar("T")
 Operation = Callable[[Connection], T]
@@ -35,7 +35,11 @@ class Writer:
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._database = Database(path, synchronous)
         self._db = self._database.connection
-        self._db.remember()
+        try:
+            self._db.remember()
+        except sqlite3.Error as error:
+            self._database.close()
+            raise trouble(path, error) from None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="dynflow-writer", daemon=True)
         self._thread.start()
@@ -83,7 +87,10 @@ class Writer:
 
     def _commit(self, group: list[_Item]) -> list[tuple[asyncio.Future[Any], Any, BaseException | None]]:
         try:
+            self._database.check()
             return self._transaction(group)
+        except StorageError as damage:
+            return [(future, None, damage) for _, future in group]
         except (sqlite3.Error, OSError) as error:
             if len(group) == 1:
                 return [(group[0][1], None, trouble(self._database.path, error))]
