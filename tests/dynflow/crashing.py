@@ -1,44 +1,84 @@
-"""A process that runs one workflow and kills itself at a chosen journal operation, before or after its commit.
+"""Processes that run one workflow and kill themselves at a chosen journal operation, before or after its commit.
 
-Arguments: database, file of side effects, number of the operation (0: never), `before` or `after`.
-The output of the workflow is printed as its repr when it has ended.
+They are forked from one that has imported everything: there are hundreds of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dynflow.binding import WorkflowInstance
 from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.engines.embedded.writer import Operation, Writer
+from dynflow.errors import IllegalMoveError
+from dynflow.types import RollbackContext
 from dynflow.workflow import WorkflowEntrypoint
 
-database, effects, number, moment = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+Moment = Literal["before", "after"]
+WAITS = 20.0  # seconds until a process gives up
+
+_FORKING = multiprocessing.get_context("forkserver")
+_FORKING.set_forkserver_preload([__name__])
 
 
-def effect(line: str, result: Any = None) -> Any:
-    """Append to the file of side effects in one write; returns `result`."""
-    descriptor = os.open(effects, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(descriptor, f"{line}\n".encode())
-    os.close(descriptor)
-    return result
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, the operations it made, and the workflow's outcome if it came to that."""
+
+    code: int
+    operations: int
+    outcome: str
+    said: str
 
 
-def failing(ctx: Any) -> None:
-    """Have an effect and fail."""
-    effect(f"fails {ctx.attempt}")
-    raise ZeroDivisionError
+async def run(folder: Path, scenario: str, number: int, moment: Moment) -> Ended:
+    """Run a scenario over what is in `folder`; die around its operation `number` (0: never)."""
+    process = _FORKING.Process(target=_process, args=(folder, scenario, number, moment))
+    process.start()
+    gone = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(process.sentinel, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(process.sentinel)
+    process.join()
+    code = process.exitcode
+    process.close()
+    answer = (folder / "answer").read_text() if code == 0 else "0 "
+    operations, _, outcome = answer.partition(" ")
+    return Ended(code or 0, int(operations), outcome, (folder / "said").read_text())
+
+
+def _process(folder: Path, scenario: str, number: int, moment: Moment) -> None:
+    with (folder / "said").open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    effects.path = folder / "effects"
+    counting = Counting(number, moment)
+    counting.install()
+    try:
+        outcome = asyncio.run(SCENARIOS[scenario](folder / "flow.db"))
+    except BaseException:  # noqa: BLE001 - told to the test, and the process ends
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    (folder / "answer").write_text(f"{counting.count} {outcome}")
 
 
 class Counting:
     """Counts transactions that change something, and kills the process around the chosen one."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, number: int, moment: Moment) -> None:
+        self.number, self.moment, self.count = number, moment, 0
 
     def install(self) -> None:
         """Wrap the writer's transaction."""
@@ -51,15 +91,53 @@ class Counting:
                 # The last operation of the group: what it sees is what is about to be committed.
                 if db.total_changes != changes:
                     self.count += 1
-                    if self.count == number and moment == "before":
-                        os.kill(os.getpid(), signal.SIGKILL)
+                    self.kill_if("before")
 
+            before = self.count
             outcomes = original(writer, [*group, (check, writer._loop.create_future())])
-            if self.count == number > 0 and moment == "after":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if self.count > before:
+                self.kill_if("after")
             return outcomes
 
         setattr(Writer, "_transaction", transaction)  # noqa: B010 - a method replaced by a function
+
+    def kill_if(self, moment: Moment) -> None:
+        """Die if this is the time."""
+        if self.count == self.number and moment == self.moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+# --- workflows -----------------------------------------------------------------------------------
+
+
+class Effects:
+    """The file of side effects: a line for each, with the name of what had it and its attempt."""
+
+    path: Path
+
+    def add(self, name: str, attempt: int, result: Any = None) -> Any:
+        """Append in one write; returns `result`."""
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, f"{name} {attempt}\n".encode())
+        os.close(descriptor)
+        return result
+
+
+effects = Effects()
+
+
+def failing(ctx: Any) -> None:
+    """Have an effect and fail."""
+    effects.add("fails", ctx.attempt)
+    raise ZeroDivisionError
+
+
+def flaky(ctx: Any) -> str:
+    """Have an effect, and fail the first time that it does."""
+    effects.add("flaky", ctx.attempt)
+    if effects.path.read_text().count("flaky") == 1:
+        raise ValueError("once")
+    return "b"
 
 
 class Saga(WorkflowEntrypoint):
@@ -67,17 +145,14 @@ class Saga(WorkflowEntrypoint):
 
     async def run(self, event: Any, step: Any) -> Any:
         """Run it."""
-        first = await step.do("first", lambda ctx: effect(f"first {ctx.attempt}", "a"))
+        first = await step.do("first", lambda ctx: effects.add("first", ctx.attempt, "a"))
 
-        def flaky(ctx: Any) -> str:
-            effect(f"flaky {ctx.attempt}")
-            if Path(effects).read_text().count("flaky") == 1:
-                raise ValueError("once")
-            return "b"
+        async def outer(ctx: Any) -> Any:
+            effects.add("outer", ctx.attempt)
+            return await step.do("inner", lambda ctx: effects.add("inner", ctx.attempt, "c"))
 
         second, third = await asyncio.gather(
-            step.do("flaky", {"retries": {"limit": 3, "delay": 0}}, flaky),
-            step.do("parallel", lambda ctx: effect(f"parallel {ctx.attempt}", "c")),
+            step.do("flaky", {"retries": {"limit": 3, "delay": 0}}, flaky), step.do("outer", outer)
         )
         await step.sleep("nap", 0.01)
         fourth = "not reached"
@@ -86,16 +161,14 @@ class Saga(WorkflowEntrypoint):
         except ZeroDivisionError:
             fourth = "d"
         got = [(await step.wait_for_event("w", type="go")).payload for _ in range(2)]
-        last = await step.do("last", lambda ctx: effect(f"last {ctx.attempt}", "e"))
+        last = await step.do("last", lambda ctx: effects.add("last", ctx.attempt, "e"))
         return [first, second, third, fourth, got, last]
 
 
-async def main() -> None:
+async def drive_saga(database: Path) -> str:
     """Create the instance where it is not there, send what has not been acknowledged, wait for the end."""
     engine = EmbeddedEngine(database)
     engine.register("saga", Saga)
-    counting = Counting()
-    counting.install()
     async with engine:
         binding = engine.binding("saga")
         await binding.create_batch([{"id": "one"}])
@@ -107,7 +180,55 @@ async def main() -> None:
             taken = [step.output for step in status.steps if step.kind == "wait_for_event"]
             if taken[payload] is None:
                 await instance.send_event(type="go", payload=payload)
-        print(repr(await instance.result(timeout=20)), counting.count)  # noqa: T201 - read by the test
+        return repr(await instance.result(timeout=WAITS))
 
 
-asyncio.run(main())
+class Undone(WorkflowEntrypoint):
+    """A saga that fails after it was paused, and undoes what it did."""
+
+    async def run(self, event: Any, step: Any) -> Any:
+        """Run it."""
+
+        def undo(rollback: RollbackContext) -> None:
+            effects.add(f"undo-{rollback.ctx.step.name}", rollback.ctx.attempt)
+
+        def book(name: str) -> Any:
+            return step.do(name, lambda ctx: effects.add(name, ctx.attempt, name), rollback=undo)
+
+        await book("flight")
+        await asyncio.gather(book("hotel"), book("car"))
+        go = await step.wait_for_event("w", type="go")
+        raise ValueError(f"no taxi, {go.payload}")
+
+
+async def drive_undone(database: Path) -> str:
+    """Create the instance, pause it while it waits, send it the event, let it go on to its end."""
+    engine = EmbeddedEngine(database)
+    engine.register("undone", Undone)
+    async with engine:
+        binding = engine.binding("undone")
+        await binding.create_batch([{"id": "one"}])
+        instance = await binding.get("one")
+        async for _ in instance.subscribe(types={"wait.started"}):
+            await _pause_and_send(instance)
+        try:
+            await instance.result(timeout=WAITS)
+        except ValueError as error:
+            status = await instance.status()
+            return f"{error}, rollback {status.rollback and status.rollback.outcome}"
+        return "it went through"
+
+
+async def _pause_and_send(instance: WorkflowInstance) -> None:
+    status = await instance.status()
+    if status.steps[-1].kind != "wait_for_event" or status.steps[-1].output is not None:
+        return
+    await instance.pause()
+    try:
+        await instance.send_event(type="go", payload="pity")
+    except IllegalMoveError:
+        return  # what was sent before the process died has led to the end
+    await instance.resume()
+
+
+SCENARIOS = {"saga": drive_saga, "undone": drive_undone}
