@@ -30,14 +30,12 @@ from dynflow.isolates.pool import IsolatePool
 from dynflow.isolates.process import Isolate, OnOutput
 from dynflow.isolates.session import Session, error_of, load_error_of
 from dynflow.isolates.tails import Tails
+from dynflow.isolates.warm import IsolateKeeper
 from dynflow.loop import WorkflowLoop, outside
 from dynflow.serialization import pack
 from dynflow.workflow import WorkflowStep
 
 _output = logging.getLogger("dynflow.output")
-# An isolate that has finished is kept for its worker's next call for so long: a burst of calls shares one.
-_KEEP_WARM = 10.0
-_WARM_PER_LOADER = 16
 _CLAIM_WITHIN = 5.0
 _TAILS_GRACE = 1.0
 
@@ -45,7 +43,8 @@ _TAILS_GRACE = 1.0
 class ProcessLoader(WorkerLoader):
     """Runs every call of a worker in an isolate: a forked, confined process.
 
-    `ready` isolates are kept forked in advance. `workers` are remembered, least recently used ones forgotten.
+    `ready` isolates are kept forked in advance. `workers` are remembered, least recently used ones forgotten. `warm`
+    isolates that have finished are kept for the next call of the same code, for a while (see warm.py).
     `on_output` gets what tenants print, with who printed it (None: the logger `dynflow.output`). `preload` names
     packages that tenants may import besides the standard library. `walls` are those of
     `dynflow.isolates.confinement`; without the essential ones `allow_unconfined` must be true.
@@ -56,6 +55,7 @@ class ProcessLoader(WorkerLoader):
         *,
         ready: int = 2,
         workers: int = 1_000,
+        warm: int = 16,
         on_output: OnOutput | None = None,
         preload: Collection[str] = ("pipelines",),
         walls: Collection[str] = tuple(WALLS),
@@ -72,9 +72,8 @@ class ProcessLoader(WorkerLoader):
         self._on_output = on_output or _log_output
         self._capacity = workers
         self._workers: OrderedDict[str, _Worker] = OrderedDict()
-        self._warm: OrderedDict[Isolate, tuple[Any, asyncio.TimerHandle]] = OrderedDict()
+        self._keeper = IsolateKeeper(warm)
         self._wraps: dict[str, Wrap] = {}
-        self._live: set[Isolate] = set()
         self._holding: set[asyncio.Task[None]] = set()
         self.telling: set[asyncio.Task[None]] = set()
         """Tasks in which tails hear of something."""
@@ -90,7 +89,8 @@ class ProcessLoader(WorkerLoader):
         for holding in list(self._holding):
             holding.cancel()
         await asyncio.gather(*self._holding, return_exceptions=True)
-        for isolate in list(self._live):
+        self._keeper.close()
+        for isolate in list(self._keeper.live):
             await self._discard(isolate)
         if pool is not None:
             await pool.close()
@@ -103,6 +103,11 @@ class ProcessLoader(WorkerLoader):
     def walls(self) -> tuple[str, ...]:
         """The walls that stand around the isolates of this loader."""
         return tuple(self._pool.walls) if self._pool is not None else ()
+
+    @property
+    def isolates(self) -> int:
+        """How many isolates of tenants there are: at work, and kept for their next call."""
+        return len(self._keeper.live)
 
     def get(self, worker_id: str, code: CodeSource) -> WorkerStub:
         """Return the worker `worker_id`."""
@@ -131,17 +136,13 @@ class ProcessLoader(WorkerLoader):
 
     async def acquire(self, key: Any, loaded: _Loaded) -> Isolate:
         """Return an isolate that holds `loaded`, for one session: a warm one with the same `key`, or a new one."""
-        for isolate, (warm_key, timer) in list(self._warm.items()):
-            if warm_key == key:
-                timer.cancel()
-                del self._warm[isolate]
-                if isolate.is_usable:
-                    return isolate
-                await self._discard(isolate)
+        warm = self._keeper.take(key)
+        if warm is not None:
+            return warm
         if self._pool is None:
             raise IsolateError("the loader is closed: use it inside `async with loader`")
         isolate = await Isolate.start(await self._pool.take(), self._on_output)
-        self._live.add(isolate)
+        self._keeper.started(isolate)
         code = loaded.code
         answer = isolate.load(
             code.main_module, loaded.modules, loaded.told, code.metadata, code.limits, loaded.tails
@@ -151,12 +152,7 @@ class ProcessLoader(WorkerLoader):
 
     def release(self, key: Any, isolate: Isolate) -> None:
         """Keep an isolate that has finished cleanly for a moment."""
-        timer = asyncio.get_running_loop().call_later(_KEEP_WARM, self._cool, isolate)
-        self._warm[isolate] = (key, timer)
-        while len(self._warm) > _WARM_PER_LOADER:
-            oldest = next(iter(self._warm))
-            self._warm[oldest][1].cancel()
-            self._cool(oldest)
+        self._keeper.put(key, isolate)
 
     def hold(self, session: Session, release: Callable[..., Any]) -> None:
         """Keep a session whose call has returned something that lives in its isolate."""
@@ -177,16 +173,8 @@ class ProcessLoader(WorkerLoader):
         await asyncio.shield(asyncio.ensure_future(self._discard(isolate)))
 
     async def _discard(self, isolate: Isolate) -> None:
-        entry = self._warm.pop(isolate, None)
-        if entry is not None:
-            entry[1].cancel()
         await isolate.stop()
-        self._live.discard(isolate)
-
-    def _cool(self, isolate: Isolate) -> None:
-        self._warm.pop(isolate, None)
-        isolate.kill()
-        self._live.discard(isolate)
+        self._keeper.gone(isolate)
 
 
 @dataclass(frozen=True, slots=True)

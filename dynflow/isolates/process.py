@@ -54,6 +54,7 @@ class Isolate(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.peer = Peer(self._write, self._perform, WireLimits(), on_idle=self._idle, on_output=self._output)
         self.session: Guest | None = None
+        self.started_at = self._loop.time()
         self.failed: DynflowError | None = None
         self._outputs = 0
         self._tails: Tails | None = None
@@ -88,6 +89,10 @@ class Isolate(asyncio.Protocol):
         return self.peer.call(
             "load", "", [main_module, dict(modules), dict(env), metadata, limits.memory, limits.message]
         )
+
+    def resident(self) -> int:
+        """Return the bytes of memory that it holds, without what it shares with files; 0 where it has ended."""
+        return self._process.resident()
 
     @property
     def is_usable(self) -> bool:
