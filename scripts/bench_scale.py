@@ -1,7 +1,8 @@
 """Measure the embedded engine with many instances stored: memory, being idle, waking, restarts, recovery, growth.
 
 Prints Markdown tables; with `--json FILE` writes all figures there too. `--most 1000000` adds a million stored
-instances to the 100,000 of a run of default size (some minutes, and about 2 GB under `--folder`).
+instances to the 100,000 of a run of default size: ten minutes to make them, and 3 GB of room. With `--keep FOLDER` they
+are made once and found there by the next run, which measures copies of them.
 
 Each figure is taken in a process of its own (scripts/scale_process.py), several times, and the rounds of different
 sizes alternate, so that a busy minute of the machine troubles all of them alike. Medians are reported.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +55,15 @@ def copied(source: Path, target: Path) -> Path:
     for end in ("-wal", "-shm", ".lock"):
         Path(f"{target}{end}").unlink(missing_ok=True)
     shutil.copyfile(source, target)
+    with target.open("rb") as file:  # so that the machine does not write it during the measurement
+        os.fsync(file.fileno())
     return target
 
 
 @contextmanager
 def scratch(source: Path) -> Iterator[Path]:
     """Return a copy to spoil."""
-    folder = Path(tempfile.mkdtemp(dir=source.parent))
+    folder = Path(tempfile.mkdtemp(prefix="dynflow-scale-"))
     try:
         yield copied(source, folder / "copy.db")
     finally:
@@ -71,8 +75,12 @@ def make_files(folder: Path, sizes: list[int]) -> dict[int, tuple[Path, Figures]
     made: dict[int, tuple[Path, Figures]] = {}
     before, last = 0, folder / "0.db"
     for size in sizes:
+        path, told = folder / f"{size}.db", folder / f"{size}.json"
+        if told.exists():
+            made[size] = (path, json.loads(told.read_text()))
+            before, last = size, path
+            continue
         say(f"making {size:,} waiting instances")
-        path = folder / f"{size}.db"
         if before:
             copied(last, path)
             shutil.copyfile(last.with_suffix(".ids"), path.with_suffix(".ids"))
@@ -80,6 +88,7 @@ def make_files(folder: Path, sizes: list[int]) -> dict[int, tuple[Path, Figures]
         figures["disk_bytes"] = path.stat().st_size / size
         if before:  # a part of them was there before
             del figures["memory_mb"]
+        told.write_text(json.dumps(figures))
         made[size] = (path, figures)
         before, last = size, path
     return made
@@ -135,18 +144,20 @@ def interrupt(path: Path, started: float) -> Figures:
 def measure_growth(files: dict[int, Path], rounds: int) -> dict[int, Figures]:
     """Measure throughput and latencies beside what is stored."""
     samples: dict[int, list[Figures]] = {size: [] for size in files}
-    for turn in range(rounds):
-        say(f"growth: round {turn + 1} of {rounds}")
-        for size, path in files.items():
-            with scratch(path) as copy:
+    with ExitStack() as stack:
+        copies = {size: stack.enter_context(scratch(path)) for size, path in files.items()}
+        for turn in range(rounds):
+            say(f"growth: round {turn + 1} of {rounds}")
+            for size, copy in copies.items():
                 samples[size].append(process("grow", copy))
     return {size: medians(found) for size, found in samples.items()}
 
 
-def measure(folder: Path, most: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """Return all figures."""
+def measure(folder: Path, keep: Path, most: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Return all figures. The files of stored instances are in `keep`."""
     sizes = sorted({SMALL, DEFAULT, most} if most > DEFAULT else {SMALL, most})
-    made = make_files(folder, sizes)
+    keep.mkdir(parents=True, exist_ok=True)
+    made = make_files(keep, sizes)
     files = {size: path for size, (path, _) in made.items()}
     waiting = {size: path for size, path in files.items() if size > SMALL}
     making = {size: measure_making(folder, size, min(rounds, 3)) for size in waiting if size <= DEFAULT}
@@ -232,11 +243,11 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=DEFAULT, help="the largest number of stored instances")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10, help="how long a round is idle")
-    parser.add_argument("--folder", type=Path, help="where the files are made; needs room")
+    parser.add_argument("--keep", type=Path, help="a folder in which the files of stored instances stay")
     given = parser.parse_args()
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="dynflow-scale-", dir=given.folder) as folder:
-        figures = measure(Path(folder), given.most, given.rounds, given.seconds)
+    with tempfile.TemporaryDirectory(prefix="dynflow-scale-") as folder:
+        figures = measure(Path(folder), given.keep or Path(folder), given.most, given.rounds, given.seconds)
     figures["minutes"] = (time.perf_counter() - start) / 60
     if given.json is not None:
         given.json.write_text(json.dumps(figures, indent=2) + "\n")

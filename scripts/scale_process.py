@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import statistics
@@ -34,6 +35,8 @@ _NOTED = 20
 _WARM_UP = 100
 # How many of the instances that it made a process wakes again.
 _HANDFUL = 5
+# Seconds of processor time in a second, below which an engine is idle: the bar.
+_QUIET = 0.01
 # More than the instances of a recovery, so that none of them queues.
 _CONCURRENCY = 2000
 
@@ -224,11 +227,20 @@ async def rest(path: Path, seconds: float, samples: int, *, cold: bool, bare: bo
         }
 
 
+async def settled() -> None:
+    """Wait until what begins with an engine has ended: a large file is checked beside it."""
+    used = math.inf
+    while used > _QUIET:
+        cpu = time.process_time()
+        await asyncio.sleep(1)
+        used = time.process_time() - cpu
+
+
 async def idling(seconds: float) -> dict[str, float]:
     """Do nothing; tells what this process did all the same."""
     if not seconds:
         return {}
-    await asyncio.sleep(1)  # what starts with the engine has ended, so that being idle is measured alone
+    await settled()
     switches, cpu, begin = wake_ups(), time.process_time(), time.perf_counter()
     await asyncio.sleep(seconds)
     idle = time.perf_counter() - begin
@@ -254,6 +266,7 @@ async def grow(path: Path) -> dict[str, float]:
     blocked.register("nothing", bench_engine.Nothing)
     async with blocked:
         await (await blocked.binding("nothing").create()).status()
+        await settled()
         binding = Recording(blocked, "nothing")
         figures |= await several(3, binding, "create_per_second", bench_engine.creations, operations=1280)
         figures.pop("create_per_second_cpu_ms")  # the callers' and the writer's: the rate says the same
@@ -262,6 +275,7 @@ async def grow(path: Path) -> dict[str, float]:
     for workflow in (bench_engine.Three, bench_engine.Many, bench_engine.Waits):
         engine.register(workflow.__name__, workflow)
     async with engine:
+        await settled()
         three, many, waits = (Recording(engine, name) for name in ("Three", "Many", "Waits"))
         figures |= await several(3, three, "runs_per_second", bench_engine.runs, operations=320)
         figures |= await several(50, three, "alone_ms", bench_engine.run_alone)
