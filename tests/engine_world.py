@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -12,6 +13,7 @@ from typing import Any, Self
 from dynflow.binding import WorkflowBinding, WorkflowInstance
 from dynflow.clock import ManualClock
 from dynflow.engines import InstanceRef
+from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.types import HistoryEvent, InstanceStatus, StepStatus, WorkflowEvent
 from dynflow.workflow import WorkflowEntrypoint, WorkflowStep
 
@@ -48,6 +50,7 @@ class World:
         self._runs: dict[str, Run] = {}
         self._changed = asyncio.Event()
         self.history: list[tuple[str, HistoryEvent]] = []
+        self.told: list[tuple[InstanceRef, HistoryEvent]] = []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -68,7 +71,33 @@ class World:
         self._options |= options
         await self.__aenter__()
 
+    async def check_histories(self) -> None:
+        """Hold what was told live of each instance against what a late reader of its history finds."""
+        for name in self._registered:
+            binding = self.engine.binding(name)
+            for id_ in {ref.id for ref, _ in self.told if ref.workflow == name}:
+                told = {e.event_id: e for ref, e in self.told if (ref.workflow, ref.id) == (name, id_)}
+                with contextlib.suppress(
+                    InstanceNotFoundError, InvalidArgumentError
+                ):  # deleted, of two tenants
+                    instance = await binding.get(id_)
+                    read = await self._read(instance, max(told))
+                    assert {number: read[number] for number in told} == told
+                    assert list(read) == list(range(1, len(read) + 1))
+
+    async def _read(self, instance: WorkflowInstance, last: int) -> dict[int, HistoryEvent]:
+        """Read a history up to this event: that of an instance that has not ended has no end."""
+        read: dict[int, HistoryEvent] = {}
+        async with asyncio.timeout(DEADLINE), contextlib.aclosing(instance.subscribe()) as events:
+            while last not in read:
+                event = await anext(events)
+                read[event.event_id] = event
+        return read
+
     def _heard(self, ref: InstanceRef, event: HistoryEvent) -> None:
+        if event.event_id == 1:  # a new instance, maybe one whose id another one had
+            self.told = [(other, each) for other, each in self.told if other != ref]
+        self.told.append((ref, event))
         self.history.append((ref.id, event))
         self._changed.set()
 

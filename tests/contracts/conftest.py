@@ -29,6 +29,7 @@ def engine_factory(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[.
 
 @pytest.fixture
 async def world(engine_factory: Callable[..., Any]) -> AsyncIterator[World]:
-    """An open engine on a manual clock."""
+    """An open engine on a manual clock; at the end of the test its histories must be what it told."""
     async with World(engine_factory) as world:
         yield world
+        await world.check_histories()

@@ -507,6 +507,7 @@ async def test_two_thousand_waiting_instances_cost_rows_only(world: World) -> No
         for instance in made:
             await world.status(instance, "waiting")
         world.history.clear()
+        world.told.clear()
         gc.collect()
         return made
 
