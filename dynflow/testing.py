@@ -19,10 +19,16 @@ from typing import Any, Self
 from dynflow.clock import ManualClock
 from dynflow.engines import InstanceRef, NewInstance, StepRecord
 from dynflow.engines.embedded import EmbeddedEngine
-from dynflow.errors import InstanceNotFoundError, InvalidArgumentError, WorkflowTimeoutError
-from dynflow.instance import FINISHED, check_event_type, check_instance_id
+from dynflow.errors import (
+    InstanceNotFoundError,
+    InvalidArgumentError,
+    WorkflowFatalError,
+    WorkflowTimeoutError,
+)
+from dynflow.instance import FINISHED, UNFINISHED, check_event_type, check_instance_id
 from dynflow.segment import Segment
 from dynflow.serialization import decode, encode
+from dynflow.step_host import checked_name
 from dynflow.types import HistoryEvent, InstanceStatus, StepContext, StepStatus, WorkflowEvent
 from dynflow.workflow import StepCall, begin
 
@@ -67,15 +73,15 @@ class InstanceScript:
 
     def disable_sleeps(self, *names: str) -> None:
         """Let these sleeps be over at once; without names, all."""
-        self._plan.sleeps.update(names or (None,))
+        self._plan.sleeps.update(map(_checked, names) if names else (None,))
 
     def disable_retry_delays(self, *names: str) -> None:
         """Let the next attempts of these steps come at once; without names, of all."""
-        self._plan.delays.update(names or (None,))
+        self._plan.delays.update(map(_checked, names) if names else (None,))
 
     def mock_step_result(self, name: str, result: Any, *, count: int | None = None) -> None:
         """Let a step return `result`, plain data, instead of calling its callback."""
-        self._plan.results[name, count] = encode(result)
+        self._plan.results[_target(name, count)] = encode(result)
 
     def mock_step_error(
         self, name: str, error: BaseException, *, times: int | None = None, count: int | None = None
@@ -83,11 +89,11 @@ class InstanceScript:
         """Let the first `times` attempts of a step raise `error` (None: all), and the others go on as usual."""
         if not isinstance(error, Exception):
             raise InvalidArgumentError(f"a step fails with an exception, not with {error!r:.100}")
-        self._plan.faults[name, count] = _Fault(lambda _: error, _times(times))
+        self._plan.faults[_target(name, count)] = _Fault(lambda _: error, _times(times))
 
     def force_step_timeout(self, name: str, *, times: int | None = None, count: int | None = None) -> None:
         """Let the first `times` attempts of a step end as if their timeout had passed (None: all)."""
-        self._plan.faults[name, count] = _Fault(_timed_out, _times(times))
+        self._plan.faults[_target(name, count)] = _Fault(_timed_out, _times(times))
 
     def mock_event(self, *, type: str, payload: Any = None) -> None:  # noqa: A002 - the contract's names
         """Send an event as soon as the instance is created. Raises InvalidArgumentError once it is."""
@@ -97,7 +103,7 @@ class InstanceScript:
 
     def force_event_timeout(self, name: str) -> None:
         """Let a wait for an event time out at once, unless its event is there already."""
-        self._plan.timeouts.add(name)
+        self._plan.timeouts.add(_checked(name))
 
     # --- what has happened ---
 
@@ -106,6 +112,8 @@ class InstanceScript:
 
         Raises TimeoutError after `timeout` real seconds, AssertionError when it has ended with another status.
         """
+        if not wanted or not set(wanted) <= FINISHED | UNFINISHED:
+            raise InvalidArgumentError(f"statuses are {sorted(FINISHED | UNFINISHED)}, not {wanted!r:.100}")
         found: InstanceStatus = await self._until(
             lambda status: status if status.status in wanted else None, wanted, timeout
         )
@@ -123,7 +131,8 @@ class InstanceScript:
         A sensitive output is `[REDACTED]`, as everywhere. Raises AssertionError naming the error of one that
         failed, or when the instance ended without the step; TimeoutError after `timeout` real seconds.
         """
-        step = await self._until(partial(_ended_step, name, count), f"a result of step {name!r}", timeout)
+        target = _target(name, count)
+        step = await self._until(partial(_ended_step, target), f"a result of step {name!r}", timeout)
         if step.status != "complete":
             reason = f" with {step.error.name}: {step.error.message}" if step.error is not None else ""
             raise AssertionError(f"step {name!r} is {step.status}{reason}")
@@ -219,11 +228,24 @@ def _times(given: int | None) -> int | None:
     return given
 
 
-def _ended_step(name: str, count: int, status: InstanceStatus) -> StepStatus | None:
+def _target(name: str, count: int | None) -> _Target:
+    if count is not None and (type(count) is not int or count < 1):
+        raise InvalidArgumentError(f"count must be an int of at least 1, not {count!r:.100}")
+    return _checked(name), count
+
+
+def _checked(name: str) -> str:
+    try:
+        return checked_name(name)
+    except WorkflowFatalError as error:  # nothing of the kind can be in a workflow
+        raise InvalidArgumentError(str(error)) from None
+
+
+def _ended_step(target: _Target, status: InstanceStatus) -> StepStatus | None:
     ended = (
         step
         for step in status.steps
-        if (step.name, step.count) == (name, count) and step.status in {"complete", "errored", "cancelled"}
+        if (step.name, step.count) == target and step.status in {"complete", "errored", "cancelled"}
     )
     return next(ended, None)
 

@@ -14,6 +14,7 @@ from dynflow.errors import (
     InvalidArgumentError,
     InvalidInstanceIdError,
     NonRetryableError,
+    UnserializableError,
     WorkflowTimeoutError,
 )
 from dynflow.isolates import ProcessLoader, TrustedLoader, WorkerCode
@@ -218,6 +219,28 @@ async def test_wrong_scripts_are_refused(engine: TestingEngine, script: Instance
         script.mock_event(type="a b")
     with pytest.raises(InvalidInstanceIdError):
         engine.script("orders", "-no id")
+    name: Any
+    for name in ("", "x" * 257, "a\nb", 7, None):
+        for say in (
+            script.disable_sleeps,
+            script.disable_retry_delays,
+            script.force_step_timeout,
+            script.force_event_timeout,
+            lambda name: script.mock_step_result(name, 1),
+            lambda name: script.mock_step_error(name, ValueError()),
+        ):
+            with pytest.raises(InvalidArgumentError, match="step name"):
+                say(name)
+        with pytest.raises(InvalidArgumentError, match="step name"):
+            await script.wait_for_step_result(name)
+    for count in (0, -1, "1", True):
+        with pytest.raises(InvalidArgumentError, match="count"):
+            script.mock_step_result("charge", 1, count=count)  # type: ignore[arg-type]
+    with pytest.raises(UnserializableError):
+        script.mock_step_result("charge", object())
+    for wanted in ((), ("completed",), ("complete", "done")):
+        with pytest.raises(InvalidArgumentError, match="'complete', 'errored'"):
+            await script.wait_for_status(*wanted)
     await engine.binding("orders").create(id="o")
     with pytest.raises(InvalidArgumentError, match="send_event"):
         script.mock_event(type="approve")
