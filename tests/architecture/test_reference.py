@@ -21,7 +21,7 @@ from dynflow.instance import Move, may
 from dynflow.isolates import IsolateLimits
 from dynflow.isolates.confinement import WALLS
 from dynflow.step_config import StepConfig
-from dynflow.types import Status
+from dynflow.types import HISTORY_TYPES, Status
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text()
@@ -168,3 +168,9 @@ def test_every_history_event_is_there() -> None:
     assert len(told) > 10
     written = set(re.findall(r"`((?:workflow|step|attempt|rollback|sleep|wait)\.\w+)`", REFERENCE))
     assert told - written == set()
+
+
+def test_the_history_events_that_are_documented_are_those_that_can_be_asked_for() -> None:
+    section = REFERENCE.split("### History events\n", 1)[1].split("\n## ", 1)[0]
+    table = "".join(line for line in section.splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`((?:workflow|step|attempt|rollback|sleep|wait)\.\w+)`", table)) == HISTORY_TYPES
