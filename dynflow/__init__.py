@@ -29,6 +29,7 @@ _HOME = {
     "WorkflowEvent": "dynflow.types",
     "WorkflowBinding": "dynflow.binding",
     "WorkflowInstance": "dynflow.binding",
+    "InstanceRef": "dynflow.engines",
     "Limits": "dynflow.engines",
     "DynamicWorkflowBinding": "dynflow.router",
     "LoadContext": "dynflow.router",

@@ -1,5 +1,6 @@
 from dynflow.binding import WorkflowBinding as WorkflowBinding
 from dynflow.binding import WorkflowInstance as WorkflowInstance
+from dynflow.engines import InstanceRef as InstanceRef
 from dynflow.engines import Limits as Limits
 from dynflow.errors import DynflowError as DynflowError
 from dynflow.errors import EngineClosedError as EngineClosedError
