@@ -56,8 +56,8 @@ async def test_a_whole_file_serves_while_it_is_checked_and_after(large: Path) ->
 
 async def test_damage_that_is_found_late_ends_the_service_with_its_reason(large: Path) -> None:
     damage(large)
-    async with engine_on(large) as engine:
-        with pytest.raises(StorageError, match=r"flow\.db is damaged \(.+\): restore it from a backup"):  # noqa: PT012
+    with pytest.raises(StorageError, match=r"flow\.db is damaged \(.+\): restore it from a backup"):  # noqa: PT012
+        async with engine_on(large) as engine:
             with anyio.fail_after(30):
                 while True:
                     await engine.binding("empty").create()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dynflow.engines import InstanceRef, NewInstance
 from dynflow.engines.embedded.connection import Connection
-from dynflow.engines.embedded.fair_queue import FairQueue, Lane
+from dynflow.engines.embedded.fair_queue import Lane
 from dynflow.engines.embedded.history import Happened, keep_counters, log, log_last, queued, recount
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import load_steps
@@ -20,6 +20,7 @@ from dynflow.serialization import encode
 _LAST_RANK = (1 << 63) - 1
 # Params up to this many bytes are in the instance's row.
 _SMALL = 512
+_STARTED = "workflow.started+workflow.running"
 
 
 class Claim(NamedTuple):
@@ -35,22 +36,44 @@ class Claim(NamedTuple):
     happened: Happened
 
 
+class Created(NamedTuple):
+    """An instance that was just created; `claim` where it runs at once."""
+
+    happened: Happened
+    claim: Claim | None
+
+
 def create(
-    db: Connection, workflow: str, tenant: str, items: Sequence[NewInstance], now: int
-) -> list[Happened | None]:
-    """Queue new instances; None for each whose id exists."""
-    return [_create_one(db, workflow, tenant, item, now) for item in items]
+    db: Connection, workflow: str, tenant: str, items: Sequence[NewInstance], now: int, *, slots: int = 0
+) -> list[Created | None]:
+    """Queue new instances; None for each whose id exists.
+
+    Where nobody is queued, the first `slots` of them are claimed at once.
+    """
+    db.queue = db.queue.fresh(db)
+    if not db.queue.is_empty:
+        slots = 0
+    created: list[Created | None] = []
+    for item in items:
+        created.append(_create_one(db, workflow, tenant, item, now, is_claimed=slots > 0))
+        slots -= created[-1] is not None
+    return created
 
 
-def _create_one(db: Connection, workflow: str, tenant: str, item: NewInstance, now: int) -> Happened | None:
+def _create_one(
+    db: Connection, workflow: str, tenant: str, item: NewInstance, now: int, *, is_claimed: bool
+) -> Created | None:
     key = db.last_key + 1
     is_small = item.schedule is None and len(item.params) <= _SMALL
     retention = None if item.retention is None else encode(dict(item.retention))
+    status, rank, started_at = (
+        ("running", None, now) if is_claimed else ("queued", db.queue.rank_new(workflow, tenant), None)
+    )
     added = db.execute(
-        "INSERT OR IGNORE INTO instances (key, workflow, id, tenant, status, rank, events, created_at, params,"
-        " retention) VALUES (?, ?, ?, ?, 'queued', ?, 1, ?, ?, ?)",
+        "INSERT OR IGNORE INTO instances (key, workflow, id, tenant, status, rank, events, created_at, started_at,"
+        " params, retention) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?, ?, ?)",
         (
-            key, workflow, item.id, tenant, db.queue.rank_new(workflow, tenant), now,
+            key, workflow, item.id, tenant, status, rank, now, started_at,
             item.params if is_small else None, retention,
         ),
     )  # fmt: skip
@@ -59,7 +82,18 @@ def _create_one(db: Connection, workflow: str, tenant: str, item: NewInstance, n
     db.last_key = key
     if not is_small:
         db.execute("INSERT INTO inputs VALUES (?, ?, ?)", (key, item.params, item.schedule))
-    return queued(now)
+    if not is_claimed:
+        return Created(queued(now), None)
+    lease = db.leases.grant(key, 1, 0)
+    happened, ref = log(db, key, now, _STARTED), InstanceRef(workflow, item.id, tenant)
+    return Created(queued(now), Claim(lease, ref, now, None, item.params, item.schedule, [], happened))
+
+
+def give_back(db: Connection, claimed: Sequence[Claim]) -> None:
+    """Queue instances that were claimed and that nobody has started."""
+    for claim in claimed:
+        if not claim.lease.is_lost:
+            requeue(db, claim.lease.key)
 
 
 def recover(db: Connection, now: int) -> None:
@@ -121,8 +155,7 @@ class Room:
 
 def claim(db: Connection, room: Room, now: int) -> list[Claim]:
     """Take queued instances in the order of their ranks, as many as there is room for."""
-    if db.queue.is_stale:
-        db.queue = FairQueue(db)
+    db.queue = db.queue.fresh(db)
     claimed: list[Claim] = []
     full: list[Lane] = []
     while room.slots and (lane := db.queue.first({name for name, slots in room.workflows.items() if slots})):
@@ -169,7 +202,7 @@ def _claim_one(db: Connection, workflow: str, tenant: str, row: tuple[Any, ...],
         (started_at or now, key),
     )
     # Ranks of never started instances are not negative: woken ones need not say that they started.
-    happened = log(db, key, now, "workflow.running" if rank < 0 else "workflow.started+workflow.running")
+    happened = log(db, key, now, "workflow.running" if rank < 0 else _STARTED)
     schedule = None
     if params is None:
         params, schedule = db.execute("SELECT params, schedule FROM inputs WHERE key = ?", (key,)).fetchone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
@@ -164,13 +165,37 @@ class EmbeddedEngine(Engine):
 
     async def create(self, workflow: str, tenant: str, items: Sequence[NewInstance]) -> list[bool]:
         """Queue instances; False in the place of each whose id exists."""
-        now = self.clock.now_us()
-        created = await self._storage.submit(lambda db: claims.create(db, workflow, tenant, items, now))
+        now, slots = self.clock.now_us(), self._scheduler.reserve(workflow, len(items))
+        created: list[claims.Created | None] = []
+
+        def write(db: Any) -> None:
+            created[:] = claims.create(db, workflow, tenant, items, now, slots=slots)
+
+        try:
+            await self._storage.submit(write)
+        except asyncio.CancelledError:
+            self._give_back(created)
+            raise
+        finally:
+            self._scheduler.release(slots)
+        are_queued = False
         for item, made in zip(items, created, strict=True):
             if made is not None:
-                self._telling.tell(InstanceRef(workflow, item.id, tenant), [made])
-        self._scheduler.pump()
+                self._telling.tell(InstanceRef(workflow, item.id, tenant), (made.happened,))
+                if made.claim is not None:
+                    self._scheduler.start_now(made.claim)
+                are_queued |= made.claim is None
+        if are_queued:
+            self._scheduler.pump()
         return [made is not None for made in created]
+
+    def _give_back(self, created: list[claims.Created | None]) -> None:
+        """Queue what a cancelled `create` may be claiming right now: nobody is there any more to start it."""
+        if self._storage.is_open:
+            queued = self._storage.submit(
+                lambda db: claims.give_back(db, [made.claim for made in created if made and made.claim])
+            )
+            queued.add_done_callback(lambda _: self._scheduler.pump())
 
     async def find(self, ref: InstanceRef) -> InstanceRef:
         """Return the reference with its tenant."""
@@ -329,8 +354,11 @@ class EmbeddedEngine(Engine):
         ref = await self._full(ref)
         end = self._telling.end_of(ref)
         try:
-            row = await self._storage.submit(lambda db: rows.find(db, ref))
-            how = end_of(row) if row.status in FINISHED else await end
+            if not self._scheduler.is_running(ref):
+                row = await self._storage.submit(lambda db: rows.find(db, ref))
+                if row.status in FINISHED:
+                    return result_of(end_of(row), ref.id)
+            how = await end
         finally:
             self._telling.forget(ref, end)
         if how is None:

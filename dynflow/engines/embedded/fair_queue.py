@@ -34,7 +34,7 @@ class FairQueue:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.is_stale = False
-        """Whether a transaction that was rolled back may have left it behind the file: then make another."""
+        """Whether a transaction that was rolled back may have left it behind the file."""
         self._first: dict[tuple[str, str], int] = {}
         self._heaps: dict[str, list[tuple[int, str]]] = {}
         self._last: dict[str, int] = {}
@@ -53,6 +53,10 @@ class FairQueue:
             self._last[tenant] = max(self._last.get(tenant, -1), last)
         self._woken = max((woken - _WOKEN_RANK for *_, woken, _ in lanes if woken is not None), default=0)
         self._virtual = min((new for *_, new in lanes if new is not None), default=0)
+
+    def fresh(self, db: sqlite3.Connection) -> FairQueue:
+        """Return the queue as the file has it: itself, but after a transaction was rolled back."""
+        return FairQueue(db) if self.is_stale else self
 
     def rank_new(self, workflow: str, tenant: str) -> int:
         """Return the rank of a new instance."""
@@ -87,6 +91,11 @@ class FairQueue:
                 elif best is None or heap[0][0] < best.rank:
                     best = Lane(heap[0][0], workflow, heap[0][1])
         return best
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is queued."""
+        return not self._first
 
     def take(self, lane: Lane) -> None:
         """Take a lane out; `put` brings it back."""

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from dynflow.clock import MICROSECOND, Clock, TimerHandle, to_datetime
-from dynflow.engines import Blocked, Completed, Failed, Interrupted, Limits, Outcome, Terminated
+from dynflow.engines import Blocked, Completed, Failed, InstanceRef, Interrupted, Limits, Outcome, Terminated
 from dynflow.engines.embedded import claims, instances
 from dynflow.engines.embedded.claims import Claim, Room
 from dynflow.engines.embedded.journal import EmbeddedJournal
@@ -69,6 +70,7 @@ class _Live:
 
     segment: Segment
     task: asyncio.Task[None]
+    ref: InstanceRef
 
 
 class Scheduler:
@@ -91,6 +93,8 @@ class Scheduler:
         self._new_segment = make_segment
         self._registered: dict[str, Registered] = {}
         self._live: dict[int, _Live] = {}
+        self._live_by_ref: dict[InstanceRef, _Live] = {}
+        self._reserved = 0
         self._running: Counter[str] = Counter()
         self._tenants: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -145,7 +149,34 @@ class Scheduler:
             live.segment.abort()
             await asyncio.wait([live.task])
 
+    def is_running(self, ref: InstanceRef) -> bool:
+        """Whether the instance runs here, and whoever waits for its end from now on will be told of it."""
+        live = self._live_by_ref.get(ref)
+        return live is not None and not live.segment.is_over
+
     # --- claiming ---
+
+    def reserve(self, workflow: str, wanted: int) -> int:
+        """Reserve slots for instances to be started by `start_now`; none where more than the slots in all counts."""
+        registered = self._registered[workflow]
+        if self._per_tenant is not None or registered.concurrency < self._concurrency:
+            return 0
+        slots = max(0, min(wanted, self._free()))
+        self._reserved += slots
+        return slots
+
+    def release(self, slots: int) -> None:
+        """Give reserved slots back."""
+        self._reserved -= slots
+
+    def start_now(self, claimed: Claim) -> None:
+        """Start an instance that was claimed as it was created."""
+        if self._storage.is_open:  # else it goes on at the next start
+            self._telling.tell(claimed.ref, (claimed.happened,))
+            self._start(claimed)
+
+    def _free(self) -> int:
+        return self._concurrency - len(self._live) - self._reserved
 
     def pump(self) -> None:
         """Claim as many queued instances as there are free slots."""
@@ -154,13 +185,14 @@ class Scheduler:
         if self._claiming:
             self._more_queued = True
             return
-        free = self._concurrency - len(self._live)
-        if free <= 0:
+        slots = min(self._free(), _CLAIMED_AT_ONCE)
+        if slots <= 0:
             return
         self._claiming, self._more_queued = True, False
-        now, room = self._clock.now_us(), self._room(min(free, _CLAIMED_AT_ONCE))
+        self._reserved += slots
+        now, room = self._clock.now_us(), self._room(slots)
         claim = self._storage.submit(lambda db: claims.claim(db, room(), now))
-        claim.add_done_callback(self._claimed)
+        claim.add_done_callback(partial(self._claimed, slots))
 
     def _room(self, slots: int) -> Callable[[], Room]:
         """Return what makes the room: an operation may run twice, and using room up is not undone."""
@@ -171,16 +203,16 @@ class Scheduler:
         tenants = Counter(self._tenants) if self._per_tenant is not None else Counter[str]()
         return lambda: Room(slots, dict(workflows), Counter(tenants), self._per_tenant)
 
-    def _claimed(self, claim: asyncio.Future[list[Claim]]) -> None:
+    def _claimed(self, slots: int, claim: asyncio.Future[list[Claim]]) -> None:
         self._claiming = False
+        self._reserved -= slots
         if not self._storage.is_open or claim.cancelled():
             return
         if claim.exception() is not None:
             self._later(self.pump)
             return
         for claimed in claim.result():
-            self._telling.tell(claimed.ref, (claimed.happened,))
-            self._start(claimed)
+            self.start_now(claimed)
         if claim.result() or self._more_queued:
             self.pump()
 
@@ -199,7 +231,7 @@ class Scheduler:
             # Not in the context of whoever made or woke it, who may be a step of another tenant.
             context = self._context.copy()
             task = loop.create_task(self._run(claimed, segment, registered.main, before), context=context)
-            self._live[key] = _Live(segment, task)
+            self._live[key] = self._live_by_ref[ref] = _Live(segment, task, ref)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -242,6 +274,7 @@ class Scheduler:
             live = self._live.get(key)
             if live is not None and live.segment is segment:
                 del self._live[key]
+                self._live_by_ref.pop(ref, None)
             self.pump()
 
     async def _outcome(self, segment: Segment, main: Main) -> Outcome | None:
