@@ -162,6 +162,7 @@ async def fill(path: Path, before: int, count: int, *, bare: bool) -> dict[str, 
         with noted(path).open("a") as file:
             file.writelines(f"{line}\n" for line in lines)
         lines.clear()
+        await settled()  # the last to be parked are still ending their tasks
         held_full = held()
         figures = {
             "empty_mb": empty,
