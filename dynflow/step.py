@@ -231,10 +231,12 @@ async def _call_within(
             return result
         timer = clock.call_at(started_at + limit // MICROSECOND, expire)
         return await result
-    except (Exception, KeyboardInterrupt, GeneratorExit):
+    except (Exception, KeyboardInterrupt):
         raise
     except BaseException as error:
         if expired or (isinstance(error, asyncio.CancelledError) and task.cancelling()):
+            raise
+        if isinstance(error, GeneratorExit) and not _is_running(task):  # it is being closed
             raise
         raise WorkflowFatalError(f"{what} raised {type(error).__name__}({error})") from error
     finally:
@@ -244,3 +246,10 @@ async def _call_within(
         # Whatever the callback made of its cancellation, the attempt is over; unless someone else cancelled too.
         if expired and task.uncancel() <= 0:
             raise WorkflowTimeoutError(f"{what} ran longer than its timeout of {limit}") from None
+
+
+def _is_running(task: asyncio.Task[Any]) -> bool:
+    try:
+        return asyncio.current_task() is task
+    except RuntimeError:  # no loop runs any more
+        return False

@@ -86,9 +86,9 @@ class Guest:
     async def _perform(self, call: Call) -> Any:
         try:
             return await getattr(self, _METHODS[call.target])(call)
-        except RemoteError:
+        except (RemoteError, asyncio.CancelledError):
             raise
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - it is the answer
+        except BaseException as error:  # noqa: BLE001 - it is the answer, whatever class a tenant has made up
             failure = Failure.of(error.with_traceback(_own_part(error.__traceback__)))
             raise RemoteError(
                 failure, getattr(error, "step", None), getattr(error, "attempts", None)
