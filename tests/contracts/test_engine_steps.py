@@ -586,7 +586,8 @@ async def test_the_instance_keeps_name_and_message_of_what_was_not_caught(world:
 
 
 @pytest.mark.parametrize(
-    "leave", [SystemExit(3), asyncio.CancelledError(), KeyError("x"), BaseException("odd")]
+    "leave",
+    [SystemExit(3), asyncio.CancelledError(), KeyError("x"), BaseException("odd"), GeneratorExit("x")],
 )
 async def test_whatever_leaves_run_ends_the_instance_and_nothing_else(
     world: World, leave: BaseException
@@ -600,6 +601,33 @@ async def test_whatever_leaves_run_ends_the_instance_and_nothing_else(
     instance = await world.start(leaves)
     assert (await world.status(instance, "errored")).error is not None
     assert await world.result(fine) == 1
+
+
+@pytest.mark.parametrize("kind", [SystemExit, asyncio.CancelledError, BaseException, GeneratorExit])
+@pytest.mark.parametrize("where", ["sync", "async", "delay", "rollback"])
+async def test_whatever_leaves_a_callback_is_its_failure(
+    world: World, kind: type[BaseException], where: str
+) -> None:
+    def fails() -> None:
+        raise kind("odd")
+
+    async def fails_later() -> None:
+        await asyncio.sleep(0)
+        raise kind("odd")
+
+    async def run(event: Any, step: Any) -> Any:
+        config = NO_RETRIES if where != "delay" else {"retries": {"limit": 1, "delay": lambda *_: fails()}}
+        if where == "rollback":
+            await step.do("a", lambda: 1, rollback=fails_later, rollback_config=NO_RETRIES)
+            raise KeyError("roll back")
+        await step.do("a", config, {"sync": fails, "async": fails_later}.get(where, lambda: 1 / 0))
+
+    instance = await world.start(run)
+    status = await world.status(instance, "errored")
+    error = status.error if status.rollback is None else status.rollback.error
+    assert error is not None
+    assert error.name == ("NonRetryableDelayError" if where == "delay" else "WorkflowFatalError")
+    assert f"raised {kind.__name__}(odd)" in error.message
 
 
 async def test_sys_exit_in_a_step_fails_the_step(world: World) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dynflow import WorkflowEntrypoint, WorkflowFatalError, create_dynamic_workflow_entrypoint
+from dynflow import WorkflowEntrypoint, WorkflowError, WorkflowFatalError, create_dynamic_workflow_entrypoint
 from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.isolates import ProcessLoader, TrustedLoader, WorkerCode
 
@@ -79,6 +79,19 @@ class Forgets(WorkflowEntrypoint):
         await step.sleep("nap", 0.05)
         return await later
 
+class Odd(BaseException):
+    pass
+
+ODD = {"Odd": Odd, "GeneratorExit": GeneratorExit, "SystemExit": SystemExit}
+
+class Leaves(WorkflowEntrypoint):
+    async def run(self, event, step):
+        def leave():
+            raise ODD[event.payload[1]]("odd")
+        if event.payload[0] == "run":
+            leave()
+        await step.do("leaves", {"retries": {"limit": 0, "delay": 0}}, leave)
+
 class NoName(WorkflowEntrypoint):
     async def run(self, event, step):
         await step.do(lambda: 1)
@@ -98,8 +111,8 @@ class Tenants:
 
         self.engine.register("tenants", create_dynamic_workflow_entrypoint(load_runner))
 
-    async def result(self, name: str) -> Any:
-        params = {"__dispatcher_metadata": name, "params": None}
+    async def result(self, name: str, given: Any = None) -> Any:
+        params = {"__dispatcher_metadata": name, "params": given}
         instance = await self.engine.binding("tenants").create(params=params)
         return await instance.result(timeout=30)
 
@@ -140,3 +153,13 @@ async def test_tenants_are_told_of_calls_that_they_never_awaited(
 async def test_a_step_without_a_name_is_told_so(tenants: Tenants) -> None:
     with pytest.raises(WorkflowFatalError, match=r"is not a step name|not plain data"):
         await tenants.result("NoName")
+
+
+@pytest.mark.parametrize("name", ["Odd", "GeneratorExit", "SystemExit"])
+@pytest.mark.parametrize("where", ["run", "step"])
+async def test_whatever_leaves_a_tenants_code_is_told_at_once(
+    tenants: Tenants, where: str, name: str
+) -> None:
+    """Classes that are no Exception too: nobody waits for an answer that was swallowed."""
+    with pytest.raises(WorkflowError, match=rf"{name}.*odd|sys.exit\('odd'\)"):
+        await tenants.result("Leaves", [where, name])
