@@ -92,6 +92,17 @@ class Leaves(WorkflowEntrypoint):
             leave()
         await step.do("leaves", {"retries": {"limit": 0, "delay": 0}}, leave)
 
+class Wrong(WorkflowEntrypoint):
+    async def run(self, event, step):
+        answers = []
+        for expression in event.payload:
+            try:
+                await eval(expression, {"step": step, "LONG": "x" * 3_000_000, "print": print})
+                answers.append(None)
+            except Exception as error:
+                answers.append([type(error).__name__, str(error)])
+        return answers, await step.do("after", lambda: "went on")
+
 class NoName(WorkflowEntrypoint):
     async def run(self, event, step):
         await step.do(lambda: 1)
@@ -163,3 +174,49 @@ async def test_whatever_leaves_a_tenants_code_is_told_at_once(
     """Classes that are no Exception too: nobody waits for an answer that was swallowed."""
     with pytest.raises(WorkflowError, match=rf"{name}.*odd|sys.exit\('odd'\)"):
         await tenants.result("Leaves", [where, name])
+
+
+WRONG = [
+    "step.do('', lambda: 1)",
+    "step.do(LONG, lambda: 1)",
+    "step.do('a\\nb', lambda: 1)",
+    "step.do(7, lambda: 1)",
+    "step.do(None, lambda: 1)",
+    "step.do(object(), lambda: 1)",
+    "step.do('\\ud800', lambda: 1)",
+    "step.do('a', 7)",
+    "step.do('a', {}, 'text')",
+    "step.do('a')",
+    "step.do('a', {'retires': 1}, lambda: 1)",
+    "step.do('a', {LONG: 1}, lambda: 1)",
+    "step.do('a', {7: 1}, lambda: 1)",
+    "step.do('a', ['timeout'], lambda: 1)",
+    "step.do('a', {'timeout': LONG}, lambda: 1)",
+    "step.do('a', {'timeout': object()}, lambda: 1)",
+    "step.do('a', {'retries': {'limit': 1}}, lambda: 1)",
+    "step.do('a', {'retries': {'limit': -1, 'delay': lambda ctx, error: 1}}, lambda: 1)",
+    "step.do('a', {'retries': {'limit': 1, 'delay': '1 h'}}, lambda: 1)",
+    "step.do('a', {'sensitive': True}, lambda: 1)",
+    "step.do('a', lambda: 1, rollback=7)",
+    "step.do('a', lambda: 1, rollback=print, rollback_config={'timeout': 0})",
+    "step.sleep('a', 'soon')",
+    "step.sleep('a', -1)",
+    "step.sleep('', 1)",
+    "step.sleep('a', object())",
+    "step.sleep_until('a', 'tomorrow')",
+    "step.sleep_until('a', float('nan'))",
+    "step.wait_for_event('a', type='a b')",
+    "step.wait_for_event('a', type=LONG)",
+    "step.wait_for_event('a', type=7)",
+    "step.wait_for_event('a', type='go', timeout=0)",
+    "step.wait_for_event(LONG, type='go')",
+]
+
+
+async def test_wrong_calls_of_step_are_fatal_errors_in_isolates_too(tenants: Tenants) -> None:
+    answers, after = await tenants.result("Wrong", WRONG)
+    assert after == "went on"
+    for expression, answer in zip(WRONG, answers, strict=True):
+        assert answer is not None, expression
+        assert answer[0] == "WorkflowFatalError", (expression, answer)
+        assert len(answer[1]) < 1_000, expression
