@@ -1,27 +1,39 @@
-"""How fast isolates start and answer: `python scripts/bench_isolates.py [--rounds N]`. Milliseconds.
+"""How fast isolates start and answer, what they weigh, and others beside them: `python scripts/bench_isolates.py`.
 
 A sample begins when the host calls `fetch` and ends when the answer is there: fork and walls (cold), the tenant's
-source sent, compiled and run, one call of a capability, and the way back.
+hundred lines sent, compiled and run, one call of a capability, and the way back. Ways take turns, so that a busy
+moment of the machine hits all of them alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import random
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynflow.isolates import Capability, ProcessLoader, TrustedLoader, WorkerCode, WorkerLoader
+from scripts.isolate_peers import peers
+from scripts.measuring import percentile, resident_mb, say
 
 TENANT = """
 from __future__ import annotations
 
+import asyncio
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
-from dynflow import WorkflowEntrypoint
+from dynflow import NonRetryableError, WorkerEntrypoint, WorkflowEntrypoint
 
 
 @dataclass
@@ -29,74 +41,193 @@ class Point:
     x: int
     y: int
 
+    def moved(self, by):
+        return Point(self.x + by, self.y + by)
+
+
+@dataclass
+class Order:
+    id: str
+    lines: list = field(default_factory=list)
+    paid: bool = False
+
+    @property
+    def total(self):
+        return sum(line["price"] * line["count"] for line in self.lines)
+
+    def add(self, name, price, count=1):
+        self.lines.append({"name": name, "price": price, "count": count})
+        return self
+
 
 NAME = re.compile(r"[a-z]+")
+WAIT = timedelta(hours=24)
+PRICES = {"tea": 3, "coffee": 4, "cake": 5}
+
+
+class PaymentError(NonRetryableError):
+    pass
+
+
+def parse(text):
+    found = NAME.match(text)
+    if found is None:
+        raise ValueError(f"not a name: {text!r}")
+    return found[0]
+
+
+def order_of(payload):
+    order = Order(payload["id"])
+    for name in payload.get("items", ()):
+        if name not in PRICES:
+            raise PaymentError(f"we have no {name}")
+        order.add(name, PRICES[name])
+    return order
 
 
 class Flow(WorkflowEntrypoint):
     async def run(self, event, step):
-        return await step.do("one", lambda: Point(1, 2).x)
+        order = await step.do("order", lambda: order_of(event.payload).total)
+        charges = await asyncio.gather(
+            step.do("charge", lambda: {"amount": order}),
+            step.do("notify", lambda: f"order of {order}"),
+        )
+        try:
+            paid = await step.wait_for_event("payment", type="paid", timeout=WAIT)
+        except TimeoutError:
+            return {"paid": False, "charges": charges}
+        return {"paid": paid.payload, "charges": charges}
+
+
+class Shop(WorkerEntrypoint):
+    def prices(self):
+        return PRICES
+
+    def total(self, payload):
+        return order_of(payload).total
+
+    async def start(self, payload):
+        instance = await self.env.WORKFLOWS.create(params=payload)
+        return {"id": instance.id}
 
 
 async def fetch(request, env):
-    return await env.ECHO.back(NAME.match(request.json())[0])
+    return await env.ECHO.back(parse(request.json()))
+
+
+def plain(value):
+    return value
+
+
+async def wait(request=None):
+    from dynflow.workflow import current_env
+
+    return await current_env.get().ECHO.wait()
+
+
+def dump(value):
+    return json.dumps(value, sort_keys=True)
 """
 
 
 class Echo(Capability):
-    """Answers at once."""
+    """Answers at once, or when it is told."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.waiting = 0
 
     async def back(self, text: str) -> str:
         """Return `text`."""
         return text
 
+    async def wait(self) -> None:
+        """Return when it is told."""
+        self.waiting += 1
+        await self.go_on.wait()
+
+
+def code(echo: Echo | None = None) -> WorkerCode:
+    """Return the tenant's code."""
+    return WorkerCode("index.py", {"index.py": TENANT}, env={"ECHO": echo or Echo()})
+
 
 async def fetch(loader: WorkerLoader, worker_id: str) -> None:
     """Call one worker."""
-    code = WorkerCode("index.py", {"index.py": TENANT}, env={"ECHO": Echo()})
-    assert await loader.get(worker_id, lambda: code).get_entrypoint().fetch("hello") == "hello"
+    assert await loader.get(worker_id, code).get_entrypoint().fetch("hello") == "hello"
 
 
-async def sample(rounds: int, call: Callable[[int], Awaitable[None]], pause: float) -> dict[str, float]:
-    """Return p10, median and p95 of `rounds` calls, `pause` seconds apart."""
-    times = []
+Way = Callable[[int], Awaitable[None]]
+
+
+async def in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Return milliseconds of `rounds` calls of each way. The pause lets pools refill: single requests, no flood."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
-        await asyncio.sleep(pause)
-        started = time.perf_counter_ns()
-        await call(number)
-        times.append((time.perf_counter_ns() - started) / 1e6)
-    deciles = statistics.quantiles(times, n=20)
-    return {
-        "p10": round(deciles[1], 2),
-        "median": round(statistics.median(times), 2),
-        "p95": round(deciles[-1], 2),
-    }
+        for name, way in ways.items():
+            await asyncio.sleep(0.02)
+            started = time.perf_counter_ns()
+            await way(number)
+            times[name].append((time.perf_counter_ns() - started) / 1e6)
+    return times
 
 
-async def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """Return the table: one row per way to get an isolate."""
-    table: dict[str, dict[str, float]] = {}
-    started = time.perf_counter_ns()
-    async with ProcessLoader(ready=0) as loader:
-        table["loader start"] = {"median": round((time.perf_counter_ns() - started) / 1e6, 2)}
-        table["cold: fork, walls, load, call"] = await sample(rounds, lambda n: fetch(loader, f"c{n}"), 0)
-    async with ProcessLoader(ready=0, walls=(), allow_unconfined=True) as loader:
-        table["cold, without walls"] = await sample(rounds, lambda n: fetch(loader, f"u{n}"), 0)
-    async with ProcessLoader(ready=2) as loader:
-        # The pause lets the pool refill: this is the time of a single request, not of a flood.
-        table["ready: load, call"] = await sample(rounds, lambda n: fetch(loader, f"r{n}"), 0.02)
-        await fetch(loader, "warm")
-        table["warm: call"] = await sample(rounds * 5, lambda _: fetch(loader, "warm"), 0)
-    async with TrustedLoader() as trusted:
-        await fetch(trusted, "t")
-        table["trusted, in this process: call"] = await sample(rounds * 5, lambda _: fetch(trusted, "t"), 0)
-    return table
+def row(name: str, times: list[float]) -> str:
+    """Return a line of the table."""
+    figures = (percentile(times, 10), statistics.median(times), percentile(times, 95))
+    return f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + f" | {len(times)} |"
+
+
+async def latencies(rounds: int, beside: int) -> None:
+    """Print the table of latencies, ours and others'."""
+    print("| From request to answer, milliseconds | p10 | median | p95 | n |\n|---|--:|--:|--:|--:|")
+    async with (
+        ProcessLoader(ready=0, warm=0) as cold,
+        ProcessLoader(ready=0, warm=0, walls=(), allow_unconfined=True) as bare,
+        ProcessLoader(ready=2, warm=1) as ready,
+        ProcessLoader(ready=0) as warm,
+        TrustedLoader() as trusted,
+    ):
+        await fetch(warm, "warm")
+        entrypoint = warm.get("warm", code).get_entrypoint()
+
+        async def plain(_: int) -> None:
+            await entrypoint.call("plain", 1)
+
+        ours: dict[str, Way] = {
+            "isolate, cold: fork, walls, load, call": lambda n: fetch(cold, f"c{n}"),
+            "isolate, cold, without walls": lambda n: fetch(bare, f"u{n}"),
+            "isolate, from the pool: load, call": lambda n: fetch(ready, f"r{n}"),
+            "isolate, warm: call": plain,
+            "isolate, warm: call that calls a binding": lambda _: fetch(warm, "warm"),
+            "trusted, in this process": lambda _: fetch(trusted, "t"),
+        }
+        say("latencies")
+        await in_turns(ours, 10)
+        for name, times in (await in_turns(ours, rounds)).items():
+            print(row(name, times))
+        with peers(TENANT) as (found, missing):
+
+            def once(peer: object) -> Way:
+                async def way(_: int) -> None:
+                    peer.once()  # type: ignore[attr-defined]  # a Peer
+
+                return way
+
+            ways = {"isolate, cold, beside these": ours["isolate, cold: fork, walls, load, call"]}
+            ways |= {peer.name: once(peer) for peer in found}
+            say(f"beside {', '.join(ways)}")
+            await in_turns(ways, 2)
+            for name, times in (await in_turns(ways, beside)).items():
+                print(row(name, times))
+            for what in missing:
+                print(f"| *{what}* | | | | |")
 
 
 async def throughput(seconds: float, at_once: int = 4) -> float:
     """Return isolates started, used and gone per second."""
     done = 0
-    async with ProcessLoader(ready=4) as loader:
+    async with ProcessLoader(ready=4, warm=0) as loader:
         end = time.perf_counter() + seconds
 
         async def client(number: int) -> None:
@@ -109,25 +240,72 @@ async def throughput(seconds: float, at_once: int = 4) -> float:
     return done / seconds
 
 
+async def memory(count: int) -> tuple[float, float]:
+    """Return the median private memory of `count` isolates that wait, and the zygote's resident memory, in MB."""
+    echo = Echo()
+    async with ProcessLoader(ready=0) as loader:
+        calls = [
+            asyncio.ensure_future(loader.get(f"m{n}", lambda: code(echo)).get_entrypoint().call("wait"))
+            for n in range(count)
+        ]
+        while echo.waiting < count:
+            await asyncio.sleep(0.01)
+        zygote = psutil.Process().children()[0].children()[0]
+        uss = [child.memory_full_info().uss / 1e6 for child in zygote.children()]
+        resident = zygote.memory_info().rss / 1e6
+        echo.go_on.set()
+        await asyncio.gather(*calls)
+    return statistics.median(uss), resident
+
+
+async def tenants(count: int, calls: int) -> tuple[float, float]:
+    """Register `count` tenants and call some at random: return the median in ms, and how much this process grew."""
+    async with ProcessLoader(ready=0, warm=0) as loader:
+        for n in range(100):
+            await fetch(loader, f"first{n}")
+        before = resident_mb()
+        for n in range(count):
+            loader.get(f"t{n}", code)
+        chosen = random.Random(1)  # noqa: S311 - which tenants come does not have to be a secret
+        times = []
+        for _ in range(calls):
+            name = f"t{chosen.randrange(count)}"
+            started = time.perf_counter_ns()
+            await fetch(loader, name)
+            times.append((time.perf_counter_ns() - started) / 1e6)
+        return statistics.median(times), resident_mb() - before
+
+
+async def figures(many: int, calls: int) -> None:
+    """Print the figures that are no latencies."""
+    say("throughput")
+    rate = await throughput(5)
+    say("memory")
+    uss, zygote = await memory(100)
+    print(f"\n- {rate:.0f} isolates a second: started, fully confined, used once, gone; four at a time")
+    print(
+        f"- {uss:.2f} MB private memory (USS) of an idle isolate that has loaded the tenant, median of 100;"
+    )
+    print(f"  their zygote has {zygote:.0f} MB")
+    say("tenants")
+    few, _ = await tenants(100, calls)
+    median, grown = await tenants(many, calls)
+    print(
+        f"- {many:,} tenants, {calls:,} cold calls at random: median {median:.2f} ms ({few:.2f} ms with 100"
+    )
+    print(f"  tenants, {median / few:.2f}×), and this process grew by {grown:.1f} MB")
+
+
 def main() -> None:
-    """Print the table, or JSON for `scripts/bench`."""
+    """Print the tables, in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--beside", type=int, default=30, help="rounds of the peers")
+    parser.add_argument("--tenants", type=int, default=1_000_000)
+    parser.add_argument("--calls", type=int, default=1_000)
     arguments = parser.parse_args()
-    table = asyncio.run(measure(arguments.rounds))
-    rate = asyncio.run(throughput(3))
-    if arguments.json:
-        print(json.dumps({"milliseconds": table, "isolates_per_second": round(rate)}))
-        return
-    print(f"| {'':34} | {'p10':>7} | {'median':>7} | {'p95':>7} |\n|---|---|---|---|")
-    for name, row in table.items():
-        print(
-            f"| {name:34} | "
-            + " | ".join(f"{row.get(key, ''):>7}" for key in ("p10", "median", "p95"))
-            + " |"
-        )
-    print(f"\n{rate:.0f} isolates a second: started, used once, gone")
+    asyncio.run(latencies(arguments.rounds, arguments.beside))
+    asyncio.run(figures(arguments.tenants, arguments.calls))
 
 
 if __name__ == "__main__":

@@ -37,13 +37,17 @@ class HostBinding(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._signatures: dict[str, inspect.Signature] = {}
 
     async def call(self, caller: Caller, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Perform a call of tenant code. What the tenant may not see of an error is taken off it."""
         current_caller.set(caller)
         function = self.find(method)
+        signature = self._signatures.get(method)
+        if signature is None:  # kept: reading one costs as much as the rest of a call
+            signature = self._signatures[method] = inspect.signature(function)
         try:
-            inspect.signature(function).bind(*args, **kwargs)
+            signature.bind(*args, **kwargs)
         except TypeError as error:
             raise InvalidArgumentError(f"{self.name}.{method}: {error}") from None
         try:

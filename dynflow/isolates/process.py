@@ -96,9 +96,8 @@ class Isolate(asyncio.Protocol):
 
     @property
     def is_usable(self) -> bool:
-        """Whether nothing has gone wrong, nothing is under way, and there is CPU left for another call."""
-        busy = self.peer.unanswered() or self.peer.performing
-        return self.failed is None and not busy and not self.watchdog.cpu_is_half_used
+        """Whether nothing has gone wrong and nothing is under way."""
+        return self.failed is None and not self.peer.unanswered() and not self.peer.performing
 
     def begin(self, session: Guest, limits: IsolateLimits) -> None:
         """Give it to `session`, whose call has these limits."""

@@ -45,10 +45,10 @@ class Watchdog:
         """Seconds that code may compute without coming back."""
         return self._of_call.busy.total_seconds()
 
-    @property
-    def cpu_is_half_used(self) -> bool:
-        """Whether the isolate has so little CPU left that another call should not begin in it."""
-        return self._cpu_now * 2000 > self._limits.isolate_cpu_ms
+    def has_cpu_left(self) -> bool:
+        """Return whether there is enough CPU left for another call to begin; looks at the isolate's clock."""
+        self._measure()
+        return self._cpu_now * 2000 <= self._limits.isolate_cpu_ms
 
     def load(self, limits: IsolateLimits) -> None:
         """Watch over `limits` from now on."""
@@ -58,6 +58,7 @@ class Watchdog:
         """Begin the account of a call, with its own limits."""
         self._of_call = limits
         self._printed = self._asked = 0
+        self._cpu_before = self._cpu_now
         now = self._loop.time()
         self._wall_until = None if limits.wall is None else now + limits.wall.total_seconds()
         # One thread cannot use more CPU than time passes: until then there is no need to look.
@@ -67,8 +68,6 @@ class Watchdog:
     def end(self) -> None:
         """End the account of a call."""
         self._wall_until = self._look_at_cpu = None
-        self._measure()
-        self._cpu_before = self._cpu_now
 
     def close(self) -> None:
         """Watch no more."""
