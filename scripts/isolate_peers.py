@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "dynflow/base:latest"
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """A peer is not here; the message says what is missing."""
 
 
@@ -107,14 +107,14 @@ const main :Workerd.Worker = (
 
 
 def find(program: str) -> str:
-    """Return the program's path. Raises Absent."""
+    """Return the program's path. Raises AbsentError."""
     folder = Path(os.environ.get("DYNFLOW_BENCH_PEERS", "/nonexistent")) / "node_modules"
     for found in (*folder.glob(f"@*/*/bin/{program}"), *folder.glob(f"@*/*/{program}")):
         if found.is_file():
             return str(found)
     on_path = shutil.which(program)
     if on_path is None:
-        raise Absent(f"no {program} here")
+        raise AbsentError(f"no {program} here")
     return on_path
 
 
@@ -148,18 +148,18 @@ def peers(tenant: str) -> Iterator[tuple[list[Peer], list[str]]]:
         for program, options in (("deno", ["run", "--quiet"]), ("node", [])):
             try:
                 found.append(Command(f"{program}, cold", [find(program), *options, script], "hello"))
-            except Absent as error:
+            except AbsentError as error:
                 missing.append(str(error))
         try:
             port = stack.enter_context(_workerd(folder))
             found.append(WorkerLoaderPeer("workerd: load a new worker, call", "/new", port))
             found.append(WorkerLoaderPeer("workerd: call a warm worker", "/warm", port))
             found.append(WorkerLoaderPeer("workerd: HTTP alone", "/nothing", port))
-        except Absent as error:
+        except AbsentError as error:
             missing.append(str(error))
         try:
             found.append(_docker())
-        except Absent as error:
+        except AbsentError as error:
             missing.append(str(error))
         yield found, missing
 
@@ -167,7 +167,9 @@ def peers(tenant: str) -> Iterator[tuple[list[Peer], list[str]]]:
 def _docker() -> Peer:
     docker = find("docker")
     if subprocess.run([docker, "image", "inspect", IMAGE], capture_output=True, check=False).returncode:
-        raise Absent(f"no docker engine with {IMAGE} here (scripts/docker_engine, scripts/build_images base)")
+        raise AbsentError(
+            f"no docker engine with {IMAGE} here (scripts/docker_engine, scripts/build_images base)"
+        )
     return Command("docker run", [docker, "run", "--rm", "--network=none", IMAGE, "echo", "hello"], "hello")
 
 
