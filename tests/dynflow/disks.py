@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -82,11 +83,17 @@ class BlockDisk(Disk):
         Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("1")
 
     def repair(self) -> None:
-        """Do what an administrator does after `fail`."""
+        """Do what an administrator does after `fail`: go on with a copy of what has reached the device.
+
+        A copy, since whoever made a mount namespace meanwhile may still hold the failed file system.
+        """
         self.unmount()
+        copy = self.image.with_suffix(".copy")
+        shutil.copy(self.image, copy)
         # 1 and 2: errors were found and mended.
-        done = subprocess.run(["e2fsck", "-p", self.image], capture_output=True, text=True, check=False)
+        done = subprocess.run(["e2fsck", "-f", "-y", copy], capture_output=True, text=True, check=False)
         assert done.returncode in {0, 1, 2}, done.stdout + done.stderr
+        self._mounting = (*self._mounting[:-1], copy)
         self.mount()
 
 

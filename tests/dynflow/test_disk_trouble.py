@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import sqlite3
 import stat
 import sys
 import tempfile
@@ -22,7 +23,9 @@ import pytest
 from dynflow.binding import WorkflowInstance
 from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.errors import StorageError
+from tests.dynflow import recorded
 from tests.dynflow.disks import BlockDisk, Disk, block_disk, memory_disk
+from tests.dynflow.test_recorded_histories import go_on
 from tests.engine_world import DEADLINE, Gate, World
 
 # Larger than what a log that was used before has room for without growing.
@@ -232,6 +235,20 @@ async def test_a_full_disk_is_said_at_the_start(memory: Disk) -> None:
     memory.empty()
     await make(memory.folder / "flow.db")
     await opens(memory.folder / "flow.db")
+
+
+async def test_a_disk_that_is_full_during_a_migration_leaves_the_file_as_it_was(memory: Disk) -> None:
+    file = memory.folder / "flow.db"
+    recorded.load(recorded.RECORDINGS[0], file)
+    memory.fill()
+    with pytest.raises(StorageError, match=r"flow\.db.*full; make room"):
+        async with world_over(file):
+            pass
+    memory.empty()
+    db = sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)
+    assert db.execute("PRAGMA user_version").fetchone() == (1,)
+    db.close()
+    await go_on(file)
 
 
 @contextmanager

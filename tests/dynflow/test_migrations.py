@@ -95,6 +95,13 @@ def test_there_is_a_migration_to_every_version() -> None:
         )
 
 
+def test_there_is_a_recording_of_every_version() -> None:
+    versions = re.findall(
+        r"PRAGMA user_version = (\d+);", "".join(file.read_text() for file in recorded.RECORDINGS)
+    )
+    assert {int(version) for version in versions} == set(range(1, SCHEMA_VERSION + 1))
+
+
 def run(file: Path, migrations: Path, number: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, Path(__file__).with_name("migrating.py"), file, migrations, str(NEXT), str(number)],
