@@ -8,6 +8,7 @@ from typing import Any
 
 from dynflow import WorkflowEntrypoint
 from dynflow.engines.embedded import EmbeddedEngine
+from dynflow.errors import InstanceExistsError
 
 
 class One(WorkflowEntrypoint):
@@ -51,3 +52,28 @@ async def test_what_is_queued_goes_before_what_is_created_later(tmp_path: Path) 
         for instance in made:
             await instance.result(timeout=30)
     assert order == [f"i{number}" for number in range(5)]
+
+
+async def test_a_slot_that_a_failing_creator_had_reserved_is_used_by_whoever_was_woken_meanwhile(
+    tmp_path: Path,
+) -> None:
+    class Waits(WorkflowEntrypoint):
+        async def run(self, event: Any, step: Any) -> Any:
+            return (await step.wait_for_event("w", type="go")).payload
+
+    engine = EmbeddedEngine(tmp_path / "flow.db", synchronous="NORMAL", concurrency=1)
+    engine.register("waits", Waits)
+    async with engine:
+        binding = engine.binding("waits")
+        for number in range(20):
+            waiting = await binding.create(id=f"i{number}")
+            async for _ in waiting.subscribe(types={"workflow.waiting"}):
+                break
+            # It is woken while a creator has the only slot reserved, who then finds that the id exists.
+            done = await asyncio.gather(
+                waiting.send_event(type="go", payload=number),
+                binding.create(id=f"i{number}"),
+                return_exceptions=True,
+            )
+            assert isinstance(done[1], InstanceExistsError)
+            assert await waiting.result(timeout=10) == number

@@ -173,19 +173,17 @@ class EmbeddedEngine(Engine):
 
         try:
             await self._storage.submit(write)
+            for item, made in zip(items, created, strict=True):
+                if made is not None:
+                    self._telling.tell(InstanceRef(workflow, item.id, tenant), (made.happened,))
+                    if made.claim is not None:
+                        self._scheduler.start_now(made.claim)
         except asyncio.CancelledError:
             self._give_back(created)
             raise
         finally:
             self._scheduler.release(slots)
-        are_queued = False
-        for item, made in zip(items, created, strict=True):
-            if made is not None:
-                self._telling.tell(InstanceRef(workflow, item.id, tenant), (made.happened,))
-                if made.claim is not None:
-                    self._scheduler.start_now(made.claim)
-                are_queued |= made.claim is None
-        if are_queued:
+        if any(made is not None and made.claim is None for made in created):
             self._scheduler.pump()
         return [made is not None for made in created]
 

@@ -166,8 +166,10 @@ class Scheduler:
         return slots
 
     def release(self, slots: int) -> None:
-        """Give reserved slots back."""
+        """Give reserved slots back, those that were used too: what was started is counted by itself."""
         self._reserved -= slots
+        if slots and self._more_queued:  # somebody may have found no slot on their account
+            self.pump()
 
     def start_now(self, claimed: Claim) -> None:
         """Start an instance that was claimed as it was created."""
@@ -187,6 +189,7 @@ class Scheduler:
             return
         slots = min(self._free(), _CLAIMED_AT_ONCE)
         if slots <= 0:
+            self._more_queued = True
             return
         self._claiming, self._more_queued = True, False
         self._reserved += slots
