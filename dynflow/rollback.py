@@ -20,7 +20,7 @@ class Handlers:
     def note(self, call: StepCall) -> None:
         """Remember the call if it has a handler."""
         if call.rollback is not None and isinstance(call.name, str):
-            self._calls[(call.kind, call.name, call.count)] = call
+            self._calls[(call.kind, call.stored_name, call.count)] = call
 
     def chain(self, journal: Journal) -> list[StepCall]:
         """Return the calls whose steps have started, the last started first."""

@@ -47,7 +47,7 @@ from dynflow.step import perform
 from dynflow.step_config import StepConfig
 from dynflow.step_host import StepFuture, is_inner, settle
 from dynflow.types import ErrorInfo, RollbackStatus, StepKind, WorkflowEvent
-from dynflow.workflow import StepCall, WorkflowStep
+from dynflow.workflow import StepCall, WorkflowStep, current_attempt
 
 Main = Callable[[WorkflowEvent, WorkflowStep], Awaitable[Any]]
 
@@ -163,16 +163,19 @@ class Segment:
         Cancelling it ends the step for good. A replay never answers that call: what cancelled it does so again.
         """
         future = StepFuture(loop=asyncio.get_running_loop())
-        key = (call.kind, call.name if isinstance(call.name, str) else repr(call.name), call.count)
+        attempt = current_attempt.get()
+        if attempt is not None:
+            call.within = attempt.path
+        key = (call.kind, call.stored_name if isinstance(call.name, str) else repr(call.name), call.count)
         record = self.journal.steps.get(key)
         if self._rolling_back:
-            future.set_exception(WorkflowFatalError(f"step {key[1]!r:.300} is called while rolling back"))
+            future.set_exception(WorkflowFatalError(f"step {call.name!r:.300} is called while rolling back"))
             return future
         self._handlers.note(call)
         if record is not None and record.state in {"complete", "errored"}:
             settle(future, record)
         elif key in self._live.keys:
-            future.set_exception(WorkflowFatalError(f"step {key[1]!r:.300} is being performed already"))
+            future.set_exception(WorkflowFatalError(f"step {call.name!r:.300} is being performed already"))
         elif not self._terminated and (record is None or record.state != "cancelled" or is_inner()):
             future.task = self._live.start(self._perform(call, future), key)
             future.on_cancel = self._dropped

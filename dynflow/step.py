@@ -11,7 +11,7 @@ from typing import Any
 
 from dynflow.clock import MICROSECOND, Clock
 from dynflow.durations import parse_duration
-from dynflow.engines import StepRecord
+from dynflow.engines import WITHIN, StepRecord
 from dynflow.errors import (
     IsolateCrashedError,
     IsolateLimitError,
@@ -28,7 +28,7 @@ from dynflow.step_config import DelayFunction, StepConfig, merge_config
 from dynflow.step_host import StepHost, checked_name, final_result, new_record
 from dynflow.types import RollbackContext, StepContext, StepInfo
 from dynflow.waits import sleep, wait_for_event
-from dynflow.workflow import Callback, StepCall, begin, current_step
+from dynflow.workflow import Attempt, Callback, StepCall, begin, current_attempt, current_step
 
 # A delay function answers within this or fails its step (workflows.md section 2).
 _DELAY_FUNCTION_TIMEOUT = timedelta(seconds=5)
@@ -36,8 +36,8 @@ _DELAY_FUNCTION_TIMEOUT = timedelta(seconds=5)
 
 async def perform(call: StepCall, host: StepHost) -> Any:
     """Perform one call of `step` to its final result, which is stored when this returns or raises."""
-    name = checked_name(call.name)
-    record = host.journal.steps.get((call.kind, name, call.count))
+    checked_name(call.name)
+    record = host.journal.steps.get((call.kind, call.stored_name, call.count))
     if record is not None and record.state in {"complete", "errored"}:
         return final_result(record)
     if call.kind == "do":
@@ -89,11 +89,12 @@ async def _do(call: StepCall, record: StepRecord | None, host: StepHost) -> Any:
 
 async def perform_rollback(call: StepCall, reason: str, host: StepHost) -> Any:
     """Run the rollback handler of `call`, whose step has started, as a step of its own."""
-    rolled_back = host.journal.steps[(call.kind, call.name, call.count)]
+    rolled_back = host.journal.steps[(call.kind, call.stored_name, call.count)]
     config, delay_function = _merged(call.rollback_config, f"{call.name} (rollback)", host)
-    record = host.journal.steps.get(("rollback", call.name, call.count))
+    record = host.journal.steps.get(("rollback", call.stored_name, call.count))
     if record is None:
-        record = new_record(StepCall("rollback", call.name, call.count), host, config=config)
+        rollback = StepCall("rollback", call.name, call.count, within=call.within)
+        record = new_record(rollback, host, config=config)
     output = final_result(rolled_back) if rolled_back.state == "complete" else None
     if call.rollback is None:
         raise WorkflowFatalError(f"step {call.name!r} has no rollback handler")
@@ -136,7 +137,13 @@ async def _attempt(work: _Work, record: StepRecord, host: StepHost) -> None:
     what = f"step {work.name!r}, attempt {record.attempt},"
     try:
         result = await _call_within(
-            host.clock, work.config.timeout, work.callback, work.argument(ctx), ctx, what=what
+            host.clock,
+            work.config.timeout,
+            work.callback,
+            work.argument(ctx),
+            ctx,
+            what=what,
+            path=record.path,
         )
         record.output = _encode_result(result, work.name, host.limits.payload)
     except LeaseLostError:
@@ -158,7 +165,7 @@ async def _judge(error: Exception, work: _Work, record: StepRecord, host: StepHo
         await host.journal.finish_step(record)
         return
     try:
-        delay = await _next_delay(error, work, record.attempt, host)
+        delay = await _next_delay(error, work, record, host)
     except NonRetryableDelayError as delay_error:
         record.state, record.failure = "errored", Failure.of(delay_error)
         await host.journal.finish_step(record)
@@ -174,7 +181,8 @@ def _may_retry(failure: Failure, attempt: int, config: StepConfig) -> bool:
     return attempt <= config.limit
 
 
-async def _next_delay(error: Exception, work: _Work, attempt: int, host: StepHost) -> timedelta:
+async def _next_delay(error: Exception, work: _Work, record: StepRecord, host: StepHost) -> timedelta:
+    attempt = record.attempt
     if work.config.delay is not None:
         return work.config.retry_delay(attempt)
     function, ctx = work.delay_function, work.context(attempt)
@@ -183,7 +191,13 @@ async def _next_delay(error: Exception, work: _Work, attempt: int, host: StepHos
     what = "the delay function"
     try:
         answer = await _call_within(
-            host.clock, _DELAY_FUNCTION_TIMEOUT, lambda _: function(ctx, error), ctx, ctx, what=what
+            host.clock,
+            _DELAY_FUNCTION_TIMEOUT,
+            lambda _: function(ctx, error),
+            ctx,
+            ctx,
+            what=what,
+            path=f"{record.path}delay{WITHIN}",
         )
         return parse_duration(answer)
     except (
@@ -208,7 +222,14 @@ def _encode_result(result: Any, step: str, limit: int) -> bytes | None:
 
 
 async def _call_within(
-    clock: Clock, limit: timedelta, callback: Callback, argument: Any, ctx: StepContext, *, what: str
+    clock: Clock,
+    limit: timedelta,
+    callback: Callback,
+    argument: Any,
+    ctx: StepContext,
+    *,
+    what: str,
+    path: str,
 ) -> Any:
     """Call a tenant's function in the scope of the step; cancel it when `limit` has passed."""
     task = asyncio.current_task()
@@ -222,7 +243,7 @@ async def _call_within(
         task.cancel()
 
     started_at = clock.now_us()
-    token = current_step.set(ctx)
+    token, within = current_step.set(ctx), current_attempt.set(Attempt(path))
     timer = None
     try:
         result = begin(callback, argument)
@@ -243,6 +264,7 @@ async def _call_within(
         if timer is not None:
             timer.cancel()
         current_step.reset(token)
+        current_attempt.reset(within)
         # Whatever the callback made of its cancellation, the attempt is over; unless someone else cancelled too.
         if expired and task.uncancel() <= 0:
             raise WorkflowTimeoutError(f"{what} ran longer than its timeout of {limit}") from None

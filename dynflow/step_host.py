@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from dynflow.clock import Clock
-from dynflow.engines import Journal, Limits, StepRecord
+from dynflow.engines import Journal, Limits, StepRecord, shown_name
 from dynflow.errors import WorkflowFatalError
 from dynflow.failure import Failure
 from dynflow.serialization import decode
@@ -45,7 +45,7 @@ class StepHost(Protocol):
 def new_record(call: StepCall, host: StepHost, **fields: Any) -> StepRecord:
     """Return the record of a step that starts now; the journal has it once it is recorded."""
     seq, now = host.next_seq(call.kind), host.clock.now_us()
-    record = StepRecord(call.kind, call.name, call.count, seq, started_at=now, **fields)
+    record = StepRecord(call.kind, call.stored_name, call.count, seq, started_at=now, **fields)
     host.journal.steps[record.key] = record
     return record
 
@@ -75,8 +75,9 @@ def final_error(record: StepRecord) -> BaseException:
     failure = record.failure or Failure(
         "WorkflowInternalError", "the step failed", "dynflow.errors:WorkflowInternalError"
     )
-    error = failure.as_step_error(record.name, record.attempt)
-    error.failure, error.step, error.attempts = failure, record.name, record.attempt  # type: ignore[attr-defined]
+    name = shown_name(record.name)
+    error = failure.as_step_error(name, record.attempt)
+    error.failure, error.step, error.attempts = failure, name, record.attempt  # type: ignore[attr-defined]
     return error
 
 

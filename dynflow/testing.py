@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dynflow.clock import ManualClock
-from dynflow.engines import InstanceRef, NewInstance, StepRecord
+from dynflow.engines import InstanceRef, NewInstance, StepRecord, shown_name
 from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.errors import (
     InstanceNotFoundError,
@@ -187,11 +187,11 @@ class InstanceScript:
 
     def is_instant(self, record: StepRecord) -> bool:
         """Return whether a retry delay is not waited for."""
-        return record.kind in {"do", "rollback"} and _named(self._plan.delays, record.name)
+        return record.kind in {"do", "rollback"} and _named(self._plan.delays, shown_name(record.name))
 
     def times_out(self, record: StepRecord) -> bool:
         """Return whether a wait for an event is over as soon as it begins."""
-        return record.kind == "wait_for_event" and record.name in self._plan.timeouts
+        return record.kind == "wait_for_event" and shown_name(record.name) in self._plan.timeouts
 
     def events(self) -> Sequence[tuple[str, bytes]]:
         """Return the events that are sent at the instance's creation."""

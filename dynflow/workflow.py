@@ -12,7 +12,7 @@ import types
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from dynflow.errors import WorkflowFatalError
@@ -27,6 +27,21 @@ current_env: ContextVar[Any] = ContextVar("current_env")
 
 current_step: ContextVar[StepContext | None] = ContextVar("current_step", default=None)
 """The step attempt that is running, None outside of a step."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """The attempt that is running, for the steps within it: each attempt calls them anew, from the first on.
+
+    `path` is what their stored names begin with; `counts` how often each has been called in this attempt.
+    """
+
+    path: str = ""
+    counts: dict[tuple[StepKind, Any], int] = field(default_factory=dict)
+
+
+current_attempt: ContextVar[Attempt | None] = ContextVar("current_attempt", default=None)
+"""The attempt within which steps are called, None where `run` itself calls them."""
 
 
 class WorkflowEntrypoint:
@@ -75,6 +90,13 @@ class StepCall:
     rollback_config: Any = None
     argument: Any = None
     event_type: Any = None
+    within: str = ""
+    """The path of the attempt that makes the call, see `Attempt`; the segment sets it."""
+
+    @property
+    def stored_name(self) -> str:
+        """What identifies the step in its instance, together with kind and count."""
+        return self.within + self.name if self.within else self.name  # type: ignore[no-any-return]
 
 
 PORT_GONE = "the isolate is gone"
@@ -208,8 +230,10 @@ class WorkflowStep:
     def _next(self, kind: StepKind, name: Any) -> int:
         # Taken at the call, before any await: same-named parallel steps keep their numbers on replay.
         key = (kind, name) if isinstance(name, str) else (kind, repr(name))
-        count = self._counts.get(key, 0) + 1
-        self._counts[key] = count
+        attempt = current_attempt.get()
+        counts = self._counts if attempt is None else attempt.counts
+        count = counts.get(key, 0) + 1
+        counts[key] = count
         return count
 
 
@@ -332,6 +356,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 __all__ = [
+    "Attempt",
     "ExecutionContext",
     "HttpRequest",
     "HttpResponse",
@@ -344,6 +369,7 @@ __all__ = [
     "WorkflowStep",
     "awaitable",
     "begin",
+    "current_attempt",
     "current_env",
     "current_step",
     "fetch",

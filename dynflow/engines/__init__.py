@@ -19,11 +19,20 @@ from dynflow.types import HistoryEvent, InstanceStatus, RollbackStatus, StepKind
 
 StepState = Literal["running", "waiting", "complete", "errored", "cancelled"]
 StepKey = tuple[StepKind, str, int]
+# Between the parts of the stored name of an inner step: outer name, outer count, inner name. No name has it.
+WITHIN = "\x1f"
+
+
+def shown_name(stored: str) -> str:
+    """Return a step's name as its workflow gave it."""
+    return stored.rpartition(WITHIN)[2] if WITHIN in stored else stored
 
 
 @dataclass(slots=True)
 class StepRecord:
     """One step as the journal has it. `seq` is its place in the order of starts, from 1.
+
+    `name` is the stored one: that of an inner step begins with its outer step's name and count, see `shown_name`.
 
     `deadline` is when a sleep, a retry delay or a wait ends. `attempt` counts attempts made, `failures` holds
     the last one's. Only the segment that has the lease changes it.
@@ -48,6 +57,11 @@ class StepRecord:
     def key(self) -> StepKey:
         """What identifies the step in its instance."""
         return (self.kind, self.name, self.count)
+
+    @property
+    def path(self) -> str:
+        """What the stored names of steps within this one begin with."""
+        return f"{self.name}{WITHIN}{self.count}{WITHIN}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dynflow.engines import StepRecord
+from dynflow.engines import StepRecord, shown_name
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.rows import MASK, STEP_COLUMNS, row_of, rows_of, step_record
 from dynflow.errors import LeaseLostError, WorkflowInternalError
@@ -40,7 +40,7 @@ class Happened(NamedTuple):
 
 def step_data(record: StepRecord, attempt: int | None = None) -> dict[str, Any]:
     """Return what an event says of the step it is about."""
-    data: dict[str, Any] = {"step": record.name, "count": record.count, "kind": record.kind}
+    data: dict[str, Any] = {"step": shown_name(record.name), "count": record.count, "kind": record.kind}
     if record.attempt:
         data["attempt"] = attempt or record.attempt
     if record.event_type is not None:

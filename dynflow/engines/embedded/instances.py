@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from dynflow.clock import MICROSECOND
-from dynflow.engines import Blocked, Completed, Failed, Interrupted, Outcome, Paused, StepKey, Terminated
+from dynflow.engines import (
+    WITHIN,
+    Blocked,
+    Completed,
+    Failed,
+    Interrupted,
+    Outcome,
+    Paused,
+    StepKey,
+    Terminated,
+)
 from dynflow.engines.embedded.claims import paused, requeue
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.history import Happened, error_data, keep_counters, log, log_last, write_out
@@ -163,16 +173,22 @@ def restart(db: Connection, row: InstanceRow, from_step: StepKey | None, now: in
 
 
 def _started_as(db: Connection, row: InstanceRow, step: StepKey) -> int:
-    found = db.execute(
-        "SELECT step FROM steps WHERE step BETWEEN ? AND ? AND kind = ? AND name = ? AND count = ?",
-        (*rows_of(row.key), *step),
-    ).fetchone()
-    if found is None:
-        kind, name, count = step
+    kind, name, count = step
+    sql = "SELECT step FROM steps WHERE step BETWEEN ? AND ? AND kind = ? AND count = ? AND"
+    found = db.execute(f"{sql} name = ? LIMIT 1", (*rows_of(row.key), kind, count, name)).fetchall()
+    if not found:  # maybe a step within another one
+        found = db.execute(
+            f"{sql} substr(name, -length(?)) = ? LIMIT 2",
+            (*rows_of(row.key), kind, count, WITHIN + name, WITHIN + name),
+        ).fetchall()
+    if len(found) != 1:
+        which = f"step {name!r:.300} (kind {kind}, count {count}) to restart from"
         raise InvalidArgumentError(
-            f"instance {row.id!r} has no step {name!r:.300} (kind {kind}, count {count}) to restart from"
+            f"instance {row.id!r} has no {which}"
+            if not found
+            else f"instance {row.id!r} has more than one {which}: restart from the step that it is within"
         )
-    number: int = found[0] & MASK
+    number: int = found[0][0] & MASK
     return number
 
 

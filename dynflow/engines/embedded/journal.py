@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dynflow.clock import Clock
-from dynflow.engines import InstanceRef, Journal, Limits, StepKey, StepRecord
+from dynflow.engines import InstanceRef, Journal, Limits, StepKey, StepRecord, shown_name
 from dynflow.engines.embedded import instances, steps
 from dynflow.engines.embedded.history import Happened, attempt_started, step_ended
 from dynflow.engines.embedded.leases import Lease
@@ -61,7 +61,7 @@ class EmbeddedJournal(Journal):
         """End a wait whose deadline has passed."""
         timed_out = Failure.of(
             WorkflowTimeoutError(
-                f"wait_for_event {record.name!r}: no event of type {record.event_type!r} came in time"
+                f"wait_for_event {shown_name(record.name)!r}: no event of type {record.event_type!r} came in time"
             )
         )
         now = self._clock.now_us()

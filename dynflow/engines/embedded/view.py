@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from dynflow.clock import MICROSECOND, to_datetime
-from dynflow.engines import Completed, Failed, StepKey, StepRecord, Terminated
+from dynflow.engines import Completed, Failed, StepKey, StepRecord, Terminated, shown_name
 from dynflow.engines.embedded.history import Happened
 from dynflow.engines.embedded.rows import InstanceRow
 from dynflow.errors import InstanceFailedError, InstanceTerminatedError
@@ -39,7 +39,7 @@ def _step_status(record: StepRecord, failed: list[tuple[Any, ...]]) -> StepStatu
     sensitive = record.config is not None and record.config.sensitive
     output = None if record.output is None else decode(record.output)
     return StepStatus(
-        name=record.name,
+        name=shown_name(record.name),
         kind=record.kind,
         count=record.count,
         status=record.state,
