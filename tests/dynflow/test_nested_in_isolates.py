@@ -20,6 +20,8 @@ from dynflow import WorkflowEntrypoint
 
 class Nested(WorkflowEntrypoint):
     async def run(self, event, step):
+        if event.payload == "whose":
+            return await self.whose(step)
         async def outer(ctx):
             if event.payload == "pause":
                 await step.wait_for_event("before", type="go")
@@ -30,6 +32,20 @@ class Nested(WorkflowEntrypoint):
 
         config = {"retries": {"limit": 2, "delay": 10}, "timeout": 60}
         return [await step.do("outer", config, outer), await step.do("after", lambda: "out")]
+
+    async def whose(self, step):
+        async def outer(item, ctx):
+            found = await asyncio.gather(*(step.do("inner", lambda n=n: f"{item}{n}") for n in range(2)))
+            if ctx.attempt == 1:
+                raise ConnectionError
+            return found
+
+        results = []
+        for item in "ab":
+            retries = {"retries": {"limit": 1, "delay": 10 if item == "a" else 0}}
+            results.append(await step.do(item, retries, lambda ctx: outer(item, ctx)))
+            await step.sleep("nap", 60)
+        return results, await step.do("inner", lambda: "at the top")
 """
 
 
@@ -79,3 +95,11 @@ async def test_a_pause_lets_an_attempt_with_steps_of_its_own_finish(tenant: Tena
         assert step_of(status, "outer").status == "complete"
         await instance.resume()
     assert await instance.result(timeout=DEADLINE) == ["in", "out"]
+
+
+async def test_inner_steps_of_different_outer_steps_are_different_ones(tenant: Tenant) -> None:
+    instance = await tenant.create("whose")
+    results = [["a0", "a1"], ["b0", "b1"]]
+    assert await tenant.run_through(instance) == (results, "at the top")
+    inner = [step.output for step in (await instance.status()).steps if step.name == "inner"]
+    assert sorted(inner) == ["a0", "a1", "at the top", "b0", "b1"]
