@@ -161,3 +161,39 @@ async def test_live_events_come_to_every_subscriber_each_once(world: World) -> N
         seen = await asyncio.gather(*followers)
     history = [event.event_id async for event in instance.subscribe()]
     assert seen == [history] * 3
+
+
+async def test_a_subscription_goes_on_over_the_end_of_a_run_that_was_restarted(world: World) -> None:
+    async def run(event: Any, step: Any) -> Any:
+        return (await step.wait_for_event("w", type="go")).payload
+
+    instance = await world.start(run)
+    await instance.send_event(type="go", payload=1)
+    await instance.result(timeout=DEADLINE)
+    await instance.restart()
+    await world.status(instance, "waiting")
+    seen: list[str] = []
+    async with asyncio.timeout(DEADLINE):
+        async for event in instance.subscribe():
+            seen.append(event.type)
+            if seen.count("wait.started") == 2 and seen[-1] == "workflow.waiting":
+                await instance.send_event(type="go", payload=2)
+    assert seen.count("workflow.completed") == 2
+    assert seen[-1] == "workflow.completed"
+    assert await instance.result(timeout=DEADLINE) == 2
+
+
+async def test_who_waits_for_a_result_waits_for_that_of_the_run_that_is(world: World) -> None:
+    gate = Gate()
+
+    async def run(event: Any, step: Any) -> Any:
+        return await step.do("gate", gate)
+
+    instance = await world.start(run)
+    await gate.reached()
+    waiting = [asyncio.ensure_future(instance.result(timeout=DEADLINE)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await instance.restart()
+    assert not any(each.done() for each in waiting)
+    gate.opened.set()
+    assert await asyncio.gather(*waiting) == ["through"] * 3
