@@ -14,7 +14,7 @@ import os
 import resource
 import signal
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from dynflow.isolates import guest, seccomp, syscalls
 
@@ -23,6 +23,7 @@ WALLS: Mapping[str, str] = {
     "filesystem": "a read-only root with nothing but Python's standard library and time zones",
     "identity": "a uid of its own where the host is root, and no capability",
     "limits": "no file can grow, no core is dumped, few descriptors, memory as the worker's limits say",
+    "cgroup": "all isolates of a loader together have an end: memory, tasks, a share of the CPU",
     "landlock": "the kernel itself refuses other files, TCP and signals, should the root ever leak",
     "seccomp": "sixty system calls are answered, none of which starts or reaches anything",
 }
@@ -40,6 +41,16 @@ _CPU = 600
 
 class WallError(Exception):
     """A wall cannot be put up here; the message says which, why, and what to do."""
+
+
+def join_group(folders: Iterable[str]) -> bool:
+    """Move this process into control groups, before it is anything else; return whether it is in all of them."""
+    try:
+        for folder in folders:
+            _write(f"{folder}/cgroup.procs", "0")
+    except OSError:
+        return False
+    return True
 
 
 def die_with_parent() -> None:
@@ -172,7 +183,8 @@ class ChildWalls:
         self._filter = seccomp.isolate_filter() if "seccomp" in walls else b""
         self._uids = itertools.cycle(range(_FIRST_UID, _LAST_UID))
         self._uid_of: dict[int, int] = {}
-        self.names = sorted(walls if syscalls.landlock_abi() else walls - {"landlock"})
+        missing = {"cgroup"} if syscalls.landlock_abi() else {"cgroup", "landlock"}
+        self.names = sorted(walls - missing)  # that of the host's making, the cgroup, it knows itself
 
     def prepare(self) -> int:
         """Make the next fork pid 1 of a new namespace; return the uid that it shall have."""
@@ -183,6 +195,10 @@ class ChildWalls:
     def restore(self, pid: int, uid: int) -> None:
         """Make later forks children of the zygote's own namespace again; `uid` is taken while `pid` lives."""
         self._uid_of[pid] = uid
+        self.leave_namespace()
+
+    def leave_namespace(self) -> None:
+        """Make later forks children of the zygote's own namespace again."""
         if self._own_pid_namespace is not None:
             syscalls.setns(self._own_pid_namespace, syscalls.CLONE_NEWPID)
 
@@ -232,8 +248,8 @@ def probe() -> dict[str, str]:
 
     Only for a process that does nothing else: it leaves its namespaces.
     """
-    found = dict.fromkeys(WALLS, "missing: not tried, because of another")
-    every = frozenset(WALLS)
+    every = frozenset(WALLS) - {"cgroup"}  # which the host makes
+    found = dict.fromkeys(every, "missing: not tried, because of another")
     try:
         own_uids = raise_outer_walls(every)
     except WallError as error:

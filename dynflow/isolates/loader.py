@@ -25,6 +25,7 @@ from dynflow.isolates import (
     WorkerStub,
 )
 from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
+from dynflow.isolates.cgroup import machine_memory
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from dynflow.isolates.pool import IsolatePool
 from dynflow.isolates.process import Isolate, OnOutput
@@ -46,7 +47,8 @@ class ProcessLoader(WorkerLoader):
     `ready` isolates are kept forked in advance. `workers` are remembered, least recently used ones forgotten. `warm`
     isolates that have finished are kept for the next call of the same code, for a while (see warm.py).
     `on_output` gets what tenants print, with who printed it (None: the logger `dynflow.output`). `preload` names
-    packages that tenants may import besides the standard library. `walls` are those of
+    packages that tenants may import besides the standard library. `total_memory` is what all isolates together may
+    use, in bytes, where the wall `cgroup` stands (None: three quarters of the machine's). `walls` are those of
     `dynflow.isolates.confinement`; without the essential ones `allow_unconfined` must be true.
     """
 
@@ -58,6 +60,7 @@ class ProcessLoader(WorkerLoader):
         warm: int = 16,
         on_output: OnOutput | None = None,
         preload: Collection[str] = ("pipelines",),
+        total_memory: int | None = None,
         walls: Collection[str] = tuple(WALLS),
         allow_unconfined: bool = False,
     ) -> None:
@@ -67,7 +70,8 @@ class ProcessLoader(WorkerLoader):
                 f"isolates need the walls {', '.join(sorted(missing))}: without them tenant code runs with the rights "
                 "of this process. For code that you trust use TrustedLoader, or give allow_unconfined=True"
             )
-        self._pool_options = (tuple(walls), tuple(preload), ready)
+        memory = machine_memory() * 3 // 4 if total_memory is None else total_memory
+        self._pool_options = (tuple(walls), tuple(preload), ready, memory)
         self._pool: IsolatePool | None = None
         self._on_output = on_output or _log_output
         self._capacity = workers

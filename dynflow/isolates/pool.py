@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dynflow.errors import IsolateCrashedError, IsolateError
+from dynflow.isolates.cgroup import IsolateGroup, machine_memory
 
 _START = (
     "import json, sys\n"
@@ -30,6 +31,8 @@ _START = (
 _START_TIMEOUT = 60
 # Requests that wait in the control socket; it holds some hundred.
 _FORKS_AT_ONCE = 16
+# Isolates of one zygote at a time: each is one task.
+_TASKS = 8_192
 # Seconds until a taken isolate is replaced: by then it has loaded its code.
 _FILL_AFTER = 0.005
 
@@ -52,6 +55,12 @@ def describe_walls() -> dict[str, str]:
     if done.returncode != 0:
         raise IsolateError(f"walls could not be tried: {done.stderr.decode(errors='replace')[-500:]}")
     found: dict[str, str] = json.loads(done.stdout)
+    group = IsolateGroup.create(machine_memory(), _TASKS)
+    found["cgroup"] = (
+        "up" if group else "missing: no control group with memory in it may be made by this user here"
+    )
+    if group is not None:
+        group.close()
     return found
 
 
@@ -122,8 +131,9 @@ class IsolateProcess:
 class Zygote:
     """One zygote process, seen from the host."""
 
-    def __init__(self, walls: Collection[str], preload: Collection[str]) -> None:
-        self._walls, self._preload = walls, preload
+    def __init__(self, walls: Collection[str], preload: Collection[str], memory: int) -> None:
+        self._walls, self._preload, self._memory = walls, preload, memory
+        self._group: IsolateGroup | None = None
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
@@ -135,7 +145,9 @@ class Zygote:
     async def start(self) -> list[str]:
         """Start it; return the names of the walls. Raises IsolateError where they cannot be put up."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._group = IsolateGroup.create(self._memory, _TASKS) if "cgroup" in self._walls else None
         options = {
+            "groups": [str(folder) for folder in self._group.folders] if self._group is not None else [],
             "fd": theirs.fileno(),
             "path": _import_path(("dynflow", *self._preload)),
             "preload": list(self._preload),
@@ -196,6 +208,8 @@ class Zygote:
             child.drop()
             await child.gone.wait()
         self._children.clear()
+        if self._group is not None:
+            self._group.close()
 
     def _read(self) -> None:
         try:
@@ -224,6 +238,12 @@ class Zygote:
             if child_or_none is not None:
                 child_or_none.ended_with(message["status"])
                 child_or_none.drop()
+        elif "failed" in message:
+            sock, answer = self._asked.popleft()
+            self._turn.release()
+            sock.close()
+            if not answer.done():
+                answer.set_exception(IsolateError(f"no room for another isolate: {message['failed']}"))
         elif "refused" in message:
             if not self._ready.done():
                 self._ready.set_exception(IsolateError(message["refused"]))
@@ -275,8 +295,8 @@ def _import_path(packages: Collection[str]) -> list[str]:
 class IsolatePool:
     """Keeps `size` forked children ready, all from one zygote; starts another where it ends."""
 
-    def __init__(self, walls: Collection[str], preload: Collection[str], size: int) -> None:
-        self._walls, self._preload, self._size = walls, preload, size
+    def __init__(self, walls: Collection[str], preload: Collection[str], size: int, memory: int) -> None:
+        self._walls, self._preload, self._size, self._memory = walls, preload, size, memory
         self._zygote: Zygote | None = None
         self._starting = asyncio.Lock()
         self._ready: deque[asyncio.Task[IsolateProcess]] = deque()
@@ -295,7 +315,7 @@ class IsolatePool:
             self._fill_later()
             try:
                 child = await task
-            except IsolateCrashedError:
+            except IsolateError:
                 continue
             if not child.gone.is_set():
                 return child
@@ -329,6 +349,6 @@ class IsolatePool:
             if self._zygote is None or self._zygote.ended:
                 if self._zygote is not None:
                     await self._zygote.close()
-                self._zygote = Zygote(self._walls, self._preload)
+                self._zygote = Zygote(self._walls, self._preload, self._memory)
                 self.walls = await self._zygote.start()
             return self._zygote

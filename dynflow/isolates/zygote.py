@@ -106,6 +106,7 @@ def _start(control: socket.socket, options: dict[str, Any]) -> None:
     os.environ.clear()  # it was started with none, but Python itself sets LC_CTYPE
     sys.argv[:] = sys.orig_argv[:] = [""]
     confinement.die_with_parent()
+    grouped = bool(options["groups"]) and confinement.join_group(options["groups"])
     preload(options["preload"])
     determinism.install()
     walls = frozenset(options["walls"])
@@ -119,6 +120,8 @@ def _start(control: socket.socket, options: dict[str, Any]) -> None:
     confinement.die_with_parent()  # after the change of uid, which would take it back
     sys.path[:] = [entry for entry in sys.path if os.path.isdir(entry)]  # noqa: PTH112 - no pathlib here
     _warm_up()
+    if grouped:
+        child_walls.names = sorted([*child_walls.names, "cgroup"])
     Zygote(control, child_walls).serve()
     os._exit(0)
 
@@ -192,8 +195,14 @@ class Zygote:
 
     def _fork(self, fd: int) -> None:
         loop = GuestLoop()  # before the fork: its pages are then shared
-        uid = self._walls.prepare()
-        pid = os.fork()
+        try:
+            uid = self._walls.prepare()
+            pid = os.fork()
+        except OSError as error:  # no room for another process: that is not the end of the others
+            self._walls.leave_namespace()
+            os.close(fd)
+            _tell(self._control, {"failed": str(error)})
+            return
         if pid == 0:
             _be_guest(fd, loop, self._walls, uid)
         self._walls.restore(pid, uid)
