@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import re
-import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -99,7 +99,7 @@ class WorkflowBinding:
 
     def _item(self, options: Mapping[str, Any]) -> tuple[str, NewInstance]:
         given_id, params = check_options(options).get("id"), options.get("params")
-        instance_id = secrets.token_hex(16) if given_id is None else check_instance_id(given_id)
+        instance_id = os.urandom(16).hex() if given_id is None else check_instance_id(given_id)
         encoded = encode({} if params is None else params, limit=self._engine.limits.payload, what="params")
         return self._tenant_for(params), NewInstance(
             instance_id, encoded, None, _retention(options.get("retention"))

@@ -240,7 +240,7 @@ class Segment:
         except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
             answer, how = error, future.set_exception
         finally:
-            self._live.over()
+            self._live.over(future.task)
         loop = future.get_loop()
         if future.done():
             self._live.look_later()

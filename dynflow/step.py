@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -247,7 +248,7 @@ async def _call_within(
     timer = None
     try:
         result = begin(callback, argument)
-        if not inspect.isawaitable(result):  # what is not awaited cannot be cancelled, only judged
+        if not _is_awaitable(result):  # what is not awaited cannot be cancelled, only judged
             expired = clock.now_us() - started_at > limit // MICROSECOND
             return result
         timer = clock.call_at(started_at + limit // MICROSECOND, expire)
@@ -268,6 +269,12 @@ async def _call_within(
         # Whatever the callback made of its cancellation, the attempt is over; unless someone else cancelled too.
         if expired and task.uncancel() <= 0:
             raise WorkflowTimeoutError(f"{what} ran longer than its timeout of {limit}") from None
+
+
+def _is_awaitable(result: Any) -> bool:
+    # `inspect.isawaitable` asks an abstract class, at every step that returns plain data.
+    kind = type(result)
+    return hasattr(kind, "__await__") or (kind is types.GeneratorType and inspect.isawaitable(result))
 
 
 def _is_running(task: asyncio.Task[Any]) -> bool:

@@ -23,7 +23,7 @@ from dynflow.workflow import WorkflowEntrypoint
 
 ROUNDS = 20
 # How many callers a concurrent round has.
-CALLERS = 64
+CALLERS = 128
 
 
 class Three(WorkflowEntrypoint):
