@@ -66,11 +66,12 @@ class IsolateGroup:
                 return True
         return False
 
-    def close(self) -> None:
-        """Remove it, once its processes are gone."""
+    def close(self) -> bool:
+        """Remove it; return whether it is gone: not as long as a killed process in it is still ending."""
         for folder in self.folders:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        return not any(folder.exists() for folder in self.folders)
 
 
 def machine_memory() -> int:

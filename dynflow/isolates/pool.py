@@ -31,6 +31,8 @@ _START = (
 _START_TIMEOUT = 60
 # Requests that wait in the control socket; it holds some hundred.
 _FORKS_AT_ONCE = 16
+# Times that the removal of a control group is tried, a hundredth of a second apart.
+_REMOVALS = 200
 # Isolates of one zygote at a time: each is one task.
 _TASKS = 8_192
 # Seconds until a taken isolate is replaced: by then it has loaded its code.
@@ -208,8 +210,10 @@ class Zygote:
             child.drop()
             await child.gone.wait()
         self._children.clear()
-        if self._group is not None:
-            self._group.close()
+        for _ in range(_REMOVALS):
+            if self._group is None or self._group.close():
+                break
+            await asyncio.sleep(0.01)  # the kernel is still taking apart what nobody here waits for
 
     def _read(self) -> None:
         try:
