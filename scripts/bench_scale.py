@@ -197,7 +197,7 @@ def waiting_table(figures: dict[str, Any]) -> str:
             row("disk (bytes an instance)", "", filled, "disk_bytes"),
             row("open the engine (ms)", "", rest, "open_ms"),
             row("open the engine, nothing of the file in memory (ms)", "", rest, "open_cold_ms"),
-            row("made: created, a step, parked (per second)", "", filled, "made_per_second"),
+            row("made: created, a step, parked (per second)", "", made, "made_per_second"),
         ],
     )
 
