@@ -281,6 +281,24 @@ async def test_pause_lets_the_running_attempt_finish_and_starts_no_other(world: 
     assert gate.times == 1
 
 
+async def test_a_pause_that_takes_effect_with_a_restart_is_told_too(world: World) -> None:
+    gate = Gate()
+
+    async def run(event: Any, step: Any) -> Any:
+        return await step.do("first", gate)
+
+    instance = await world.start(run)
+    await gate.reached()
+    await instance.pause()
+    await world.reopen()
+    instance = await world.engine.binding("run").get(instance.id)
+    assert (await instance.status()).status == "paused"
+    assert world.kinds(instance)["workflow.paused"] == 1
+    gate.opened.set()
+    await instance.resume()
+    await instance.result(timeout=DEADLINE)
+
+
 async def test_resume_before_the_pause_takes_effect_cancels_it(world: World) -> None:
     gate = Gate()
 

@@ -96,17 +96,22 @@ def give_back(db: Connection, claimed: Sequence[Claim]) -> None:
             requeue(db, claim.lease.key)
 
 
-def recover(db: Connection, now: int) -> None:
-    """Queue again what a process that is gone was running; this process holds the file's lock."""
-    for key, status in db.execute(
-        "SELECT key, status FROM instances WHERE status IN ('running', 'waiting_for_pause')"
+def recover(db: Connection, now: int) -> list[tuple[InstanceRef, Happened]]:
+    """Queue again what a process that is gone was running; this process holds the file's lock.
+
+    Returns the pauses that have taken effect with it.
+    """
+    told = []
+    for key, status, workflow, id_, tenant in db.execute(
+        "SELECT key, status, workflow, id, tenant FROM instances WHERE status IN ('running', 'waiting_for_pause')"
     ).fetchall():
         recount(db, key)
         if status == "waiting_for_pause":
             with contextlib.suppress(WorkflowInternalError):  # its history is full: it goes on, to its end
-                paused(db, key, now)
+                told.append((InstanceRef(workflow, id_, tenant), paused(db, key, now)))
                 continue
         requeue(db, key)
+    return told
 
 
 def paused(db: Connection, key: int, now: int) -> Happened:

@@ -118,11 +118,12 @@ class Scheduler:
         self._context = contextvars.copy_context()
         now = self._clock.now_us()
 
-        def recover(db: Any) -> int | None:
-            claims.recover(db, now)
-            return instances.next_wake(db)
-
-        self.arm(await self._storage.submit(recover))
+        paused, next_wake = await self._storage.submit(
+            lambda db: (claims.recover(db, now), instances.next_wake(db))
+        )
+        for ref, happened in paused:
+            self._telling.tell(ref, (happened,))
+        self.arm(next_wake)
         self.pump()
 
     async def stop(self) -> None:
