@@ -111,6 +111,8 @@ def _unshare_with_map(flags: int, ids: str) -> bool:
 def raise_inner_walls(walls: frozenset[str], *, own_uids: bool) -> ChildWalls:
     """Give the zygote, pid 1 by now, a root of its own; return the walls for its children. Raises WallError."""
     guest.measure_address_space()
+    if "identity" in walls:
+        syscalls.drop_bounding_set()  # for the children, who inherit it: forty calls less in each
     own_pid_namespace = (
         os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if "namespaces" in walls else None
     )
@@ -210,7 +212,6 @@ class ChildWalls:
         """Put the walls around this process. Raises OSError; then it must end."""
         syscalls.set_no_new_privileges()
         if "identity" in self._walls:
-            syscalls.drop_bounding_set()
             if self._own_uids:
                 os.setresgid(uid, uid, uid)
                 os.setresuid(uid, uid, uid)

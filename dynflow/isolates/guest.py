@@ -224,9 +224,9 @@ def measure_address_space() -> None:
 _address_space: int | None = None
 
 
-def serve(sock: socket.socket, loop: GuestLoop, *, until_idle: bool = False) -> None:
-    """Be the guest of whoever holds the other end of `sock`; returns when they close it (or there is no more to do)."""
+def serve(sock: socket.socket, guest: Guest) -> None:
+    """Let `guest` serve whoever holds the other end of `sock`; returns when they close it, or it has no more to do."""
     try:
-        Guest(loop, until_idle=until_idle).serve(sock)
+        guest.serve(sock)
     except (ProtocolError, OSError) as error:  # the host is gone, or not our host
         os.write(2, f"isolate: {error}\n".encode())

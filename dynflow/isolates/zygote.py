@@ -159,7 +159,7 @@ def _warm_up() -> None:
     for _ in range(_WARM_UP_ROUNDS):
         ours, theirs = socket.socketpair()
         ours.sendall(b"".join(wire.encode_frame(frame) for frame in (load, fetch, run)))
-        guest.serve(theirs, GuestLoop(), until_idle=True)
+        guest.serve(theirs, guest.Guest(GuestLoop(), until_idle=True))
         ours.close()
         theirs.close()
     sys.stdout, sys.stderr, logging.lastResort, warnings.showwarning = stdout, stderr, last_resort, show
@@ -171,6 +171,7 @@ class Zygote:
 
     def __init__(self, control: socket.socket, walls: confinement.ChildWalls) -> None:
         self._control, self._walls = control, walls
+        self._next = guest.Guest(GuestLoop())  # made ahead: its pages are shared, and its time is nobody's
 
     def serve(self) -> None:
         """Serve until the host closes the control socket."""
@@ -198,7 +199,6 @@ class Zygote:
                 self._fork(fds[0])
 
     def _fork(self, fd: int) -> None:
-        loop = GuestLoop()  # before the fork: its pages are then shared
         try:
             uid = self._walls.prepare()
             pid = os.fork()
@@ -208,12 +208,13 @@ class Zygote:
             _tell(self._control, {"failed": str(error)})
             return
         if pid == 0:
-            _be_guest(fd, loop, self._walls, uid)
+            _be_guest(fd, self._next, self._walls, uid)
         self._walls.restore(pid, uid)
         os.close(fd)
         pidfd = os.pidfd_open(pid)
         _tell(self._control, {"forked": pid}, [pidfd])
         os.close(pidfd)
+        self._next = guest.Guest(GuestLoop())
 
     def _reap(self) -> None:
         while True:
@@ -227,7 +228,7 @@ class Zygote:
             _tell(self._control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _be_guest(fd: int, loop: GuestLoop, walls: confinement.ChildWalls, uid: int) -> None:
+def _be_guest(fd: int, prepared: guest.Guest, walls: confinement.ChildWalls, uid: int) -> None:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -239,7 +240,7 @@ def _be_guest(fd: int, loop: GuestLoop, walls: confinement.ChildWalls, uid: int)
         walls.confine(uid)
         gc.set_threshold(_COLLECT_AFTER)
         gc.enable()
-        guest.serve(sock, loop)
+        guest.serve(sock, prepared)
         code = 0
     except BaseException:  # noqa: BLE001 - nothing may get from here into the zygote's code
         os.write(3, wire.encode_frame(["output", "isolate: " + traceback.format_exc()]))
