@@ -154,6 +154,10 @@ async def wait():
     from dynflow.workflow import current_env
 
     return await current_env.get().ECHO.wait()
+
+
+def plain(value):
+    return value
 """
 
 
@@ -168,6 +172,16 @@ async def fetch(loader: WorkerLoader, worker_id: str) -> None:
 
 
 Way = Callable[[int], Awaitable[None]]
+
+
+async def in_a_row(way: Way, rounds: int) -> list[float]:
+    """Return milliseconds of `rounds` calls, one after the other."""
+    times = []
+    for number in range(rounds):
+        started = time.perf_counter_ns()
+        await way(number)
+        times.append((time.perf_counter_ns() - started) / 1e6)
+    return times
 
 
 async def in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
@@ -208,14 +222,19 @@ async def latencies(rounds: int, beside: int) -> None:
             "isolate, cold: fork, walls, load, call": lambda n: fetch(cold, f"c{n}"),
             "isolate, cold, without walls": lambda n: fetch(bare, f"u{n}"),
             "isolate, from the pool: load, call": lambda n: fetch(ready, f"r{n}"),
-            "isolate, warm: call": plain,
-            "isolate, warm: call that calls a binding": lambda _: fetch(warm, "warm"),
-            "trusted, in this process": lambda _: fetch(trusted, "t"),
+        }
+        again: dict[str, Way] = {
+            "isolate, warm: next call": plain,
+            "isolate, warm: next call, which calls a binding": lambda _: fetch(warm, "warm"),
+            "trusted, in this process: next call": lambda _: fetch(trusted, "t"),
         }
         say("latencies")
         await in_turns(ours, 10)
         for name, times in (await in_turns(ours, rounds)).items():
             print(row(name, times))
+        for name, way in again.items():
+            await in_a_row(way, 50)
+            print(row(name, await in_a_row(way, rounds * 5)))
         with peers(TENANT) as (found, missing):
 
             def once(peer: object) -> Way:
@@ -234,19 +253,19 @@ async def latencies(rounds: int, beside: int) -> None:
                 print(f"| *{what}* | | | | |")
 
 
-async def throughput(seconds: float, at_once: int = 4) -> float:
+async def throughput(seconds: float, source: str, at_once: int = 4) -> float:
     """Return isolates started, used and gone per second."""
     done = 0
     async with ProcessLoader(ready=4, warm=0) as loader:
         end = time.perf_counter() + seconds
 
-        async def client(number: int) -> None:
+        async def client() -> None:
             nonlocal done
             while time.perf_counter() < end:
-                await fetch(loader, f"{number}.{done}")
+                await loader.load(code(source=source)).get_entrypoint().call("plain", 1)
                 done += 1
 
-        await asyncio.gather(*(client(number) for number in range(at_once)))
+        await asyncio.gather(*(client() for _ in range(at_once)))
     return done / seconds
 
 
@@ -291,11 +310,14 @@ async def tenants(count: int, calls: int) -> tuple[float, float]:
 async def figures(many: int, calls: int) -> None:
     """Print the figures that are no latencies."""
     say("throughput")
-    rate = await throughput(5)
+    rate, slower = await throughput(5, SMALL), await throughput(5, TENANT)
     say("memory")
     small, zygote = await memory(100, SMALL)
     large, _ = await memory(100, TENANT)
-    print(f"\n- {rate:.0f} isolates a second: started, fully confined, used once, gone; four at a time")
+    print(
+        f"\n- {rate:.0f} isolates a second with a small tenant, {slower:.0f} with the hundred lines: started, fully"
+    )
+    print("  confined, used once, gone; four at a time")
     print(
         f"- {small:.2f} MB private memory (USS) of an idle isolate with a small tenant, {large:.2f} MB with the"
     )

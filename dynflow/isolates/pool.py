@@ -35,8 +35,8 @@ _FORKS_AT_ONCE = 16
 _REMOVALS = 200
 # Isolates of one zygote at a time: each is one task.
 _TASKS = 8_192
-# Seconds until a taken isolate is replaced: by then it has loaded its code.
-_FILL_AFTER = 0.005
+# Seconds until a taken isolate is replaced: by then it has loaded its code, and answered.
+_FILL_AFTER = 0.015
 
 
 def describe_walls() -> dict[str, str]:
