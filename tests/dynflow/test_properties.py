@@ -8,7 +8,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,145 +19,27 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from dynflow.binding import WorkflowInstance
-from dynflow.clock import ManualClock
 from dynflow.engines.embedded import EmbeddedEngine
-from dynflow.errors import IllegalMoveError, InstanceExistsError, InvalidArgumentError, WorkflowTimeoutError
+from dynflow.errors import IllegalMoveError, InstanceExistsError, InvalidArgumentError, StorageError
 from dynflow.types import InstanceStatus
+from tests.dynflow.lives import (
+    EVENTS,
+    KINDS,
+    PLAIN,
+    UNDONE,
+    FailingCommits,
+    JumpingClock,
+    Model,
+    Program,
+    effects,
+    interpreter,
+)
 from tests.engine_world import DEADLINE, World
-
-Event = tuple[str, int]
-Program = list[list[str]]
-"""Stages, one after another. The calls of a stage run side by side: one of PLAIN, or the type of an event."""
-
-EVENTS = ("red", "blue")
-PLAIN = ("do", "flaky", "fails", "nested", "sleep", "late")
-UNDONE = ("do", "flaky", "fails")  # with a rollback handler
-KINDS = {"sleep": "sleep", "late": "wait_for_event", "red": "wait_for_event", "blue": "wait_for_event"}
-
-
-class Model:
-    """What a program gives depends on its events alone, whatever happened to it in between."""
-
-    def __init__(self, program: Program, *, raises: bool) -> None:
-        self.program, self.raises = program, raises
-        self.sent: list[Event] = []
-        self.terminated = False
-
-    def stages(self) -> list[list[Any]]:
-        """Return what the calls of each stage give that begins; None where an event is missing."""
-        left, given = list(self.sent), list[list[Any]]()
-        for stage in self.program:
-            given.append([self._gives(call, left) for call in stage])
-            if None in given[-1]:
-                break
-        return given
-
-    @staticmethod
-    def _gives(call: str, left: list[Event]) -> Any:
-        if call not in EVENTS:
-            return call
-        taken = next((event for event in left if event[0] == call), None)
-        if taken is not None:
-            left.remove(taken)
-        return taken
-
-    def rests_as(self) -> str:
-        """Return the status in which nothing more happens."""
-        if self.terminated:
-            return "terminated"
-        given = self.stages()
-        if len(given) < len(self.program) or None in given[-1]:
-            return "waiting"
-        return "errored" if self.raises else "complete"
-
-    def restart(self, stage: int, index: int) -> None:
-        """Forget the events that were not taken by the calls that began before this one."""
-        given = self.stages()
-        kept = [result for results in given[:stage] for result in results] + given[stage][:index]
-        self.sent = [event for event in self.sent if event in kept]
-        self.terminated = False
-
-
-# --- the real thing ------------------------------------------------------------------------------
-
-# Instance, step, number of the attempt; a step that is undone is there as `undo` and its name.
-effects: list[tuple[str, str, int]] = []
-
-
-class Interpreter:
-    """Runs a program."""
-
-    def __init__(self, event: Any, step: Any) -> None:
-        self.id, self.step, self.payload = event.instance_id, step, event.payload
-
-    async def run(self) -> list[list[Any]]:
-        """Return what each call gave."""
-        given = [
-            await asyncio.gather(*(self.call(f"{stage}.{index}", what) for index, what in enumerate(calls)))
-            for stage, calls in enumerate(self.payload["program"])
-        ]
-        if self.payload["raises"]:
-            raise ArithmeticError("as it was told")
-        return given
-
-    async def call(self, name: str, what: str) -> Any:
-        """Make one call."""
-        if what in EVENTS:
-            return tuple((await self.step.wait_for_event(name, type=what, timeout="365 days")).payload)
-        if what == "sleep":
-            await self.step.sleep(name, 30)
-        elif what == "late":
-            with contextlib.suppress(WorkflowTimeoutError):
-                await self.step.wait_for_event(name, type="never", timeout=60)
-                return "came"
-        elif what == "nested":
-            # Where the clock jumps, the outer step's timeout cuts both off.
-            inner = partial(self.step.do, f"{name}.inner", partial(self.do, what))
-            return await self.step.do(name, {"retries": {"limit": 50, "delay": 20}}, inner)
-        else:
-            return await self.with_rollback(name, what)
-        return what
-
-    async def with_rollback(self, name: str, what: str) -> str:
-        """Run a step that can be undone."""
-        config = {"retries": {"limit": 0 if what == "fails" else 50, "delay": 20}}
-        done = self.step.do(name, config, partial(self.do, what), rollback=self.undo)
-        if what == "fails":
-            with contextlib.suppress(ZeroDivisionError):
-                await done
-            return what
-        return await done  # type: ignore[no-any-return]
-
-    def do(self, what: str, ctx: Any) -> str:
-        """Have an effect."""
-        effects.append((self.id, ctx.step.name, ctx.attempt))
-        if what == "flaky" and ctx.attempt == 1:
-            raise ConnectionError
-        if what == "fails":
-            raise ZeroDivisionError
-        return what
-
-    def undo(self, rollback: Any) -> None:
-        """Have an effect."""
-        effects.append((self.id, f"undo {rollback.ctx.step.name}", 1))
-
-
-async def interpreter(event: Any, step: Any) -> list[list[Any]]:
-    """Run a program."""
-    return await Interpreter(event, step).run()
-
-
-class JumpingClock(ManualClock):
-    """One that somebody sets back."""
-
-    def jump_back(self, seconds: int) -> None:
-        """Be set back; what waits until then is not called back earlier for it."""
-        self._now_us -= seconds * 1_000_000
-
 
 PROGRAMS = st.lists(
     st.lists(st.sampled_from([*PLAIN, *EVENTS, *EVENTS]), min_size=1, max_size=3), min_size=1, max_size=4
 )
+RESTING = {"waiting", "complete", "errored", "terminated"}
 NAMES = ("one", "two", "three")
 
 
@@ -169,25 +51,44 @@ class Interleavings(RuleBasedStateMachine):
         """Open the engine, and create an instance."""
         self.models: dict[str, Model] = {}
         self.instances: dict[str, WorkflowInstance] = {}
-        self.number, self.cut_off = 0, 0
+        self.number, self.cut_off, self.troubled = 0, 0, False
         effects.clear()
         self.folder = tempfile.TemporaryDirectory()
         self.file = Path(self.folder.name) / "0.db"
-        self.runner = asyncio.Runner()
+        self.runner, self.clock = asyncio.Runner(), JumpingClock()
         self.run(self._open())
         self.create("one", program, raises)
 
+    def call(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Call the instance API; what storage did not take is called again: nothing of it has happened."""
+        while True:
+            try:
+                return self.run(make())
+            except StorageError:
+                pass
+
     def run(self, work: Any) -> Any:
         """Run a coroutine on the machine's loop; in between, nothing on it moves."""
-        return self.runner.run(asyncio.wait_for(work, 6 * DEADLINE))
+        return self.runner.run(self._ticking(work))
+
+    async def _ticking(self, work: Any) -> Any:
+        async with asyncio.timeout(3 * DEADLINE):
+            task = asyncio.ensure_future(work)
+            while not task.done():
+                await asyncio.wait({task}, timeout=0.05)
+                if not task.done():  # what storage did not take is tried again each second
+                    self.clock.advance(1)
+            return task.result()
 
     async def _open(self) -> None:
         # Two at a time, so that there is a queue.
         self.world = World(
             lambda **given: EmbeddedEngine(self.file, synchronous="NORMAL", concurrency=2, **given)
         )
-        self.world.clock = self.clock = JumpingClock()
+        self.world.clock = self.clock
+        self.failing = FailingCommits()
         await self.world.__aenter__()
+        await self.world.engine._storage.submit(self.failing.install)
         self.world.register(interpreter)
 
     def each(self, name: str) -> Iterator[tuple[Model, WorkflowInstance]]:
@@ -200,7 +101,8 @@ class Interleavings(RuleBasedStateMachine):
         """Create an instance, or be told that it exists."""
         params = {"program": program, "raises": raises}
         try:
-            instance = self.run(self.world.engine.binding("interpreter").create(id=name, params=params))
+            binding = self.world.engine.binding("interpreter")
+            instance = self.call(lambda: binding.create(id=name, params=params))
         except InstanceExistsError:
             assert name in self.models
         else:
@@ -211,7 +113,7 @@ class Interleavings(RuleBasedStateMachine):
     def delete(self, name: str) -> None:
         """Delete an instance, whatever it is doing."""
         for _, instance in self.each(name):
-            self.run(instance.delete())
+            self.call(instance.delete)
             del self.models[name], self.instances[name]
             effects[:] = [effect for effect in effects if effect[0] != name]
 
@@ -222,7 +124,7 @@ class Interleavings(RuleBasedStateMachine):
             self.number += 1
             event = (kind, self.number)
             try:
-                self.run(instance.send_event(type=kind, payload=list(event)))
+                self.call(partial(instance.send_event, type=kind, payload=list(event)))
             except IllegalMoveError:
                 assert model.rests_as() != "waiting"
             else:
@@ -232,20 +134,20 @@ class Interleavings(RuleBasedStateMachine):
     def pause(self, name: str) -> None:
         """Pause, or nothing."""
         for _, instance in self.each(name):
-            self.run(instance.pause())
+            self.call(instance.pause)
 
     @rule(name=st.sampled_from(NAMES))
     def resume(self, name: str) -> None:
         """Resume, or nothing."""
         for _, instance in self.each(name):
-            self.run(instance.resume())
+            self.call(instance.resume)
 
     @rule(name=st.sampled_from(NAMES), rollback=st.booleans())
     def terminate(self, name: str, rollback: bool) -> None:  # noqa: FBT001 - hypothesis calls it
         """Terminate one that has not ended."""
         for model, instance in self.each(name):
             try:
-                self.run(instance.terminate(rollback=rollback))
+                self.call(partial(instance.terminate, rollback=rollback))
             except IllegalMoveError:
                 assert model.rests_as() != "waiting"
             else:
@@ -255,7 +157,7 @@ class Interleavings(RuleBasedStateMachine):
     def restart(self, name: str) -> None:
         """Start again from the top."""
         for model, instance in self.each(name):
-            self.run(instance.restart())
+            self.call(instance.restart)
             model.restart(0, 0)
             effects[:] = [effect for effect in effects if effect[0] != name]
 
@@ -267,7 +169,7 @@ class Interleavings(RuleBasedStateMachine):
                 return
             kind = KINDS.get(model.program[stage][index], "do")
             try:
-                self.run(instance.restart(from_step=(f"{stage}.{index}", 1, kind)))
+                self.call(partial(instance.restart, from_step=(f"{stage}.{index}", 1, kind)))
             except InvalidArgumentError:
                 return  # not reached: nothing changed
             model.restart(stage, index)
@@ -276,11 +178,13 @@ class Interleavings(RuleBasedStateMachine):
 
     def _forget(self, name: str, stage: int, index: int) -> None:
         """Forget the effects of what began after this call, as the inner step of one beside it did."""
-        first, inner = f"{stage}.{index}", (f"{stage}.0.inner", f"{stage}.1.inner", f"{stage}.2.inner")
-        effects[:] = [
-            (whose, step, attempt) for whose, step, attempt in effects
-            if whose != name or (step < first and step not in inner and not step.startswith("undo"))
-        ]  # fmt: skip
+
+        def began_before(step: str) -> bool:
+            if step.startswith("undo"):
+                return False
+            return int(step[0]) < stage if ".inner" in step else step < f"{stage}.{index}"
+
+        effects[:] = [effect for effect in effects if effect[0] != name or began_before(effect[1])]
 
     @rule(seconds=st.integers(1, 40))
     def time_passes(self, seconds: int) -> None:
@@ -294,7 +198,8 @@ class Interleavings(RuleBasedStateMachine):
     def the_clock_jumps(self, hours: int) -> None:
         """Be set an hour forward or back."""
         if hours < 0:
-            self.clock.jump_back(3600)
+            if not self.troubled:  # what storage did not take is tried again a second later by this clock
+                self.clock.jump_back(3600)
         else:
             self.cut_off += 1
             self.run(self._advance(3600))
@@ -316,7 +221,9 @@ class Interleavings(RuleBasedStateMachine):
         self.run(self._reopen())
 
     async def _reopen(self) -> None:
+        self.failing.left = 0
         await self.world.reopen()
+        await self.world.engine._storage.submit(self.failing.install)
         binding = self.world.engine.binding("interpreter")
         self.instances = {name: await binding.get(name) for name in self.instances}
 
@@ -341,12 +248,19 @@ class Interleavings(RuleBasedStateMachine):
         effects[:] = before
         await self._reopen()
 
+    @rule(times=st.integers(1, 4))
+    def storage_fails(self, times: int) -> None:
+        """Take nothing so many times; what was not stored is done again."""
+        self.cut_off += times
+        self.failing.left, self.troubled = times, True
+
     @rule()
     def comes_to_rest(self) -> None:
         """Let time pass until only events are missing; then all must be where their models are."""
         self.run(self._rest())
 
     async def _rest(self) -> None:
+        self.failing.left = 0
         for instance in self.instances.values():
             await instance.resume()
         while any([await self._waits_for_time(name) for name in self.instances]):
@@ -361,10 +275,11 @@ class Interleavings(RuleBasedStateMachine):
                 if status.status == "errored":
                     self._check_rollback(name, status)
         self._check_effects()
+        self.troubled = False
 
     async def _waits_for_time(self, name: str) -> bool:
         program = self.models[name].program
-        status = await self.world.status(self.instances[name], "waiting", "complete", "errored", "terminated")
+        status = await self.world.status(self.instances[name], *RESTING)
         waiting = [step.name.split(".") for step in status.steps if step.status == "waiting"]
         calls = [program[int(stage)][int(index)] for stage, index, *_ in waiting]
         return status.status == "waiting" and not set(calls) <= set(EVENTS)
