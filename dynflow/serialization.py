@@ -10,7 +10,8 @@ import base64
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -24,6 +25,9 @@ MEBIBYTE = 1024 * 1024
 _MAX_DEPTH = 100
 # Larger integers travel as hexadecimal: Python refuses decimal strings of more than 4,300 digits.
 _MAX_DECIMAL_INT = 1 << 1024
+
+# Hashes of numbers are known to whoever makes them up; by chance, hardly two of a set are the same.
+_MOST_OF_ONE_HASH = 1_000
 
 _DataclassT = TypeVar("_DataclassT")
 _by_tag: dict[str, type] = {}
@@ -167,9 +171,9 @@ def _unpack_tagged(tagged: Any) -> Any:
     if tag == "tuple":
         return tuple(unpack(item) for item in rest)
     if tag == "set":
-        return {unpack(item) for item in rest}
+        return _unpack_set([unpack(item) for item in rest])
     if tag == "dict":
-        return {key: unpack(item) for key, item in rest[0].items()}
+        return {key: unpack(item) for key, item in _fields(rest[0])}
     if tag == "data":
         return _unpack_dataclass(*rest)
     if tag not in _UNPACK_LEAF:
@@ -177,10 +181,25 @@ def _unpack_tagged(tagged: Any) -> Any:
     return _UNPACK_LEAF[tag](*rest)
 
 
+def _unpack_set(items: list[Any]) -> set[Any]:
+    # Each of the items with one hash is compared with all of the others: a hostile set takes minutes.
+    if len(items) > _MOST_OF_ONE_HASH:
+        ((_, most),) = Counter(map(hash, items)).most_common(1)
+        if most > _MOST_OF_ONE_HASH:
+            raise ValueError(f"{most:,} items of a set collide")
+    return set(items)
+
+
 def _unpack_dataclass(name: str, fields: dict[str, Any]) -> Any:
     if name not in _by_tag:
         raise ValueError(f"no dataclass is registered as {name!r:.100}")
-    return _by_tag[name](**{key: unpack(item) for key, item in fields.items()})
+    return _by_tag[name](**{key: unpack(item) for key, item in _fields(fields)})
+
+
+def _fields(data: Any) -> Iterable[tuple[str, Any]]:
+    if type(data) is not dict:  # a stub, which isolates put among data, would take `items` for a call
+        raise ValueError("not an object")
+    return data.items()
 
 
 _UNPACK_LEAF: dict[Any, Callable[..., Any]] = {
@@ -191,5 +210,5 @@ _UNPACK_LEAF: dict[Any, Callable[..., Any]] = {
     "date": date.fromisoformat,
     "timedelta": timedelta,
     "decimal": Decimal,
-    "uuid": UUID,
+    "uuid": lambda text: UUID(str(text)),
 }
