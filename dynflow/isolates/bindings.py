@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,9 @@ _METHOD = re.compile(r"[A-Z]{1,20}")
 _URL = re.compile(r"https?://[\x21-\x7e]{1,8000}", re.IGNORECASE)
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,200}")  # RFC 9110, a token
 _HEADER_VALUE = re.compile(r"[\x20-\x7e\t]{0,8000}")
+
+# Names of methods may be a tenant's inventions, where what they are called of is another tenant's.
+_MOST_KEPT, _LONGEST_KEPT = 100, 200
 
 OUTBOUND = ""
 """The key of a worker's outbound among its bindings; no attribute of env has this name."""
@@ -45,7 +49,9 @@ class HostBinding(ABC):
         function = self.find(method)
         signature = self._signatures.get(method)
         if signature is None:  # kept: reading one costs as much as the rest of a call
-            signature = self._signatures[method] = inspect.signature(function)
+            signature = inspect.signature(function)
+            if len(self._signatures) < _MOST_KEPT and len(method) <= _LONGEST_KEPT:
+                self._signatures[method] = signature
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -71,10 +77,17 @@ class HostBinding(ABC):
         )
         if told or hasattr(error, "code") or type(error).__module__.partition(".")[0] == "pipelines":
             return Failure(failure.name, failure.message, failure.type, failure.args, "", failure.retry)
-        _log.error("%s.%s failed", self.name, method, exc_info=error)
+        # Errors may hold a tenant's words: they shall not look like lines of the log, or talk to a terminal.
+        trace = "".join(traceback.format_exception(error)).splitlines()
+        told_safely = "\n".join("  | " + _printable(line) for line in trace)
+        _log.error("%s.%s failed:\n%s", self.name, _printable(method[:100]), told_safely)
         return Failure(
             "PlatformError", f"the platform failed to perform {self.name}.{method}", "dynflow:PlatformError"
         )
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 class ObjectBinding(HostBinding):
@@ -98,8 +111,24 @@ class ObjectBinding(HostBinding):
         return found
 
     def given(self) -> Any:
-        """Return the object itself."""
-        return self._target
+        """Return the object itself, or what has only the methods that tenants reach: it may go on to others."""
+        return self._target if self._methods is None else LimitedObject(self._target, self._methods)
+
+
+class LimitedObject:
+    """An object of the host's of which tenants reach some methods only, on its way through another capability."""
+
+    def __init__(self, target: object, methods: frozenset[str]) -> None:
+        self._target, self._methods = target, methods
+
+    def __getattr__(self, method: str) -> Any:
+        if method not in self._methods:
+            raise AttributeError(method)
+        return getattr(self._target, method)
+
+    def binding(self) -> ObjectBinding:
+        """Return what performs the calls of a tenant who gets this."""
+        return ObjectBinding(type(self._target).__name__, self._target, self._methods)
 
 
 class EntrypointBinding(HostBinding):

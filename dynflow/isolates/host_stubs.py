@@ -8,7 +8,13 @@ from typing import Any
 
 from dynflow.errors import InvalidArgumentError
 from dynflow.isolates import BoundObject, Capability, EntrypointStub
-from dynflow.isolates.bindings import EntrypointBinding, HostBinding, ObjectBinding, WorkflowsBinding
+from dynflow.isolates.bindings import (
+    EntrypointBinding,
+    HostBinding,
+    LimitedObject,
+    ObjectBinding,
+    WorkflowsBinding,
+)
 from dynflow.isolates.proxies import INSTANCE_METHODS
 from dynflow.isolates.remotes import Kind, Remote, kind_of
 from dynflow.isolates.stubs import Kept, Stubs, WireLink
@@ -77,6 +83,8 @@ def own_kind(value: Any) -> tuple[Kind, HostBinding] | None:
         return "object", ObjectBinding(type(value).__name__, value)
     if isinstance(value, BoundObject):
         return "object", ObjectBinding(type(value.target).__name__, value.target, value.methods)
+    if isinstance(value, LimitedObject):
+        return "object", value.binding()
     if isinstance(value, EntrypointStub):
         return "object", EntrypointBinding("worker", value)
     if _is_handle(value):

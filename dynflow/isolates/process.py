@@ -16,9 +16,12 @@ from dynflow.isolates.pool import IsolateProcess
 from dynflow.isolates.tails import Tails
 from dynflow.isolates.watchdog import Watchdog
 from dynflow.isolates.wire import Call, CallFuture, OversizeError, Peer, ProtocolError, WireLimits
+from dynflow.serialization import MEBIBYTE
 
 # Frames a second from one isolate before its host reads it more slowly: parsing them costs the host 10 µs each.
 _FRAMES_PER_SECOND = 20_000
+# Bytes of answers that wait until the isolate reads them: what it asks for it has to take.
+_UNREAD = 128 * MEBIBYTE
 # How long cancelled code may take to finish, before its isolate is stopped (dynflow.isolates.EntrypointStub).
 CANCEL_GRACE = 1.0
 ENDED = "the step attempt or call that this comes from has ended"
@@ -197,6 +200,11 @@ class Isolate(asyncio.Protocol):
     def _write(self, data: bytes) -> None:
         if self._transport is None:
             return
+        waiting = self._transport.get_write_buffer_size()
+        if waiting > _UNREAD:
+            # Not here: whoever sends goes on to use the peer. Nothing more is kept until then.
+            self._loop.call_soon(self.fail, _unread_error(waiting))
+            return
         self.watchdog.sent()
         self._transport.write(data)
         if self.session is not None:
@@ -239,6 +247,11 @@ class Isolate(asyncio.Protocol):
     def _resume_reading(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
+
+
+def _unread_error(size: int) -> IsolateLimitError:
+    text = f"the isolate was stopped: it does not read what it asked for, of which {size:,} bytes wait"
+    return IsolateLimitError("unread", _UNREAD, text)
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

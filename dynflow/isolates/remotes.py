@@ -105,6 +105,8 @@ class RemoteStream(Remote):
         chunk = await self._link.ask("read", (size,), {})
         if type(chunk) is not bytes:
             raise InvalidArgumentError(f"a byte stream gave {type(chunk).__name__}")
+        if len(chunk) > size:
+            raise InvalidArgumentError("a byte stream gave more than it was asked for")
         return chunk
 
     def __aiter__(self) -> Self:

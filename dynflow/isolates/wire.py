@@ -35,6 +35,8 @@ from dynflow.workflow import PORT_GONE
 _MAX_ERROR_NAME, _MAX_ERROR_TEXT = 300, 16_000
 # Calls whose values are plain data: what they carry is stored.
 _PLAIN = frozenset({"load", "run", "callback", "step"})
+# Larger numbers can be made to have one hash, and then keep a dict busy.
+_END_OF_IDS = 1 << 53
 _MAX_LEVEL = 100  # of logging, whose highest is 50
 
 
@@ -194,6 +196,8 @@ class Peer:
         types = (type(number), type(target), type(method), type(args), type(kwargs))
         if types != (int, str, str, list, dict) or type(scope) not in (int, type(None)):
             raise ValueError("wrong types")
+        if not 0 < number < _END_OF_IDS:
+            raise ValueError("no call has such a number")
         if number in self.performing:
             raise ValueError(f"call {number} is running already")
         if len(self.performing) >= self.limits.outstanding:
