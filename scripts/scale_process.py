@@ -269,7 +269,7 @@ async def grow(path: Path) -> dict[str, float]:
         await (await blocked.binding("nothing").create()).status()
         await settled()
         binding = Recording(blocked, "nothing")
-        figures |= await several(3, binding, "create_per_second", bench_engine.creations, operations=1280)
+        figures |= await several(3, binding, "create_per_second", bench_engine.creations)
         figures.pop("create_per_second_cpu_ms")  # the callers' and the writer's: the rate says the same
         await binding.sweep()
     engine = EmbeddedEngine(path)
@@ -278,7 +278,9 @@ async def grow(path: Path) -> dict[str, float]:
     async with engine:
         await settled()
         three, many, waits = (Recording(engine, name) for name in ("Three", "Many", "Waits"))
-        figures |= await several(3, three, "runs_per_second", bench_engine.runs, operations=320)
+        figures |= await several(
+            3, three, "runs_per_second", bench_engine.runs, operations=5 * bench_engine.CALLERS
+        )
         figures |= await several(50, three, "alone_ms", bench_engine.run_alone)
         figures |= await several(5, many, "step_ms", bench_engine.step_alone, operations=100)
         figures |= await several(50, waits, "wake_ms", bench_engine.wake)
