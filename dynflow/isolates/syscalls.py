@@ -144,6 +144,8 @@ def load_seccomp_filter(program: bytes) -> None:
 
 LANDLOCK_READ_FILE = 1 << 2
 LANDLOCK_READ_DIR = 1 << 3
+# Read and write files, list, make and remove files and folders, truncate (ABI 3).
+_LANDLOCK_WRITE = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 14
 # All rights that each ABI version knows: an unknown bit is refused by the kernel.
 _LANDLOCK_FS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 _LANDLOCK_NET = 0b11  # bind and connect of TCP, ABI 4
@@ -158,8 +160,10 @@ def landlock_abi() -> int:
     return max(0, int(version))
 
 
-def landlock(readable: Iterable[str]) -> int:
+def landlock(readable: Iterable[str], writable: Iterable[str] = ()) -> int:
     """Forbid this process all of the file system but reading below `readable`, TCP, and signals to outside.
+
+    Below `writable` it may also write, make and remove files and folders.
 
     Needs no_new_privs. Returns the ABI version that was used; 0 means that nothing was done.
     """
@@ -178,17 +182,19 @@ def landlock(readable: Iterable[str]) -> int:
     )
     try:
         for path in readable:
-            _allow_reading(ruleset, path)
+            _allow_below(ruleset, path, LANDLOCK_READ_FILE | LANDLOCK_READ_DIR)
+        for path in writable:
+            _allow_below(ruleset, path, _LANDLOCK_WRITE & _LANDLOCK_FS[min(abi, 5)])
         _landlock_call(_SYS_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
     finally:
         os.close(ruleset)
     return abi
 
 
-def _allow_reading(ruleset: int, path: str) -> None:
+def _allow_below(ruleset: int, path: str, rights: int) -> None:
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        rule = struct.pack("=Qi", LANDLOCK_READ_FILE | LANDLOCK_READ_DIR, fd)
+        rule = struct.pack("=Qi", rights, fd)
         _landlock_call(
             _SYS_LANDLOCK_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0)
         )
