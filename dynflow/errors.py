@@ -224,6 +224,61 @@ class OutboundRefusedError(DynflowError):
     code = "outbound_refused"
 
 
+# --- facets --------------------------------------------------------------------------------------
+
+
+class FacetError(DynflowError):
+    """Base of what can go wrong with a tenant's database."""
+
+    code = "facet"
+
+
+class FacetRefusedError(FacetError):
+    """SQL that is not run in facets, whatever it is good for elsewhere; the message says what. The tenant's matter."""
+
+    code = "facet_refused"
+
+
+class FacetLimitError(FacetError):
+    """A call ran into a limit and has changed nothing. The tenant's matter.
+
+    (With `time`, a call that was just being committed may have happened.)
+
+    `limit` is the name of the limit in `FacetLimits`, `value` what was allowed.
+    """
+
+    code = "facet_limit"
+
+    def __init__(self, limit: str, value: object = None) -> None:
+        super().__init__(limit, value)
+        self.limit, self.value = limit, value
+
+    def __str__(self) -> str:
+        return f"the call was stopped at the limit {self.limit!r} of its database: {self.value}"
+
+
+class FacetSqlError(FacetError):
+    """SQLite does not run the statement: a syntax error, a constraint. The tenant's matter.
+
+    `message` is SQLite's, `name` its name of the error, such as `SQLITE_CONSTRAINT_UNIQUE`.
+    """
+
+    code = "facet_sql"
+
+    def __init__(self, message: str, name: str = "SQLITE_ERROR") -> None:
+        super().__init__(message, name)
+        self.message, self.name = message, name
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.name})"
+
+
+class FacetUnavailableError(FacetError):
+    """The database is damaged, or its host cannot reach it. The platform's matter."""
+
+    code = "facet_unavailable"
+
+
 # --- between segment and engine ------------------------------------------------------------------
 
 
