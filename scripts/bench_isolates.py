@@ -184,12 +184,12 @@ async def in_a_row(way: Way, rounds: int) -> list[float]:
     return times
 
 
-async def in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+async def in_turns(ways: dict[str, Way], rounds: int, pause: float = 0.02) -> dict[str, list[float]]:
     """Return milliseconds of `rounds` calls of each way. The pause lets pools refill: single requests, no flood."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name, way in ways.items():
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(pause)
             started = time.perf_counter_ns()
             await way(number)
             times[name].append((time.perf_counter_ns() - started) / 1e6)
@@ -289,22 +289,26 @@ async def memory(count: int, source: str) -> tuple[float, float]:
     return statistics.median(uss), resident
 
 
-async def tenants(count: int, calls: int) -> tuple[float, float]:
-    """Register `count` tenants and call some at random: return the median in ms, and how much this process grew."""
-    async with ProcessLoader(ready=0, warm=0) as loader:
+async def tenants(count: int, calls: int) -> tuple[float, float, float]:
+    """Register `count` tenants; call some at random, and some of a hundred others, in turns.
+
+    Returns both medians in milliseconds, and by how many MB this process grew.
+    """
+    async with ProcessLoader(ready=0, warm=0) as many, ProcessLoader(ready=0, warm=0) as few:
         for n in range(100):
-            await fetch(loader, f"first{n}")
+            await fetch(few, f"t{n}")
+            await fetch(many, f"first{n}")
         before = resident_mb()
         for n in range(count):
-            loader.get(f"t{n}", code)
+            many.get(f"t{n}", code)
         chosen = random.Random(1)
-        times = []
-        for _ in range(calls):
-            name = f"t{chosen.randrange(count)}"
-            started = time.perf_counter_ns()
-            await fetch(loader, name)
-            times.append((time.perf_counter_ns() - started) / 1e6)
-        return statistics.median(times), resident_mb() - before
+        ways: dict[str, Way] = {
+            "few": lambda _: fetch(few, f"t{chosen.randrange(100)}"),
+            "many": lambda _: fetch(many, f"t{chosen.randrange(count)}"),
+        }
+        times = await in_turns(ways, calls, pause=0)
+        grown = resident_mb() - before
+    return statistics.median(times["few"]), statistics.median(times["many"]), grown
 
 
 async def figures(many: int, calls: int) -> None:
@@ -323,8 +327,7 @@ async def figures(many: int, calls: int) -> None:
     )
     print(f"  hundred lines, medians of 100; their zygote has {zygote:.0f} MB")
     say("tenants")
-    few, _ = await tenants(100, calls)
-    median, grown = await tenants(many, calls)
+    few, median, grown = await tenants(many, calls)
     print(
         f"- {many:,} tenants, {calls:,} cold calls at random: median {median:.2f} ms ({few:.2f} ms with 100"
     )

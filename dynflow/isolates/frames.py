@@ -12,6 +12,7 @@ from dynflow.errors import ValueTooLargeError
 _HEADER = struct.Struct(">I")
 # A parsed list or object takes 64 bytes and more where the JSON took three: this bounds what 8 MiB can become.
 _MAX_ITEMS = 500_000
+_ITEM = 60  # bytes of one of them, about
 # Looked for before a frame is looked through. Written otherwise it is an unknown tag, and refused.
 _STUB = b'["stub"'
 
@@ -68,6 +69,8 @@ class FrameReader:
         self.limit = limit
         self.has_stubs = False
         """Whether the frame that was yielded last may hold stubs."""
+        self.weight = 0
+        """Bytes of memory that the values of that frame may take here."""
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[list[Any]]:
@@ -85,5 +88,6 @@ class FrameReader:
             body = bytes(buffer[start + _HEADER.size : end])
             start = end
             self.has_stubs = _STUB in body
+            self.weight = size + _ITEM * (body.count(b",") + body.count(b"[") + body.count(b"{"))
             yield decode_frame(body)
         del buffer[:start]

@@ -20,6 +20,8 @@ from dynflow.serialization import MEBIBYTE
 
 # Frames a second from one isolate before its host reads it more slowly: parsing them costs the host 10 µs each.
 _FRAMES_PER_SECOND = 20_000
+# Seconds of its host's time that one isolate gets in each, for reading what it sends.
+_SHARE = 0.25
 # Bytes of answers that wait until the isolate reads them: what it asks for it has to take.
 _UNREAD = 128 * MEBIBYTE
 # How long cancelled code may take to finish, before its isolate is stopped (dynflow.isolates.EntrypointStub).
@@ -62,7 +64,7 @@ class Isolate(asyncio.Protocol):
         self._outputs = 0
         self._tails: Tails | None = None
         self.id = f"{os.getpid()}-{next(_numbers)}"
-        self._frames_since = (self._loop.time(), 0)
+        self._second = (self._loop.time(), 0, 0.0)
 
     @staticmethod
     async def start(process: IsolateProcess, on_output: OnOutput) -> Isolate:
@@ -153,6 +155,7 @@ class Isolate(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Act on what the guest sent."""
         heard = self.peer.seen - self._outputs
+        started = self._loop.time()
         try:
             self.peer.feed(data)
         except OversizeError as error:
@@ -164,7 +167,7 @@ class Isolate(asyncio.Protocol):
         else:
             if not self.watchdog.waits and self.peer.seen - self._outputs > heard:
                 self.watchdog.heard()
-            self._slow_down()
+            self._slow_down(started)
 
     def eof_received(self) -> bool:
         """Find out why the guest has gone."""
@@ -198,7 +201,7 @@ class Isolate(asyncio.Protocol):
     # --- the wire ---
 
     def _write(self, data: bytes) -> None:
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
             return
         waiting = self._transport.get_write_buffer_size()
         if waiting > _UNREAD:
@@ -235,14 +238,18 @@ class Isolate(asyncio.Protocol):
         if self._tails is not None and self.session is not None:
             self._tails.tell(self.session.caller.worker_id, self.id, level, source, text)
 
-    def _slow_down(self) -> None:
-        since, count = self._frames_since
+    def _slow_down(self, started: float) -> None:
+        """Read no more for a while where this isolate has sent too much, or taken too much of the host's time."""
         now = self._loop.time()
+        since, frames, spent = self._second
         if now - since >= 1:
-            self._frames_since = (now, self.peer.seen)
-        elif self.peer.seen - count > _FRAMES_PER_SECOND and self._transport is not None:
-            self._transport.pause_reading()
-            self._loop.call_later(1 - (now - since), self._resume_reading)
+            since, frames, spent = started, self.peer.seen - 1, 0.0
+        spent += now - started
+        self._second = (since, frames, spent)
+        if self._transport is None or (spent < _SHARE and self.peer.seen - frames <= _FRAMES_PER_SECOND):
+            return
+        self._transport.pause_reading()
+        self._loop.call_later(max(1 - (now - since), (now - started) / _SHARE), self._resume_reading)
 
     def _resume_reading(self) -> None:
         if self._transport is not None and not self._transport.is_closing():

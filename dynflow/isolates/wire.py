@@ -33,6 +33,8 @@ from dynflow.serialization import MEBIBYTE, pack, unpack
 from dynflow.workflow import PORT_GONE
 
 _MAX_ERROR_NAME, _MAX_ERROR_TEXT = 300, 16_000
+# Bytes that the arguments of unanswered calls may take here, together.
+_MOST_HELD = 128 * MEBIBYTE
 # Calls whose values are plain data: what they carry is stored.
 _PLAIN = frozenset({"load", "run", "callback", "step"})
 # Larger numbers can be made to have one hash, and then keep a dict busy.
@@ -91,6 +93,7 @@ class Peer:
         self._next_id = 0
         self._calls: dict[int, CallFuture] = {}
         self.performing: dict[int, asyncio.Task[None]] = {}
+        self._held = 0
         self.stubs: Stubs | None = None
         """What goes by reference; None where nothing may."""
         self.stub_numbers = itertools.count(1)
@@ -219,8 +222,13 @@ class Peer:
             self._send(self._settled(number, result, target))
             return
         task = asyncio.get_running_loop().create_task(self._answer(number, result, target))
+        weight = self._reader.weight
+        self._held += weight
         self.performing[number] = task
-        task.add_done_callback(functools.partial(self._performed, number, result))
+        task.add_done_callback(functools.partial(self._performed, number, result, weight))
+        if self._held > _MOST_HELD:
+            text = f"the arguments of calls that wait for an answer take more than {_MOST_HELD:,} bytes"
+            raise IsolateLimitError("outstanding", self.limits.outstanding, text)
 
     def _settled(self, number: int, result: asyncio.Future[Any], target: str) -> bytes:
         try:
@@ -238,7 +246,8 @@ class Peer:
             data = _error_frame(number, error)
         self._send(data)
 
-    def _performed(self, number: int, result: Awaitable[Any], task: asyncio.Task[None]) -> None:
+    def _performed(self, number: int, result: Awaitable[Any], weight: int, task: asyncio.Task[None]) -> None:
+        self._held -= weight
         self.performing.pop(number, None)
         if not task.cancelled():
             return

@@ -387,3 +387,56 @@ async def test_what_is_printed_cannot_forge_lines_of_a_log(
     await loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint().say()
     lines = [record.getMessage() for record in caplog.records if record.name == "dynflow.output"]
     assert lines == ["w: one", "w: \ufffd[2Jtwo", "w: three"]
+
+
+RAW = """
+import json, os
+from dynflow.isolates.guest_steps import current_scope
+def send(kind, *items):
+    data = json.dumps([kind, *items], separators=(",", ":")).encode()
+    message = memoryview(len(data).to_bytes(4, "big") + data)
+    while message:
+        message = message[os.write(3, message):]
+"""
+
+
+async def test_arguments_of_calls_that_wait_do_not_pile_up(loader: ProcessLoader) -> None:
+    class Never(Capability):
+        async def wait(self, value: str) -> None:
+            await asyncio.Event().wait()
+
+    source = f"""{RAW}
+async def fetch(request, env):
+    for number in range(100, 300):
+        send("call", number, "env:NEVER", "wait", ["x" * 4_000_000], {{}}, current_scope.get())
+"""
+    code = WorkerCode("index.py", {"index.py": source}, env={"NEVER": Never()})
+    with pytest.raises(IsolateLimitError, match="take more than 134,217,728 bytes") as caught:
+        await loader.load(code).get_entrypoint().fetch()
+    assert caught.value.limit == "outstanding"
+
+
+async def test_one_isolate_does_not_take_all_of_the_hosts_time(loader: ProcessLoader) -> None:
+    class Ignores(Capability):
+        async def take(self, value: object) -> None:
+            pass
+
+    source = f"""{RAW}
+import time
+async def fetch(request, env):
+    lists = [[] for _ in range(150_000)]
+    end = time.monotonic() + 2
+    number = 100
+    while time.monotonic() < end:
+        send("call", number, "env:IGNORES", "take", [lists], {{}}, current_scope.get())
+        number += 1
+    return number - 100
+"""
+    code = WorkerCode("index.py", {"index.py": source}, env={"IGNORES": Ignores()})
+    busy_before, started = time.thread_time(), time.monotonic()
+    flood = asyncio.ensure_future(loader.load(code).get_entrypoint().call("fetch"))
+    with contextlib.suppress(IsolateCrashedError):  # its program ends at answers to calls that it did not make
+        async with asyncio.timeout(30):
+            await flood
+    share = (time.thread_time() - busy_before) / (time.monotonic() - started)
+    assert share < 0.6  # of this thread's time; without the brake it is nearly all of it
