@@ -139,7 +139,8 @@ class Facets:
             request["check"] = (digest, name) not in self._whole
             answer = await self._ask(request)
             if "ok" in answer:
-                self._remember(digest, name)
+                if do == "run":
+                    self._remember(digest, name)
                 return answer["ok"]
             self._whole.pop((digest, name), None)
             kind, *details = answer["error"]

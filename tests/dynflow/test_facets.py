@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import hashlib
 import logging
@@ -12,7 +13,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ from dynflow.errors import (
 from dynflow.facets import FacetLimits, Facets, TenantFacets
 from dynflow.isolates import ProcessLoader, WorkerCode
 from dynflow.isolates.syscalls import landlock_abi
+from tests.dynflow.disks import Disk, memory_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,6 +167,12 @@ async def test_files_are_the_owners_alone_and_nothing_is_left_beside_them(
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o700}
 
 
+LOOKS_INTO_PROCESSES = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root looks into an undumpable process"
+)
+
+
+@LOOKS_INTO_PROCESSES
 async def test_an_idle_database_is_a_file_and_nothing_else(facets: Facets) -> None:
     for number in range(50):
         await facets.of(f"t-{number}").execute("CREATE TABLE t (v)")
@@ -721,6 +729,37 @@ async def test_a_damaged_file_is_refused_by_name_and_not_touched(
         assert await db.query("SELECT 1 AS one", name="another") == [{"one": 1}]
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    yield from memory_disk(tmp_path / "disk")
+
+
+async def test_a_full_disk_is_the_hosts_matter_and_harms_nothing(disk: Disk) -> None:
+    async with Facets(disk.folder / "facets") as facets:
+        db = facets.of("t-1")
+        await db.batch(["CREATE TABLE t (v)", "INSERT INTO t VALUES (1)"])
+        disk.fill()
+        with pytest.raises(FacetUnavailableError, match="the disk is full"):
+            await db.batch(["INSERT INTO t VALUES (2)", ("INSERT INTO t VALUES (?)", [b"x" * 100_000])])
+        with pytest.raises(FacetUnavailableError):
+            await facets.of("t-2").execute("CREATE TABLE t (v)")
+        disk.empty()
+        assert await db.query("SELECT v FROM t") == [{"v": 1}]
+        await db.execute("INSERT INTO t VALUES (2)")
+        await facets.of("t-2").execute("CREATE TABLE t (v)")
+
+
+async def test_a_disk_that_cannot_be_written_is_the_hosts_matter(disk: Disk) -> None:
+    async with Facets(disk.folder / "facets") as facets:
+        db = facets.of("t-1")
+        await db.batch(["CREATE TABLE t (v)", "INSERT INTO t VALUES (1)"])
+        disk.remount("ro")
+        with pytest.raises(FacetUnavailableError, match="out of reach"):
+            await db.execute("INSERT INTO t VALUES (2)")
+        disk.remount("rw")
+        assert await db.query("SELECT v FROM t") == [{"v": 1}]
+
+
 async def test_a_folder_that_cannot_be_made_is_the_hosts_matter(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FacetUnavailableError, match="cannot make the folder"):
@@ -773,12 +812,13 @@ for attempt in (lambda: (folder / "secret").read_text(), lambda: (folder / "new"
     assert done.stdout.split() == (["refused"] * 2 if is_confined else ["done"] * 2)
 
 
+@LOOKS_INTO_PROCESSES
 async def test_the_process_that_runs_sql_has_no_environment_and_is_given_no_descriptor(
     facets: Facets,
 ) -> None:
     await facets.of("t-1").query("SELECT 1")
     process = psutil.Process(facets._idle[0].pid)
-    assert process.environ() == {} or os.geteuid() != 0  # an undumpable process hides it
+    assert process.environ() == {}
     assert process.num_fds() == 3
 
 
@@ -859,3 +899,9 @@ async def test_an_isolate_reaches_the_six_methods_and_nothing_else(facets: Facet
 async def test_the_surface_of_the_binding_is_what_the_documentation_says() -> None:
     public = {name for name in vars(TenantFacets) if not name.startswith("_")}
     assert public == {"execute", "query", "batch", "clone", "delete", "databases"}
+
+
+def test_the_limits_in_the_documentation_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "facets.md").read_text().split("## Limits")[1]
+    documented = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert documented == [each.name for each in dataclasses.fields(FacetLimits)]
