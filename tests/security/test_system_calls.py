@@ -69,6 +69,7 @@ async def test_numbers_of_the_x32_table_kill(confined: ProcessLoader, number: in
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86_64 has three tables of system calls")
 async def test_the_door_for_32_bit_programs_kills(confined: ProcessLoader) -> None:
-    with pytest.raises(IsolateCrashedError, match="SIGSYS"):
-        assert await tenant(confined, PROBER).call("int80") != "open"
+    if await tenant(confined, PROBER).call("gadget") is None:
         pytest.skip("this C library has no such instruction in it")
+    with pytest.raises(IsolateCrashedError, match="SIGSYS"):
+        await tenant(confined, PROBER).call("int80")
