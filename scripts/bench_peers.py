@@ -232,7 +232,11 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
         for name, found in figures.items()
         if "missing" in found
     ]
-    return "\n".join([markdown(header, rows), "", *notes])
+    load = max(found["load_before"] for found in figures.values())
+    quiet = (
+        f"Load of the machine when the run began: {load:.1f}; above 0.5, others had a part in these figures."
+    )
+    return "\n".join([markdown(header, rows), "", *notes, "", quiet])
 
 
 # A quotient of these says nothing: they are close to zero, or of one side only.
@@ -248,11 +252,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the peers' environments are")
     given = parser.parse_args()
-    figures = {}
+    figures, load = {}, os.getloadavg()[0]
     for name in given.only:
         say(name)
         with tempfile.TemporaryDirectory(prefix="dynflow-peers-") as folder:
-            figures[name] = measure(CANDIDATES[name], given.cache, Path(folder))
+            figures[name] = measure(CANDIDATES[name], given.cache, Path(folder)) | {"load_before": load}
         say(f"  {json.dumps(figures[name])}")
     if given.json is not None:
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
