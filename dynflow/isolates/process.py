@@ -229,7 +229,7 @@ class Isolate(asyncio.Protocol):
 
     def _output(self, text: str, level: int, source: str) -> None:
         self._outputs += 1
-        self.watchdog.printed(len(text))
+        self.watchdog.printed(len(text) + len(source))
         self._on_output(self.session.caller if self.session is not None else Caller(""), text)
         self.tell(level, source, text)
 
