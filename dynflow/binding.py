@@ -35,6 +35,10 @@ def tenant_of(metadata: Any, key: TenantKey) -> str:
             raise InvalidArgumentError(
                 f"{key!r} of the metadata {metadata!r:.200} is empty: it names the tenant"
             )
+        if _SURROGATE.search(str(found)):
+            raise InvalidArgumentError(
+                f"the tenant {str(found)!a:.200} cannot be stored: it is no valid text"
+            )
         return str(found)
     return hashlib.sha256(encode(metadata)).hexdigest()[:32]
 

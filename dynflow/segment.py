@@ -239,6 +239,9 @@ class Segment:
             return
         except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
             answer, how = error, future.set_exception
+        except asyncio.CancelledError:  # it will not be answered: nothing else may be left that looks
+            self._live.look_later()
+            raise
         finally:
             self._live.over(future.task)
         loop = future.get_loop()

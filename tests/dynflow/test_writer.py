@@ -300,3 +300,29 @@ async def test_the_file_is_its_owners_alone(writer: Writer, tmp_path: Path) -> N
     await writer.submit(insert(1))
     modes = [(tmp_path / f"flow.db{end}").stat().st_mode & 0o777 for end in ("", "-wal", "-shm", ".lock")]
     assert modes == [0o600] * 4
+
+
+async def test_an_operation_that_raises_after_it_changed_something_is_undone_alone(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "flow.db", "FULL", asyncio.get_running_loop())
+
+    def half(db: Any) -> None:
+        db.execute("INSERT INTO code VALUES ('half', x'00')")
+        db.leases.grant(1, 0, 0)
+        raise KeyError("half")
+
+    def whole(name: str) -> Any:
+        return lambda db: db.execute("INSERT INTO code VALUES (?, x'00')", (name,)).rowcount
+
+    futures = [writer.submit(whole("before")), writer.submit(half), writer.submit(whole("after"))]
+    done = await asyncio.gather(*futures, return_exceptions=True)
+    assert done[0] == done[2] == 1
+    assert isinstance(done[1], KeyError)
+    stored, lease = await writer.submit(
+        lambda db: (
+            [row[0] for row in db.execute("SELECT digest FROM code ORDER BY digest")],
+            db.leases.of(1),
+        )
+    )
+    assert stored == ["after", "before"]
+    assert lease is None
+    await writer.close()

@@ -13,7 +13,7 @@ from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.fair_queue import Lane
 from dynflow.engines.embedded.history import Happened, keep_counters, log, log_last, queued, recount
 from dynflow.engines.embedded.leases import Lease
-from dynflow.engines.embedded.rows import load_steps
+from dynflow.engines.embedded.rows import InstanceRow, load_steps
 from dynflow.errors import WorkflowInternalError
 from dynflow.serialization import encode
 
@@ -39,6 +39,7 @@ class Claim(NamedTuple):
 class Created(NamedTuple):
     """An instance that was just created; `claim` where it runs at once."""
 
+    ref: InstanceRef
     happened: Happened
     claim: Claim | None
 
@@ -50,7 +51,6 @@ def create(
 
     Where nobody is queued, the first `slots` of them are claimed at once.
     """
-    db.queue = db.queue.fresh(db)
     if not db.queue.is_empty:
         slots = 0
     created: list[Created | None] = []
@@ -67,7 +67,7 @@ def _create_one(
     is_small = item.schedule is None and len(item.params) <= _SMALL
     retention = None if item.retention is None else encode(dict(item.retention))
     status, rank, started_at = (
-        ("running", None, now) if is_claimed else ("queued", db.queue.rank_new(workflow, tenant), None)
+        ("running", None, now) if is_claimed else ("queued", db.queue.rank_new(tenant), None)
     )
     added = db.execute(
         "INSERT OR IGNORE INTO instances (key, workflow, id, tenant, status, rank, events, created_at, started_at,"
@@ -82,18 +82,14 @@ def _create_one(
     db.last_key = key
     if not is_small:
         db.execute("INSERT INTO inputs VALUES (?, ?, ?)", (key, item.params, item.schedule))
-    if not is_claimed:
-        return Created(queued(now), None)
+    ref = InstanceRef(workflow, item.id, tenant)
+    if rank is not None:
+        db.queue.put_new(Lane(rank, workflow, tenant))
+        return Created(ref, queued(now), None)
     lease = db.leases.grant(key, 1, 0)
-    happened, ref = log(db, key, now, _STARTED), InstanceRef(workflow, item.id, tenant)
-    return Created(queued(now), Claim(lease, ref, now, None, item.params, item.schedule, [], happened))
-
-
-def give_back(db: Connection, claimed: Sequence[Claim]) -> None:
-    """Queue instances that were claimed and that nobody has started."""
-    for claim in claimed:
-        if not claim.lease.is_lost:
-            requeue(db, claim.lease.key)
+    happened = log(db, key, now, _STARTED)
+    claim = Claim(lease, ref, now, None, item.params, item.schedule, [], happened)
+    return Created(ref, queued(now), claim)
 
 
 def recover(db: Connection, now: int) -> list[tuple[InstanceRef, Happened]]:
@@ -137,6 +133,13 @@ def requeue(db: Connection, key: int) -> None:
     db.queue.put(Lane(rank, workflow, tenant))
 
 
+def queue_as_new(db: Connection, row: InstanceRow) -> None:
+    """Give an instance that is queued the place of a new one."""
+    rank = db.queue.rank_new(row.tenant)
+    db.execute("UPDATE instances SET rank = ? WHERE key = ?", (rank, row.key))
+    db.queue.put_new(Lane(rank, row.workflow, row.tenant))
+
+
 @dataclass(slots=True)
 class Room:
     """What may be claimed: slots in all, slots of each workflow, and of each tenant where `per_tenant` says so."""
@@ -160,7 +163,6 @@ class Room:
 
 def claim(db: Connection, room: Room, now: int) -> list[Claim]:
     """Take queued instances in the order of their ranks, as many as there is room for."""
-    db.queue = db.queue.fresh(db)
     claimed: list[Claim] = []
     full: list[Lane] = []
     while room.slots and (lane := db.queue.first({name for name, slots in room.workflows.items() if slots})):

@@ -24,6 +24,12 @@ class Connection(sqlite3.Connection):
     def begin(self) -> None:
         """Start a transaction."""
         self.execute("BEGIN IMMEDIATE")
+        if self.queue.is_stale:
+            self.queue = FairQueue(self)
+
+    def changes(self) -> tuple[int, int]:
+        """Return what is another value once an operation has changed something, in the file or in memory."""
+        return self.total_changes, self.leases.changes
 
     def end(self) -> None:
         """Commit; what is in memory stays."""

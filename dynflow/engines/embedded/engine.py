@@ -24,12 +24,14 @@ from dynflow.engines import (
 )
 from dynflow.engines.embedded import claims, history, instances, rows, steps
 from dynflow.engines.embedded.database import Synchronous
+from dynflow.engines.embedded.env import Env
 from dynflow.engines.embedded.history import Happened
 from dynflow.engines.embedded.rows import InstanceRow
 from dynflow.engines.embedded.scheduler import Registered, Scheduler
 from dynflow.engines.embedded.storage import Storage
 from dynflow.engines.embedded.telling import Telling
 from dynflow.engines.embedded.view import end_of, history_events, instance_status, result_of
+from dynflow.engines.embedded.whole import Calls, whole
 from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.instance import FINISHED, check_workflow_name, may
 from dynflow.router import DynamicWorkflowBinding
@@ -73,7 +75,7 @@ class EmbeddedEngine(Engine):
         self._tenant_key = tenant_key
         self._keep = parse_duration(retention)
         self._storage = Storage(Path(path), synchronous)
-        self._telling = Telling()
+        self._telling, self.calls = Telling(), Calls()
         self._scheduler = Scheduler(
             self._storage,
             self._telling,
@@ -160,40 +162,45 @@ class EmbeddedEngine(Engine):
             finally:
                 self._telling.close()
                 await writer.close()
+                await self.calls.ended()
 
     # --- Engine ---
 
     async def create(self, workflow: str, tenant: str, items: Sequence[NewInstance]) -> list[bool]:
         """Queue instances; False in the place of each whose id exists."""
         now, slots = self.clock.now_us(), self._scheduler.reserve(workflow, len(items))
-        created: list[claims.Created | None] = []
+        done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
 
-        def write(db: Any) -> None:
-            created[:] = claims.create(db, workflow, tenant, items, now, slots=slots)
+        def written(future: asyncio.Future[list[claims.Created | None]]) -> None:
+            # Called whatever becomes of the caller: what was claimed has to be started.
+            error = future.exception()
+            if error is None:
+                self._created([made for made in future.result() if made is not None])
+            self._scheduler.release(slots)
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result([made is not None for made in future.result()])
+            else:
+                done.set_exception(error)
 
         try:
-            await self._storage.submit(write)
-            for item, made in zip(items, created, strict=True):
-                if made is not None:
-                    self._telling.tell(InstanceRef(workflow, item.id, tenant), (made.happened,))
-                    if made.claim is not None:
-                        self._scheduler.start_now(made.claim)
-        except asyncio.CancelledError:
-            self._give_back(created)
-            raise
-        finally:
-            self._scheduler.release(slots)
-        if any(made is not None and made.claim is None for made in created):
-            self._scheduler.pump()
-        return [made is not None for made in created]
-
-    def _give_back(self, created: list[claims.Created | None]) -> None:
-        """Queue what a cancelled `create` may be claiming right now: nobody is there any more to start it."""
-        if self._storage.is_open:
-            queued = self._storage.submit(
-                lambda db: claims.give_back(db, [made.claim for made in created if made and made.claim])
+            write = self._storage.submit(
+                lambda db: claims.create(db, workflow, tenant, items, now, slots=slots)
             )
-            queued.add_done_callback(lambda _: self._scheduler.pump())
+        except BaseException:
+            self._scheduler.release(slots)
+            raise
+        write.add_done_callback(written)
+        return await done
+
+    def _created(self, created: Sequence[claims.Created]) -> None:
+        for made in created:
+            self._telling.tell(made.ref, (made.happened,))
+            if made.claim is not None:
+                self._scheduler.start_now(made.claim)
+        if any(made.claim is None for made in created):
+            self._scheduler.pump()
 
     async def find(self, ref: InstanceRef) -> InstanceRef:
         """Return the reference with its tenant."""
@@ -209,6 +216,7 @@ class EmbeddedEngine(Engine):
         row, step_rows, attempts = await self._storage.submit(read)
         return instance_status(row, rows.step_records(step_rows), attempts)
 
+    @whole
     async def control(
         self, ref: InstanceRef, move: Literal["pause", "resume", "terminate"], *, rollback: bool = False
     ) -> None:
@@ -276,6 +284,7 @@ class EmbeddedEngine(Engine):
             await self._scheduler.abort(row.key)
             self._scheduler.pump()
 
+    @whole
     async def restart(self, ref: InstanceRef, from_step: StepKey | None) -> None:
         """Start again, keeping what was started before `from_step`."""
         now = self.clock.now_us()
@@ -289,6 +298,7 @@ class EmbeddedEngine(Engine):
         await self._scheduler.abort(row.key)
         self._scheduler.pump()
 
+    @whole
     async def send_event(self, ref: InstanceRef, event_type: str, payload: bytes) -> None:
         """Deliver or buffer an event."""
         now = self.clock.now_us()
@@ -309,6 +319,7 @@ class EmbeddedEngine(Engine):
             self._telling.tell(row.ref, [happened])
             self._scheduler.pump()
 
+    @whole
     async def delete(self, refs: Sequence[InstanceRef]) -> list[bool]:
         """Delete instances with all they have."""
 
@@ -316,10 +327,10 @@ class EmbeddedEngine(Engine):
             return [_delete(db, ref) for ref in refs]
 
         deleted = await self._storage.submit(write)
-        for row in deleted:
-            if row is not None:
-                self._telling.ended(row.ref, None)
-                await self._scheduler.abort(row.key)
+        gone = [row for row in deleted if row is not None]
+        for row in gone:
+            self._telling.ended(row.ref, None)
+        await asyncio.gather(*(self._scheduler.abort(row.key) for row in gone))
         return [row is not None for row in deleted]
 
     async def history(self, ref: InstanceRef, cursor: int) -> AsyncGenerator[HistoryEvent, None]:
@@ -365,16 +376,6 @@ class EmbeddedEngine(Engine):
 
     async def _full(self, ref: InstanceRef) -> InstanceRef:
         return await self.find(ref) if ref.tenant is None else ref
-
-
-class Env(dict[str, Any]):
-    """A dict whose items are attributes too: `env.WORKFLOWS` and `env["WORKFLOWS"]`."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"env has no binding {name!r}; it has {sorted(self)}") from None
 
 
 def _at_least_one(given: object, what: str) -> int:

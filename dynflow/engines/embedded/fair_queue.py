@@ -54,16 +54,14 @@ class FairQueue:
         self._woken = max((woken - _WOKEN_RANK for *_, woken, _ in lanes if woken is not None), default=0)
         self._virtual = min((new for *_, new in lanes if new is not None), default=0)
 
-    def fresh(self, db: sqlite3.Connection) -> FairQueue:
-        """Return the queue as the file has it: itself, but after a transaction was rolled back."""
-        return FairQueue(db) if self.is_stale else self
+    def rank_new(self, tenant: str) -> int:
+        """Return the rank of a new instance, to be `put_new` once it is stored."""
+        return max(self._last.get(tenant, -1) + 1, self._virtual)
 
-    def rank_new(self, workflow: str, tenant: str) -> int:
-        """Return the rank of a new instance."""
-        rank = max(self._last.get(tenant, -1) + 1, self._virtual)
-        self._last[tenant] = rank
-        self.put(Lane(rank, workflow, tenant))
-        return rank
+    def put_new(self, lane: Lane) -> None:
+        """Note that a lane has a new instance, of the rank from `rank_new`."""
+        self._last[lane.tenant] = lane.rank
+        self.put(lane)
 
     def rank_woken(self) -> int:
         """Return the rank of an instance that goes on, to be `put`: before all new ones, first come first served."""

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from dynflow.engines import StepRecord, shown_name
 from dynflow.engines.embedded.connection import Connection
-from dynflow.engines.embedded.rows import MASK, STEP_COLUMNS, row_of, rows_of, step_record
+from dynflow.engines.embedded.rows import MASK, row_of, rows_of
 from dynflow.errors import LeaseLostError, WorkflowInternalError
 from dynflow.failure import Failure
+from dynflow.serialization import decode
 
 # Numbers above this are for the end of an instance alone: it must always be possible to end one.
 _LAST_NUMBER = MASK - 64
@@ -208,12 +209,30 @@ def queued(created_at: int) -> Happened:
 
 def _of_steps(db: Connection, key: int, cursor: int, first: int) -> Iterator[Happened]:
     rows = db.execute(
-        f"SELECT {STEP_COLUMNS}, started_event, ended_event FROM steps WHERE step BETWEEN ? AND ?"  # noqa: S608 - constants
+        "SELECT kind, name, count, state, attempt, started_at, attempt_at, ended_at, event_type, failure,"
+        " started_event, ended_event FROM steps WHERE step BETWEEN ? AND ?"
         " AND (started_event > ? OR ended_event > ?)",
         (*rows_of(key, first), cursor, cursor),
     )
-    for *columns, started, ended in rows:
-        record = step_record(tuple(columns))
+    for (
+        kind,
+        name,
+        number,
+        state,
+        attempt,
+        started_at,
+        attempt_at,
+        ended_at,
+        event_type,
+        failure,
+        *events,
+    ) in rows:
+        record = StepRecord(
+            kind, name, number, 0, state, attempt,
+            started_at=started_at, attempt_at=attempt_at, ended_at=ended_at, event_type=event_type,
+            failure=None if failure is None else decode(failure),
+        )  # fmt: skip
+        started, ended = events
         if started is not None and started > cursor:
             yield first_started(record, started)
         if ended is not None and ended > cursor:

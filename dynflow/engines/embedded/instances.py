@@ -17,7 +17,7 @@ from dynflow.engines import (
     StepKey,
     Terminated,
 )
-from dynflow.engines.embedded.claims import paused, requeue
+from dynflow.engines.embedded.claims import paused, queue_as_new, requeue
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.history import Happened, error_data, keep_counters, log, log_last, write_out
 from dynflow.engines.embedded.leases import Lease
@@ -144,10 +144,7 @@ def resume(db: Connection, row: InstanceRow, now: int) -> Happened | None:
     )
     requeue(db, row.key)
     if row.started_at is None:
-        db.execute(
-            "UPDATE instances SET rank = ? WHERE key = ?",
-            (db.queue.rank_new(row.workflow, row.tenant), row.key),
-        )
+        queue_as_new(db, row)
     return happened
 
 
@@ -162,11 +159,12 @@ def restart(db: Connection, row: InstanceRow, from_step: StepKey | None, now: in
     db.execute("DELETE FROM steps WHERE step BETWEEN ? AND ?", low_high)
     db.execute("DELETE FROM events WHERE instance = ?", (row.key,))
     db.execute(
-        "UPDATE instances SET status = 'queued', rank = ?, wake_at = NULL, paused_at = NULL, started_at = NULL,"
+        "UPDATE instances SET status = 'queued', wake_at = NULL, paused_at = NULL, started_at = NULL,"
         " ended_at = NULL, expires_at = NULL, ending = NULL, output = NULL, failure = NULL, rollback = NULL"
         " WHERE key = ?",
-        (db.queue.rank_new(row.workflow, row.tenant), row.key),
+        (row.key,),
     )
+    queue_as_new(db, row)
     if from_step is None:  # what is counted from here on is what a new instance has
         db.execute("UPDATE instances SET size = 0 WHERE key = ?", (row.key,))
     return happened

@@ -3,7 +3,7 @@
 A lease is the fence of a segment: whoever takes the instance away ends the lease, and nothing that the segment
 records after that is stored. It keeps the two counters that every record changes, so that a record need not
 change the instance's row; the row gets them back when the lease ends. A process that dies loses them, and
-`rows.recount` finds them again. What a transaction did here is undone if it is rolled back.
+`history.recount` finds them again. What a transaction did here is undone if it is rolled back.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ class Leases:
         lease.events += events
         lease.size += size
         return lease.events
+
+    @property
+    def changes(self) -> int:
+        """How much the transaction has done here so far."""
+        return len(self._before)
 
     def committed(self) -> None:
         """Keep what the transaction did."""

@@ -135,6 +135,12 @@ class Scheduler:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        # One that was cancelled before it began has not put away what is its own.
+        self._live.clear()
+        self._live_by_ref.clear()
+        self._running.clear()
+        self._tenants.clear()
+        self._tasks.clear()
         self._claiming = self._more_queued = False
 
     def segment(self, key: int) -> Segment | None:

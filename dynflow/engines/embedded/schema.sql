@@ -50,12 +50,12 @@ CREATE TABLE steps (
     started_at  INTEGER NOT NULL,
     attempt_at  INTEGER NOT NULL,
     ended_at    INTEGER,
-    output      BLOB,
-    failure     BLOB,
     deadline    INTEGER,
     event_type  TEXT,
     started_event INTEGER,  -- number of the history event that its start was, where the row itself says it
-    ended_event INTEGER     -- the same of its end
+    ended_event INTEGER,    -- the same of its end
+    failure     BLOB,
+    output      BLOB        -- can be large, and is behind what is read without it
 );
 CREATE INDEX steps_awaiting ON steps (event_type, step) WHERE state = 'waiting' AND event_type IS NOT NULL;
 

@@ -51,12 +51,12 @@ def _stored_config(config: StepConfig) -> bytes:
 
 def _insert(db: Connection, key: int, record: StepRecord, started_event: int | None = None) -> None:
     db.execute(
-        "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
+        "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
         (
             row_of(key, record.seq), record.kind, record.name, record.count, record.state, record.attempt,
             None if record.config is None else _stored_config(record.config),
-            record.started_at, record.attempt_at, record.ended_at, record.output, _stored(record.failure),
-            record.deadline, record.event_type, started_event,
+            record.started_at, record.attempt_at, record.ended_at, record.deadline, record.event_type,
+            started_event, _stored(record.failure), record.output,
         ),
     )  # fmt: skip
 
@@ -131,6 +131,8 @@ def begin_wait(db: Connection, lease: Lease, record: StepRecord, state_limit: in
     """Store a sleep or a wait; a buffered event of the type completes it here and now."""
     lease.check()
     key = lease.key
+    # Anew at each try: an operation whose transaction was rolled back is done again.
+    record.state, record.output, record.ended_at = "waiting", None, None
     verb = "wait" if record.kind == "wait_for_event" else "sleep"
     data = step_data(record) | {"deadline": record.deadline}
     happened = [
@@ -161,12 +163,9 @@ def end_wait(
         "SELECT state, output, failure, ended_at, deadline FROM steps WHERE step = ?", (step,)
     ).fetchone()
     state, output, failure, ended_at, deadline = stored
-    record.deadline = deadline
-    if state != "waiting":
-        record.state, record.output, record.ended_at = state, output, ended_at
-        record.failure = None if failure is None else decode(failure)
-        return []
-    if deadline is not None and deadline > now:
+    record.state, record.output, record.ended_at, record.deadline = state, output, ended_at, deadline
+    record.failure = None if failure is None else decode(failure)
+    if state != "waiting" or (deadline is not None and deadline > now):
         return []
     is_event = record.kind == "wait_for_event"
     happened = log(db, lease.key, now, "wait.timed_out" if is_event else "sleep.completed", step_data(record))
@@ -241,14 +240,12 @@ def send_event(
         if waiter is not None:
             event = Event(event_type, decode(payload), to_datetime(now))
             return waiter, _complete_with(db, row.key, waiter, event, now)
-    counted = db.execute(
-        "UPDATE instances SET size = size + ? WHERE key = ? AND size < ? RETURNING key",
-        (len(payload) + STEP_OVERHEAD, row.key, state_limit),
-    ).fetchone()
-    if counted is None:
+    try:
+        count(db, row.key, 0, len(payload) + STEP_OVERHEAD, state_limit=state_limit)
+    except WorkflowInternalError:
         raise WorkflowInternalError(
             f"instance {row.id!r} takes no more events: its state has reached the limit of {state_limit:,} bytes"
-        )
+        ) from None
     db.execute(
         "INSERT INTO events (instance, type, payload, sent_at) VALUES (?, ?, ?, ?)",
         (row.key, event_type, payload, now),

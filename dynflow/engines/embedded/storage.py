@@ -29,9 +29,13 @@ class Storage:
         """Open the file. Raises StorageError where it cannot be used, EngineClosedError if it is open."""
         if self._writer is not None:
             raise EngineClosedError("the engine is open already")
-        self._writer = await asyncio.to_thread(
-            Writer, self._path, self._synchronous, asyncio.get_running_loop()
-        )
+        loop = asyncio.get_running_loop()
+        opening = asyncio.ensure_future(asyncio.to_thread(Writer, self._path, self._synchronous, loop))
+        try:
+            self._writer = await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the thread goes on: the file must not stay open and locked
+            await (await opening).close()
+            raise
 
     def submit(self, operation: Operation[T]) -> asyncio.Future[T]:
         """Run an operation in a transaction; done when durable. Raises EngineClosedError, StorageError."""

@@ -61,8 +61,11 @@ class Writer:
         if not self._closed:
             self._closed = True
             self._queue.put(None)
-            await asyncio.to_thread(self._thread.join)
-            self._database.close()
+            await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
+        self._thread.join()
+        self._database.close()
 
     def _run(self) -> None:
         open_ = True
@@ -91,9 +94,12 @@ class Writer:
             return self._transaction(group)
         except StorageError as damage:
             return [(future, None, damage) for _, future in group]
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, _CutOffError) as error:
             if len(group) == 1:
-                return [(group[0][1], None, trouble(self._database.path, error))]
+                reason = (
+                    error.reason if isinstance(error, _CutOffError) else trouble(self._database.path, error)
+                )
+                return [(group[0][1], None, reason)]
             # One at a time, so that only what cannot be stored fails.
             return [outcome for item in group for outcome in self._commit([item])]
 
@@ -103,17 +109,28 @@ class Writer:
         db.begin()
         try:
             for operation, future in group:
+                before = db.changes()
                 try:
                     outcomes.append((future, operation(db), None))
                 except (sqlite3.Error, OSError):
                     raise
-                except Exception as error:  # noqa: BLE001 - handed to whoever submitted it
+                except Exception as error:
+                    if db.changes() != before:  # half of it must not be stored
+                        raise _CutOffError(error) from error
                     outcomes.append((future, None, error))
             db.end()
         except BaseException:
             db.undo()
             raise
         return outcomes
+
+
+class _CutOffError(Exception):
+    """An operation raised after it had changed something."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 def _resolve_all(outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:

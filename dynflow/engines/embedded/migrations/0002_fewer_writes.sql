@@ -47,7 +47,30 @@ CREATE INDEX instances_live ON instances (status) WHERE status IN ('running', 'w
 CREATE INDEX instances_expiring ON instances (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX instances_code ON instances (code) WHERE code IS NOT NULL;
 
-ALTER TABLE steps ADD COLUMN started_event INTEGER;
-ALTER TABLE steps ADD COLUMN ended_event INTEGER;
+CREATE TABLE steps_2 (
+    step        INTEGER PRIMARY KEY,
+    kind        TEXT NOT NULL,
+    name        TEXT NOT NULL,
+    count       INTEGER NOT NULL,
+    state       TEXT NOT NULL,
+    attempt     INTEGER NOT NULL,
+    config      BLOB,
+    started_at  INTEGER NOT NULL,
+    attempt_at  INTEGER NOT NULL,
+    ended_at    INTEGER,
+    deadline    INTEGER,
+    event_type  TEXT,
+    started_event INTEGER,
+    ended_event INTEGER,
+    failure     BLOB,
+    output      BLOB
+);
+INSERT INTO steps_2
+    SELECT step, kind, name, count, state, attempt, config, started_at, attempt_at, ended_at, deadline, event_type,
+        NULL, NULL, failure, output
+    FROM steps;
+DROP TABLE steps;
+ALTER TABLE steps_2 RENAME TO steps;
+CREATE INDEX steps_awaiting ON steps (event_type, step) WHERE state = 'waiting' AND event_type IS NOT NULL;
 -- The first event of every instance: it was queued when it was created.
 DELETE FROM history WHERE event & 0xFFFFFF = 1;
