@@ -49,6 +49,10 @@ class Clock(ABC):
     def call_at(self, when_us: int, callback: Callable[[], None]) -> TimerHandle:
         """Call `callback` on the running loop once `now_us() >= when_us`."""
 
+    def call_later(self, delay_us: int, callback: Callable[[], None]) -> TimerHandle:
+        """Call `callback` on the running loop after `delay_us`, whatever the time is set to meanwhile."""
+        return self.call_at(self.now_us() + delay_us, callback)
+
     def now(self) -> datetime:
         """Return the aware UTC time."""
         return to_datetime(self.now_us())
@@ -64,6 +68,10 @@ class SystemClock(Clock):
     def call_at(self, when_us: int, callback: Callable[[], None]) -> TimerHandle:
         """Call back through the running loop's timers."""
         return _SystemTimer(self, when_us, callback)
+
+    def call_later(self, delay_us: int, callback: Callable[[], None]) -> TimerHandle:
+        """Call back by the loop's own clock, which nobody sets."""
+        return asyncio.get_running_loop().call_later(delay_us / 1e6, callback)
 
 
 class _SystemTimer:

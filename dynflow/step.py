@@ -251,7 +251,7 @@ async def _call_within(
         if not _is_awaitable(result):  # what is not awaited cannot be cancelled, only judged
             expired = clock.now_us() - started_at > limit // MICROSECOND
             return result
-        timer = clock.call_at(started_at + limit // MICROSECOND, expire)
+        timer = clock.call_later(limit // MICROSECOND, expire)
         return await result
     except (Exception, KeyboardInterrupt):
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -74,3 +75,14 @@ def test_stored_times_come_back() -> None:
     moment = datetime(2026, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
     assert to_datetime(to_microseconds(moment)) == moment
     assert to_microseconds(datetime(1960, 1, 1, tzinfo=UTC)) < 0
+
+
+async def test_a_delay_of_the_system_clock_is_as_long_when_the_clock_is_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, called = SystemClock(), asyncio.Event()
+    clock.call_later(50_000, called.set)
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 3_600_000_000_000)
+    async with asyncio.timeout(10):
+        await called.wait()

@@ -364,4 +364,4 @@ class Scheduler:
         self.pump()
 
     def _later(self, callback: Callable[[], None]) -> None:
-        self._clock.call_at(self._clock.now_us() + _STORAGE_RETRY // MICROSECOND, callback)
+        self._clock.call_later(_STORAGE_RETRY // MICROSECOND, callback)
