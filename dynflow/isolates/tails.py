@@ -16,6 +16,8 @@ from dynflow.failure import storable
 _log = logging.getLogger(__name__)
 # Events that wait for one tail. A slow tail loses what comes then, and is told how much; nobody waits for it.
 _MOST_WAITING = 1_000
+# And characters of theirs: a hostile guest's events are as long as what it may print in a call.
+_MOST_WAITING_TEXT = 8 * 1024 * 1024
 # Events told to a tail that does not wait, before others get their turn.
 _AT_A_TIME = 100
 
@@ -62,19 +64,22 @@ class _Pump:
     def __init__(self, tail: Tail, running: set[asyncio.Task[None]]) -> None:
         self._tail, self._running = tail, running
         self._waiting: deque[TailEvent] = deque()
-        self._lost = 0
+        self._lost = self._text_waiting = 0
         self._task: asyncio.Task[None] | None = None
 
     def put(self, event: TailEvent) -> None:
         """Let the tail have `event`, when it is its turn."""
-        if len(self._waiting) >= _MOST_WAITING:
+        room = _MOST_WAITING_TEXT - self._text_waiting
+        if len(self._waiting) >= _MOST_WAITING or (self._waiting and len(event.text) > room):
             self._lost += 1
             return
         if self._lost:
             text, self._lost = f"{self._lost} events were lost: this tail was too slow for them", 0
             lost = TailEvent(event.worker_id, event.isolate, event.time, logging.WARNING, "dynflow", text)
             self._waiting.append(lost)
+            self._text_waiting += len(text)
         self._waiting.append(event)
+        self._text_waiting += len(event.text)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._deliver())
             self._running.add(self._task)
@@ -84,6 +89,7 @@ class _Pump:
         told = 0
         while self._waiting:
             event = self._waiting.popleft()
+            self._text_waiting -= len(event.text)
             try:
                 result = self._tail(event)
                 if inspect.isawaitable(result):

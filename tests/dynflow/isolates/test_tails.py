@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dynflow.isolates import Capability, ProcessLoader, TailEvent, WorkerCode
+from dynflow.isolates.tails import Tails
 
 MANY = 3_000
 
@@ -146,6 +147,23 @@ async def test_a_tail_that_waits_holds_up_nobody_and_is_told_what_it_lost(loader
     said = [event.text for event in told if event.source == "stdout" and event.text != "the last\n"]
     assert len(said) >= 1_000
     assert sum(lost) + len(said) == MANY
+
+
+async def test_long_events_do_not_pile_up_before_a_tail_that_waits() -> None:
+    stuck, told = asyncio.Event(), 0
+
+    async def slow_tail(event: TailEvent) -> None:
+        nonlocal told
+        told += len(event.text)
+        await stuck.wait()
+
+    running: set[asyncio.Task[None]] = set()
+    tails = Tails([slow_tail], running)
+    for _ in range(100):
+        tails.tell("w", "i", logging.INFO, "stdout", "x" * 1024 * 1024)
+    stuck.set()
+    await asyncio.gather(*running)
+    assert 4 * 1024 * 1024 <= told <= 9 * 1024 * 1024
 
 
 async def test_a_tail_that_fails_is_told_the_next_event_all_the_same(
