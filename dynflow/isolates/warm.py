@@ -105,7 +105,8 @@ class IsolateKeeper:
             self._stop_the_largest()
         for isolate in list(self._warm):
             is_idle = now - self._since[isolate] > _IDLE
-            if is_short or is_idle or isolate.resident() > _GROWN or not isolate.is_usable:
+            is_at_work = isolate.watchdog.works_unasked() or not isolate.is_usable
+            if is_short or is_idle or is_at_work or isolate.resident() > _GROWN:
                 self.end(isolate)
         self._look_later()
 

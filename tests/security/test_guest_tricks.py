@@ -15,7 +15,7 @@ import pytest
 from dynflow.errors import DynflowError, IsolateCrashedError, IsolateLimitError
 from dynflow.isolates import Caller, Capability, IsolateLimits, ProcessLoader, WorkerCode, current_caller
 from dynflow.serialization import MEBIBYTE
-from tests.security.support import tenant
+from tests.security.support import tenant, until
 
 _ESCAPES = {
     "frames": """
@@ -260,6 +260,23 @@ async def fetch(request, env):
     with pytest.raises(IsolateLimitError, match="took more than"):
         await stub.call("fetch", 1)
     assert await stub.call("fetch", 0) == 1  # another process: what misbehaved is not used again
+
+
+async def test_an_isolate_that_goes_on_after_its_call_is_stopped() -> None:
+    source = """
+import asyncio
+def spin():
+    while True:
+        pass
+async def fetch(request, env):
+    asyncio.get_running_loop().call_later(0.01, spin)
+    return 1
+"""
+    async with ProcessLoader(ready=0) as loader:
+        assert await tenant(loader, source).call("fetch") == 1
+        assert loader.isolates == 1
+        # Two looks, a second apart; one that waits is kept for ten.
+        await until(lambda: loader.isolates == 0, seconds=6)
 
 
 async def test_what_a_tenant_pickles_is_bytes_to_the_host(loader: ProcessLoader) -> None:

@@ -203,7 +203,8 @@ async def test_addresses_that_only_the_host_can_judge_reach_it_as_they_are(loade
         "HTTP://a",
     ]
     for url in urls:
-        await stub.call("send", url)
+        await stub.call("send", url, "POST", {"Host": "b", "Content-Length": "9"})
     assert [request.url for request in outbound.asked] == urls
+    assert outbound.asked[0].headers == {"Host": "b", "Content-Length": "9"}
     with pytest.raises(InvalidArgumentError):
         await tenant(loader, ASK, global_outbound=object()).call("fetch")
