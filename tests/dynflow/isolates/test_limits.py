@@ -435,7 +435,9 @@ async def fetch(request, env):
     code = WorkerCode("index.py", {"index.py": source}, env={"IGNORES": Ignores()})
     busy_before, started = time.thread_time(), time.monotonic()
     flood = asyncio.ensure_future(loader.load(code).get_entrypoint().call("fetch"))
-    with contextlib.suppress(IsolateCrashedError):  # its program ends at answers to calls that it did not make
+    with contextlib.suppress(
+        IsolateCrashedError
+    ):  # its program ends at answers to calls that it did not make
         async with asyncio.timeout(30):
             await flood
     share = (time.thread_time() - busy_before) / (time.monotonic() - started)

@@ -163,7 +163,9 @@ def test_the_walls_stand_for_an_unprivileged_user_too(tmp_path: Path) -> None:
         timeout=60,
         check=False,
     )
-    walls = tuple(sorted(set(confinement.WALLS) - {"cgroup"}))  # which takes root, or a group that is delegated
+    walls = tuple(
+        sorted(set(confinement.WALLS) - {"cgroup"})
+    )  # which takes root, or a group that is delegated
     assert done.stderr == ""
     assert done.stdout == f"{NOBODY} {walls} [1, 0, 'hello']\n"
 
