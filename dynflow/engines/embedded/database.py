@@ -48,7 +48,12 @@ class Database:
         except BaseException:
             os.close(self._lock)
             raise
-        self._late_check = None if is_checked_at_once(path) else LateCheck(path)
+        try:
+            self._late_check = None if is_checked_at_once(path) else LateCheck(path)
+        except BaseException:
+            self.connection.close()
+            os.close(self._lock)
+            raise
 
     def check(self) -> None:
         """Raise StorageError once a check of a large file has found damage: nothing is to be built upon it."""
