@@ -14,7 +14,7 @@ from tests.scenarios.pipelines import make_repository
 from tests.scenarios.server import Server, at_gate, concluded, running_server, step_named
 from tests.scenarios.test_main_job import REPO, push_to_main
 
-# Each command says that it runs and then takes its time, so that there is a moment to kill it in.
+# The first attempt of the slow command says that it runs and waits to be killed; the next one ends at once.
 PIPELINE = """\
 import asyncio
 from dynflow import WorkflowEntrypoint
@@ -22,8 +22,8 @@ from pipelines import run_in_sandbox
 
 SLOW = {slow!r}
 
-def command(name):
-    pause = " && sleep 1.5" if name == SLOW else ""
+def command(name, ctx=None):
+    pause = " && sleep 60" if name == SLOW and ctx.attempt == 1 else ""
     says = f"echo {{name}}-started{{pause}} && echo {{name}} >> ran-{{name}}.txt && echo {{name}}-finished"
     return ["sh", "-c", says]
 
@@ -31,19 +31,19 @@ class CIPipeline(WorkflowEntrypoint):
     async def run(self, event, step):
         repo, sha = event.payload["repo"], event.payload["sha"]
 
-        async def checkout():
+        async def checkout(ctx):
             workspace = await self.env.ARTIFACTS.fork(repo, sha=sha)
-            await run_in_sandbox(workspace, command("checkout"))
+            await run_in_sandbox(workspace, command("checkout", ctx))
             return workspace
 
         workspace = await step.do("checkout", checkout)
         await step.do("install", lambda: run_in_sandbox(workspace, command("install")))
         await asyncio.gather(
-            step.do("lint", lambda: run_in_sandbox(workspace, command("lint"))),
+            step.do("lint", lambda ctx: run_in_sandbox(workspace, command("lint", ctx))),
             step.do("test", lambda: run_in_sandbox(workspace, command("test"))),
         )
         await step.wait_for_event("approval", type="deploy-approval", timeout="24 hours")
-        await step.do("deploy", lambda: run_in_sandbox(workspace, command("deploy")))
+        await step.do("deploy", lambda ctx: run_in_sandbox(workspace, command("deploy", ctx)))
         result = await step.do("count", lambda: run_in_sandbox(workspace, ["sh", "-c", "cat ran-*.txt"]))
         return result.output.split()
 """
@@ -65,6 +65,10 @@ def run_is_in(server: Server, step: str) -> None:
         return bool(runs) and f"{step}-started\n" in log_of(server, runs[0], step)
 
     server.wait_until(look, f"step {step} to run")
+
+
+def sibling_is_recorded(run: dict[str, Any]) -> bool:
+    return any(step["name"] == "test" and step["status"] == "complete" for step in run["steps"])
 
 
 def kill_and_check(server: Server) -> None:
@@ -92,6 +96,10 @@ def test_a_killed_run_goes_on_and_repeats_no_finished_step(tmp_path: Path, momen
         server.deliver("push", push_to_main(sha))
         if moment in {"checkout", "lint"}:
             run_is_in(server, moment)
+            if (
+                moment == "lint"
+            ):  # its sibling has finished only once that is recorded, not when its command has
+                server.wait_for_run(sibling_is_recorded, "step test to be recorded")
             kill_and_check(server)
             server.start()
         run = server.wait_for_run(at_gate, "the gate to open")
