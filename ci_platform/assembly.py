@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from ci_platform import copy_on_write, data_lock
+from ci_platform import copy_on_write, data_lock, isolation
 from ci_platform.access import Access
 from ci_platform.capabilities import ArtifactsCapability, ForgeCapability, RunIdentity, SandboxCapability
 from ci_platform.deliveries import Deliveries
@@ -233,7 +233,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     await workspaces.sweep(await runs.live_ids())
     await pushes.reconcile()
     try:
-        async with loader, engine:
+        async with isolation.opened(loader, settings), engine:
             yield Platform(
                 settings=settings,
                 clock=clock,
@@ -300,8 +300,8 @@ async def _sweep(sandbox: Sandbox) -> None:
 
 
 def make_loader(settings: Settings) -> ProcessLoader:
-    """Return what runs pipeline code; use it in an `async with` block."""
-    return ProcessLoader(allow_unconfined=settings.allow_unconfined)
+    """Return what runs pipeline code; `isolation.opened` opens it."""
+    return ProcessLoader(allow_unconfined=settings.unsafe_no_isolation)
 
 
 def make_sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:

@@ -199,7 +199,7 @@ def restore(*, source: Path, engine: Path | None, **options: Any) -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@settings_options("data")
+@settings_options("data", "unsafe_no_isolation")
 def doctor(*, as_json: bool, **options: Any) -> None:
     """Say what this machine offers: walls, copy-on-write, Docker, disk, and what to do about the rest."""
     from ci_platform.doctor import examine, print_findings

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ci_platform import copy_on_write
-from ci_platform.assembly import make_loader, make_sandboxes
+from ci_platform import copy_on_write, isolation
+from ci_platform.assembly import make_sandboxes
 from ci_platform.errors import PlatformError
 from ci_platform.settings import Settings, make_data_folder
-from dynflow.errors import DynflowError
+from dynflow.errors import IsolateError
+from dynflow.isolates import describe_walls
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
 
 State = Literal["good", "fair", "bad", "note"]
@@ -92,19 +93,31 @@ def _disk(data: Path) -> Iterator[Finding]:
 
 async def _isolates(settings: Settings) -> list[Finding]:
     try:
-        async with make_loader(settings) as loader:
-            standing = set(loader.walls)
-    except (DynflowError, OSError) as error:
-        advice = "pipelines cannot run here; for code that you trust there is the setting allow_unconfined"
-        return [Finding("isolates", "walls", f"cannot be raised: {error}", "bad", advice)]
-    return [_wall(name, meaning, stands=name in standing) for name, meaning in WALLS.items()]
+        found = await anyio.to_thread.run_sync(describe_walls)
+    except (IsolateError, OSError) as error:
+        return [Finding("isolates", "walls", f"cannot be tried: {error}", "bad")]
+    walls = [_wall(name, meaning, found[name]) for name, meaning in WALLS.items()]
+    standing = tuple(name for name in WALLS if found[name].startswith("up"))
+    missing = isolation.missing_walls(standing)
+    if settings.unsafe_no_isolation:
+        # What was asked for by name is no reason to fail, but to say so each time.
+        walls = [replace(each, state="fair") if each.state == "bad" else each for each in walls]
+        walls.append(Finding("isolates", isolation.FLAG, isolation.warning(missing), "fair"))
+    elif missing:
+        advice = f"where every pipeline is trusted with all that this user can do: {isolation.FLAG}"
+        walls.append(Finding("isolates", "pipelines", "cannot run here", "bad", advice))
+    return walls
 
 
-def _wall(name: str, meaning: str, *, stands: bool) -> Finding:
-    if stands:
+def _wall(name: str, meaning: str, found: str) -> Finding:
+    if found == "up":
         return Finding("isolates", name, meaning, "good")
+    if found.startswith("up"):
+        return Finding(
+            "isolates", name, f"{meaning}; {found.removeprefix('up').strip(' ,(').rstrip(')')}", "good"
+        )
     state: State = "bad" if name in ESSENTIAL else "fair"
-    return Finding("isolates", name, "missing on this kernel", state, meaning)
+    return Finding("isolates", name, found, state, meaning)
 
 
 def _workspaces(settings: Settings) -> Sequence[Finding]:

@@ -160,9 +160,10 @@ class Settings(BaseModel):
     allow_containers: bool = Field(
         default=True, description='Whether commands may ask for sandbox="container".'
     )
-    allow_unconfined: bool = Field(
+    unsafe_no_isolation: bool = Field(
         default=False,
-        description="Start although this machine lacks walls that confinement needs. Trusted code only.",
+        description="Start although this machine lacks essential walls around pipelines' code: without them it may do "
+        "what this user can. For machines on which every pipeline is trusted.",
     )
     container_image: str = Field(
         "dynflow/python:latest", description='Image of sandbox="container" where the pipeline names none.'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ci_platform import isolation
 from ci_platform.assembly import make_loader
 from ci_platform.pipeline_code import FOLDER, MAIN_MODULE, PIPELINE_CLASS, module_of
 from ci_platform.settings import load_settings
@@ -61,7 +62,8 @@ async def validate_folder(folder: Path) -> Problem | None:
 
 async def _check(modules: dict[str, str | bytes]) -> Problem | None:
     code = WorkerCode(_CHECKER, {**modules, _CHECKER: _CHECK})
-    async with make_loader(load_settings()) as loader:
+    settings = load_settings()
+    async with isolation.opened(make_loader(settings), settings) as loader:
         try:
             message = await loader.get("validate", lambda: code).get_entrypoint().call("check")
         except WorkerLoadError as error:

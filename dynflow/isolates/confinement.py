@@ -14,7 +14,7 @@ import os
 import resource
 import signal
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from dynflow.isolates import guest, seccomp, syscalls
 
@@ -40,7 +40,11 @@ _CPU = 600
 
 
 class WallError(Exception):
-    """A wall cannot be put up here; the message says which, why, and what to do."""
+    """The wall `wall` cannot be put up here; the message says which, why, and what to do."""
+
+    def __init__(self, wall: str, message: str) -> None:
+        super().__init__(message)
+        self.wall = wall
 
 
 def join_group(folders: Iterable[str]) -> bool:
@@ -245,40 +249,55 @@ def _set_limits() -> None:
 
 
 def probe() -> dict[str, str]:
-    """Put up every wall, in processes of its own; return for each whether it stands and what it lacks.
-
-    Only for a process that does nothing else: it leaves its namespaces.
-    """
+    """Put up every wall, in processes of its own; return for each whether it stands and what it lacks."""
     every = frozenset(WALLS) - {"cgroup"}  # which the host makes
-    found = dict.fromkeys(every, "missing: not tried, because of another")
+    found = _in_a_child(lambda: _probe(every))
+    if not found.get("namespaces", "").startswith("up"):
+        rest = every - {"namespaces", "filesystem"}
+        found |= {"filesystem": "missing: it takes the namespaces", **_in_a_child(lambda: _probe(rest))}
+    return {**dict.fromkeys(every, "missing: not tried, because of another"), **found}
+
+
+def _probe(walls: frozenset[str]) -> dict[str, str]:
     try:
-        own_uids = raise_outer_walls(every)
+        own_uids = raise_outer_walls(walls)
     except WallError as error:
-        return {**found, "namespaces": f"missing: {error}"}
-    found["namespaces"] = "up"
+        return {"namespaces": f"missing: {error}"}
+    # After that the next fork is the first in its namespace.
+    found = _in_a_child(lambda: _probe_inside(walls, own_uids=own_uids))
+    return {"namespaces": "up", **found} if "namespaces" in walls else found
+
+
+def _in_a_child(probing: Callable[[], dict[str, str]]) -> dict[str, str]:
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(write, json.dumps(_probe_inside(every, own_uids=own_uids)).encode())
-        os._exit(0)
+        os.close(read)
+        try:
+            os.write(write, json.dumps(probing()).encode())
+        finally:
+            os._exit(0)
     os.close(write)
     with open(read, "rb") as file:  # noqa: PTH123 - a pipe has no path
         told = file.read()
     os.waitpid(pid, 0)
-    return {**found, **json.loads(told or b"{}")}
+    found: dict[str, str] = json.loads(told or b"{}")
+    return found
 
 
 def _probe_inside(walls: frozenset[str], *, own_uids: bool) -> dict[str, str]:
+    missing: dict[str, str] = {}
     try:
         child_walls = raise_inner_walls(walls, own_uids=own_uids)
     except WallError as error:
-        return {"filesystem": f"missing: {error}"}
+        missing[error.wall] = f"missing: {error}"
+        child_walls = raise_inner_walls(walls - missing.keys(), own_uids=own_uids)
     abi = syscalls.landlock_abi()
     try:
         child_walls.confine(child_walls.prepare())
     except OSError as error:
-        return {"filesystem": "up", "seccomp": f"missing: {error}"}
-    return {
+        missing["seccomp"] = f"missing: {error}"
+    found = {
         "filesystem": "up",
         "identity": "up"
         if own_uids
@@ -287,6 +306,7 @@ def _probe_inside(walls: frozenset[str], *, own_uids: bool) -> dict[str, str]:
         "landlock": _describe_landlock(abi),
         "seccomp": "up",
     }
+    return {name: missing.get(name, state) for name, state in found.items() if name in walls}
 
 
 def _describe_landlock(abi: int) -> str:
@@ -309,7 +329,7 @@ def _wall(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WallError(f"the wall {name!r} cannot be put up: {error}. {_HINTS[name]}") from error
+        raise WallError(name, f"the wall {name!r} cannot be put up: {error}. {_HINTS[name]}") from error
 
 
 _HINTS = {

@@ -27,7 +27,7 @@ from dynflow.isolates import (
 from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
 from dynflow.isolates.cgroup import machine_memory
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
-from dynflow.isolates.pool import IsolatePool
+from dynflow.isolates.pool import IsolatePool, describe_walls
 from dynflow.isolates.process import Isolate, OnOutput
 from dynflow.isolates.session import Session, error_of, load_error_of
 from dynflow.isolates.tails import Tails
@@ -49,7 +49,8 @@ class ProcessLoader(WorkerLoader):
     `on_output` gets what tenants print, with who printed it (None: the logger `dynflow.output`). `preload` names
     packages that tenants may import besides the standard library. `total_memory` is what all isolates together may
     use, in bytes, where the wall `cgroup` stands (None: three quarters of the machine's). `walls` are those of
-    `dynflow.isolates.confinement`; without the essential ones `allow_unconfined` must be true.
+    `dynflow.isolates.confinement`. Without the essential ones `allow_unconfined` must be true; then those that cannot
+    be put up on this machine are left out.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ProcessLoader(WorkerLoader):
             )
         memory = machine_memory() * 3 // 4 if total_memory is None else total_memory
         self._pool_options = (tuple(walls), tuple(preload), ready, memory)
+        self._allow_unconfined = allow_unconfined
         self._pool: IsolatePool | None = None
         self._on_output = on_output or _log_output
         self._capacity = workers
@@ -84,7 +86,17 @@ class ProcessLoader(WorkerLoader):
 
     async def __aenter__(self) -> Self:
         pool = IsolatePool(*self._pool_options)
-        await pool.start()
+        try:
+            await pool.start()
+        except IsolateError:
+            await pool.close()
+            if not self._allow_unconfined:
+                raise
+            walls, preload, ready, memory = self._pool_options
+            found = await asyncio.to_thread(describe_walls)
+            standing = tuple(name for name in walls if found[name].startswith("up"))
+            pool = IsolatePool(standing, preload, ready, memory)
+            await pool.start()
         self._pool = pool
         return self
 
