@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import anyio
@@ -64,7 +63,6 @@ _URGENT = frozenset(
 )
 
 _PAUSE_SECONDS = 1.0
-_PACK_EVERY = timedelta(days=1)
 
 # Identities in memory; what a run is never changes.
 _REMEMBERED = 10_000
@@ -229,9 +227,10 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     pushes = Pushes(store, deliveries, source)
 
     # What a killed process left goes before anything new starts.
-    await source.sweep()
+    touched = await source.sweep()
     await workspaces.sweep(await runs.live_ids())
-    await pushes.reconcile()
+    await pushes.reconcile(touched)
+    await source.reconciled()
     try:
         async with isolation.opened(loader, settings), engine:
             yield Platform(
@@ -260,16 +259,11 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
 
 def _housekeeping(platform: Platform) -> Retention:
     """Return what forgets old runs and keeps the data folder within its budget."""
-    packed_at = platform.clock.now()
 
     async def tidy() -> None:
-        nonlocal packed_at
         await platform.logs.expire(platform.settings.retention)
         await platform.workspaces.evict(platform.settings.tree_cache)
-        if platform.clock.now() - packed_at > _PACK_EVERY:
-            packed_at = platform.clock.now()
-            for repo in await platform.source.repositories():
-                await platform.source.maintain(repo)
+        await platform.source.maintain()
 
     return Retention(
         platform.runs,

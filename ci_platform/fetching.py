@@ -15,6 +15,7 @@ from ci_platform.git_commands import Credentials, GitError
 
 _MISSING = re.compile(r"not our ref|find remote ref|unadvertised object|does not allow request|bad object")
 _NO_REPOSITORY = re.compile(r"repository .* not found|does not exist|not appear to be a git repository")
+_REFUSED = re.compile(r"fsck error")
 _INFINITE = "2147483647"
 
 
@@ -55,6 +56,8 @@ class Fetch:
                 said = str(error)
                 if _NO_REPOSITORY.search(error.stderr):
                     raise FailedError(f"{self.repo!r} is not to be found at its forge: {said}") from None
+                if _REFUSED.search(error.stderr):
+                    raise FailedError(f"{self.repo!r} has an object that git refuses: {said}") from None
                 if not _MISSING.search(error.stderr):
                     raise UnavailableError(f"fetching {self.repo!r} failed: {said}") from None
             if await arrived():
@@ -67,7 +70,9 @@ class Fetch:
         url, credentials = self.remote.url, None
         if self.remote.credentials is not None:
             credentials = Credentials(*self.remote.credentials)
-        env = git_commands.environment(protocols=self.protocols, url=url, credentials=credentials)
+        env = git_commands.environment(
+            git_commands.verified("fetch"), protocols=self.protocols, url=url, credentials=credentials
+        )
         command = ["--git-dir", str(self.path), "fetch", "--quiet", "--no-tags", "--no-write-fetch-head"]
         command += ["--no-recurse-submodules", f"--depth={depth}"]
         command += [*(["--prune"] if "*" in specification else []), "--", url, specification]

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 from urllib.parse import urlsplit
 
 import anyio
@@ -46,6 +46,19 @@ _SETTINGS = {
     "submodule.recurse": "false",
     "core.fsync": "committed",
 }
+
+
+# Harmless oddities of old repositories, which everybody else's server takes too.
+_HARMLESS = ("zeroPaddedFilemode", "badTimezone", "missingSpaceBeforeDate")
+
+
+def verified(command: Literal["fetch", "receive"]) -> dict[str, str]:
+    """Return the settings by which a command takes no object in without looking at it.
+
+    All come as packs, however few: those are checked as a whole, apart from the rest, and can be shared by forks.
+    """
+    harmless = {f"{command}.fsck.{oddity}": "ignore" for oddity in _HARMLESS}
+    return {"transfer.fsckObjects": "true", "transfer.unpackLimit": "1", **harmless}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ repository before a crash and not this table is found at start, by comparing the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,15 +69,15 @@ class Pushes:
             self._deliveries.wake()
         return accepted
 
-    async def reconcile(self) -> int:
-        """Accept what moved in any local repository without our hearing of it; return how many refs those are.
+    async def reconcile(self, touched: Collection[str]) -> int:
+        """Accept what moved in these repositories without our hearing of it; return how many refs those are.
 
         For the start, before new pushes are let in.
         """
         names = await self._store.read(
             lambda tx: [row.name for row in tx.all(Repository, col(Repository.forge) == _FORGE)]
         )
-        return sum([await self._reconcile(name) for name in names])
+        return sum([await self._reconcile(name) for name in names if name in touched])
 
     async def _reconcile(self, repo: str) -> int:
         now = await self._refs.ref_snapshot(repo)

@@ -11,23 +11,23 @@ import logging
 import re
 import subprocess
 import tempfile
-import zlib
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Literal, cast
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 from litestar import asgi
 from litestar.connection import ASGIConnection
 from litestar.handlers import ASGIRouteHandler
 from litestar.types import Receive, Scope, Send
 
 from ci_platform import git_commands
+from ci_platform.api import git_wire
+from ci_platform.api.git_wire import Connection
 from ci_platform.assembly import Platform
 from ci_platform.errors import (
     ForbiddenError,
@@ -45,21 +45,18 @@ Service = Literal["git-upload-pack", "git-receive-pack"]
 _SERVICES: tuple[Service, ...] = ("git-upload-pack", "git-receive-pack")
 _ADDRESS = re.compile(r"(?:/git)?/([^/]+/[^/]+?)(?:\.git)?/(info/refs|git-upload-pack|git-receive-pack)")
 _CHUNK = 64 * 1024
-_SPOOL_CHUNK = 1024 * 1024
-_REQUEST_BYTES = 32 * 1024 * 1024
-"""Of a fetch: what the client has and wants, 50 bytes a commit."""
-
+_VERSIONS = ("version=1", "version=2")
 _REPORT_BYTES = 4 * 1024 * 1024
 _SETTINGS = {
     "transfer.hideRefs": "refs/dynflow",
-    "receive.fsckObjects": "true",
-    # Harmless oddities of old repositories, which everybody else's server takes too.
-    "receive.fsck.zeroPaddedFilemode": "ignore",
-    "receive.fsck.badTimezone": "ignore",
-    "receive.fsck.missingSpaceBeforeDate": "ignore",
     "receive.denyNonFastForwards": "false",
     "uploadpack.allowFilter": "true",
+    # Of many at once, each gets by with little; large files are passed on without being compared.
+    "pack.threads": "1",
+    "pack.windowMemory": "64m",
+    "core.bigFileThreshold": "32m",
     "core.fsync": "committed,reference",
+    **git_commands.verified("receive"),
 }
 
 
@@ -72,7 +69,6 @@ class RefUpdate:
     after: str | None
 
 
-Connection = ASGIConnection[Any, Any, Any, Any]
 Authorize = Callable[[Connection, str, bool], Awaitable[str]]
 """Called with request, repository and whether it writes; returns who it is, or raises a RejectedError."""
 
@@ -82,11 +78,17 @@ OnPush = Callable[[str, list[RefUpdate], str], Awaitable[list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class GitLimits:
-    """`push` in bytes. `within` is how long git may work; `at_once` how many processes."""
+    """What requests may take.
+
+    `push` in bytes. `within` is how long git may work; `at_once` how many processes, and as many uploads;
+    `queue` how long a request waits for its turn; `stall` how long a connection may stand still.
+    """
 
     push: int = 2 * 1024**3
     within: timedelta = timedelta(minutes=30)
     at_once: int = 16
+    queue: timedelta = timedelta(minutes=2)
+    stall: timedelta = timedelta(minutes=1)
 
 
 class GitServer:
@@ -97,8 +99,9 @@ class GitServer:
     ) -> None:
         self._source, self._authorize, self._on_push = source, authorize, on_push
         self._limits = limits or GitLimits()
-        self._slots = anyio.CapacityLimiter(self._limits.at_once)
-        self._pushes: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
+        self._stall = self._limits.stall.total_seconds()
+        self._work = anyio.CapacityLimiter(self._limits.at_once)
+        self._uploads = anyio.CapacityLimiter(self._limits.at_once)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Git shows the plain text of an error to its user."""
@@ -106,8 +109,13 @@ class GitServer:
         try:
             await self._answer(connection)
         except PlatformError as error:
-            headers = {"www-authenticate": 'Basic realm="dynflow"'} if error.status == 401 else {}
-            await _respond(send, error.status, "text/plain; charset=utf-8", f"{error}\n".encode(), headers)
+            extra = {401: {"www-authenticate": 'Basic realm="dynflow"'}, 503: {"retry-after": "10"}}
+            text = f"{error}\n".encode("utf-8", "replace")
+            kind = "text/plain; charset=utf-8"
+            await git_wire.respond(send, error.status, kind, text, extra.get(error.status))
+        except TimeoutError:
+            # Left unfinished: the client takes the answer for cut off, which it is.
+            logger.info("%s was given up: nobody took the answer, or git took too long", scope["path"])
 
     async def _answer(self, connection: Connection) -> None:
         method = connection.scope.get("method")
@@ -138,67 +146,102 @@ class GitServer:
             raise NotFoundError(f"there is no repository {repo!r} here")
         return actor
 
-    async def _advertise(self, connection: Connection, repo: str, service: Service) -> None:
-        command = [service.removeprefix("git-"), "--stateless-rpc", "--advertise-refs", self._path(repo)]
-        env = self._environment(connection, service)
-        async with self._slots:
-            try:
-                refs = await git_commands.run(command, env, within=self._limits.within)
-            except git_commands.GitError as error:
-                raise UnavailableError(f"{repo!r} cannot be served: {error}") from None
-        if "GIT_PROTOCOL" not in env:
-            refs = _packet(f"# service={service}\n".encode()) + b"0000" + refs
-        await _respond(connection.send, 200, f"application/x-{service}-advertisement", refs)
+    @asynccontextmanager
+    async def _turn(self, limiter: anyio.CapacityLimiter) -> AsyncIterator[None]:
+        try:
+            with anyio.fail_after(self._limits.queue.total_seconds()):
+                await limiter.acquire()
+        except TimeoutError:
+            raise UnavailableError("too many clones and pushes at once: try again in a minute") from None
+        try:
+            yield
+        finally:
+            limiter.release()
 
     def _path(self, repo: str) -> str:
         return str(self._source.path(repo))
 
-    def _environment(self, connection: Connection, service: Service) -> dict[str, str]:
+    def _environment(self, connection: Connection) -> dict[str, str]:
         env = git_commands.environment({**_SETTINGS, "receive.maxInputSize": str(self._limits.push)})
-        # Pushes have no version 2; git's own client never asks for it.
-        if service == "git-upload-pack" and connection.headers.get("git-protocol") == "version=2":
-            env["GIT_PROTOCOL"] = "version=2"
+        # The one header that git's own server passes on; of it, what is known.
+        if (version := connection.headers.get("git-protocol")) in _VERSIONS:
+            env["GIT_PROTOCOL"] = version
         return env
+
+    async def _advertise(self, connection: Connection, repo: str, service: Service) -> None:
+        command = [service.removeprefix("git-"), "--stateless-rpc", "--advertise-refs", self._path(repo)]
+        env = self._environment(connection)
+        stream = git_wire.Stream(connection.send, f"application/x-{service}-advertisement", self._stall)
+        # Pushes have no version 2.
+        bare = service == "git-upload-pack" and env.get("GIT_PROTOCOL") == "version=2"
+        prefix = b"" if bare else git_wire.packet(f"# service={service}\n".encode()) + b"0000"
+        async with self._turn(self._work):
+            with anyio.fail_after(self._limits.within.total_seconds()):
+                async with git_commands.process(command, env, stderr=subprocess.DEVNULL) as git:
+                    async for chunk in git_wire.output(git):
+                        await stream.write(prefix + chunk)
+                        prefix = b""
+                    if prefix or await git.wait():
+                        raise UnavailableError(f"git cannot read {repo!r}: have its administrator look at it")
+                    await stream.end()
 
     async def _serve_fetch(self, connection: Connection, repo: str, actor: str) -> None:
         del actor
-        env = self._environment(connection, "git-upload-pack")
+        env = self._environment(connection)
         command = ["upload-pack", "--stateless-rpc", self._path(repo)]
-        headers = _headers("application/x-git-upload-pack-result")
-        with anyio.move_on_after(self._limits.within.total_seconds()):
-            async with (
-                self._slots,
-                git_commands.process(command, env, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as git,
-                anyio.create_task_group() as tasks,
-            ):
-                tasks.start_soon(_feed, connection, git, tasks.cancel_scope)
-                await connection.send({"type": "http.response.start", "status": 200, "headers": headers})
-                await _pump(git, connection.send)
-                tasks.cancel_scope.cancel()
+        stream = git_wire.Stream(connection.send, "application/x-git-upload-pack-result", self._stall)
+        async with self._turn(self._work):
+            with anyio.move_on_after(self._limits.within.total_seconds()):
+                async with (
+                    git_commands.process(
+                        command, env, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+                    ) as git,
+                    anyio.create_task_group() as tasks,
+                ):
+                    tasks.start_soon(git_wire.feed, connection, git, tasks.cancel_scope, self._stall)
+                    await self._pass_on(git, stream)
+                    tasks.cancel_scope.cancel()
+
+    async def _pass_on(self, git: anyio.abc.Process, stream: git_wire.Stream) -> None:
+        try:
+            await stream.write(b"")
+            async for chunk in git_wire.output(git):
+                await stream.write(chunk)
+            await stream.end()
+        except TimeoutError:
+            logger.info("a clone was given up: its client took nothing for %s", self._limits.stall)
 
     async def _serve_push(self, connection: Connection, repo: str, actor: str) -> None:
-        env = self._environment(connection, "git-receive-pack")
-        with tempfile.TemporaryFile(dir=Path(self._path(repo)).parent, prefix=".push-") as spool:
-            await _spool(connection, spool, self._limits.push)
-            sideband = b"side-band-64k" in spool.read(_CHUNK)
-            spool.seek(0)
-            async with self._slots, self._pushes[repo]:
-                report, lines = await self._receive(repo, actor, spool, env)
+        env = self._environment(connection)
+        with tempfile.TemporaryFile(dir=Path(self._path(repo)).parent, prefix=".push-") as aside:
+            async with self._turn(self._uploads):
+                await self._take(connection, aside)
+            sideband = b"side-band-64k" in aside.read(_CHUNK)
+            aside.seek(0)
+            # The repository first: who waits for another push to it takes no turn from the others.
+            async with self._source.writing(repo), self._turn(self._work):
+                report, lines = await self._receive(repo, actor, aside, env)
         if sideband and report.endswith(b"0000"):
-            said = b"".join(_packet(b"\x02" + _printable(line) + b"\n") for line in lines)
-            report = report[:-4] + said + b"0000"
-        await _respond(connection.send, 200, "application/x-git-receive-pack-result", report)
+            report = report[:-4] + b"".join(map(git_wire.remark, lines)) + b"0000"
+        await git_wire.respond(connection.send, 200, "application/x-git-receive-pack-result", report)
+
+    async def _take(self, connection: Connection, aside: IO[bytes]) -> None:
+        try:
+            with anyio.fail_after(self._limits.within.total_seconds()):
+                await git_wire.spool(connection, aside, self._limits.push, self._stall)
+        except TimeoutError:
+            raise UnavailableError(f"the upload took longer than {self._limits.within}") from None
 
     async def _receive(
-        self, repo: str, actor: str, spool: IO[bytes], env: Mapping[str, str]
+        self, repo: str, actor: str, aside: IO[bytes], env: Mapping[str, str]
     ) -> tuple[bytes, list[str]]:
         """Apply a push and tell `on_push`. Killed in between, the refs have moved: compare them at start."""
         command = ["receive-pack", "--stateless-rpc", self._path(repo)]
         before, report = await self._source.ref_snapshot(repo), bytearray()
         try:
             with anyio.fail_after(self._limits.within.total_seconds()):
-                async with git_commands.process(command, env, stdin=spool, stderr=subprocess.DEVNULL) as git:
-                    async for chunk in _output(git):
+                async with git_commands.process(command, env, stdin=aside, stderr=subprocess.DEVNULL) as git:
+                    async for chunk in git_wire.output(git):
                         report += chunk
                         if len(report) > _REPORT_BYTES:
                             raise TooLargeError("the push changes too many refs at once")
@@ -213,9 +256,7 @@ class GitServer:
 
     async def _tell(self, repo: str, before: Mapping[str, str], actor: str) -> list[str]:
         after = await self._source.ref_snapshot(repo)
-        names = sorted(before.keys() | after.keys())
-        updates = [RefUpdate(name, before.get(name), after.get(name)) for name in names]
-        updates = [update for update in updates if update.before != update.after]
+        updates = changes(before, after)
         if not updates:
             return []
         await self._source.settle_default_branch(repo)
@@ -224,7 +265,15 @@ class GitServer:
         except PlatformError:
             # The push is done and cannot be taken back; what compares refs finds it.
             logger.exception("a push to %s was stored but not taken in", repo)
+            self._source.look_again(repo)
             return ["dynflow has your commits but cannot start runs right now; it will try again"]
+
+
+def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[RefUpdate]:
+    """Return what differs between two snapshots of refs, by name."""
+    names = sorted(before.keys() | after.keys())
+    updates = [RefUpdate(name, before.get(name), after.get(name)) for name in names]
+    return [update for update in updates if update.before != update.after]
 
 
 def git_router(platform: Platform) -> ASGIRouteHandler:
@@ -263,91 +312,3 @@ def git_handler(server: GitServer) -> ASGIRouteHandler:
         await server(scope, receive, send)
 
     return serve_git
-
-
-def _packet(content: bytes) -> bytes:
-    return b"%04x" % (len(content) + 4) + content
-
-
-def _printable(line: str) -> bytes:
-    return "".join(char for char in line if char.isprintable())[:500].encode()
-
-
-def _headers(media_type: str, extra: Mapping[str, str] | None = None) -> list[tuple[bytes, bytes]]:
-    found = {"content-type": media_type, "cache-control": "no-cache", **(extra or {})}
-    return [(name.encode(), value.encode()) for name, value in found.items()]
-
-
-async def _respond(
-    send: Send, status: int, media_type: str, body: bytes, headers: Mapping[str, str] | None = None
-) -> None:
-    found = _headers(media_type, {"content-length": str(len(body)), **(headers or {})})
-    await send({"type": "http.response.start", "status": status, "headers": found})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def _body(connection: Connection, limit: int) -> AsyncIterator[bytes]:
-    """Yield the request's body, unpacked; TooLargeError where it is, or unfolds to, more than `limit` bytes."""
-    inflate = zlib.decompressobj(wbits=31) if connection.headers.get("content-encoding") == "gzip" else None
-    total, more = 0, True
-    while more:
-        message = await connection.receive()
-        if message["type"] == "http.disconnect":
-            raise InvalidInputError("the request ended early")
-        more = bool(message.get("more_body"))
-        for chunk in _unpacked(inflate, cast("bytes", message.get("body", b""))):
-            total += len(chunk)
-            if total > limit:
-                raise TooLargeError(f"the request has more than {limit} bytes")
-            yield chunk
-
-
-def _unpacked(inflate: Any, data: bytes) -> Any:
-    if inflate is None:
-        yield data
-        return
-    while data:
-        try:
-            yield inflate.decompress(data, _SPOOL_CHUNK)
-        except zlib.error as error:
-            raise InvalidInputError(f"the request is not gzip: {error}") from None
-        data = inflate.unconsumed_tail
-
-
-async def _spool(connection: Connection, spool: IO[bytes], limit: int) -> None:
-    pending = bytearray()
-    async for chunk in _body(connection, limit):
-        pending += chunk
-        if len(pending) >= _SPOOL_CHUNK:
-            await anyio.to_thread.run_sync(spool.write, bytes(pending))
-            pending.clear()
-    spool.write(pending)
-    spool.flush()
-    spool.seek(0)
-
-
-async def _feed(connection: Connection, git: anyio.abc.Process, running: anyio.CancelScope) -> None:
-    """Give git the request; then wait for the client to go away, which ends the work for it."""
-    assert git.stdin is not None  # noqa: S101 - asked for above
-    try:
-        async for chunk in _body(connection, _REQUEST_BYTES):
-            await git.stdin.send(chunk)
-        await git.stdin.aclose()
-    except (PlatformError, anyio.BrokenResourceError):
-        running.cancel()
-        return
-    while (await connection.receive())["type"] != "http.disconnect":
-        pass
-    running.cancel()
-
-
-async def _output(git: anyio.abc.Process) -> AsyncIterator[bytes]:
-    assert git.stdout is not None  # noqa: S101 - always a pipe
-    async for chunk in git.stdout:
-        yield chunk
-
-
-async def _pump(git: anyio.abc.Process, send: Send) -> None:
-    async for chunk in _output(git):
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -285,8 +285,8 @@ async def test_a_push_that_a_crash_kept_from_us_is_found_at_start(
 ) -> None:
     await pushes.accept("o/r", [Moved(MAIN, None, "1" * 40)], actor="alice")
     mirror.refs = {MAIN: "2" * 40, TAG: "2" * 40}
-    assert await pushes.reconcile() == 2
-    assert await pushes.reconcile() == 0
+    assert await pushes.reconcile({"o/r"}) == 2
+    assert await pushes.reconcile({"o/r"}) == 0
     await platform.deliveries.sweep()
     assert {run.sha for run in (await platform.runs.list()).runs} == {"1" * 40, "2" * 40}
 
@@ -307,7 +307,7 @@ async def test_a_deleted_branch_is_recorded_and_starts_nothing(
     (accepted,) = await pushes.accept("o/r", [Moved(MAIN, "1" * 40, gone)], actor="alice")
     assert accepted.state == "ignored"
     assert "deleted" in (accepted.reason or "")
-    assert await pushes.reconcile() == 0
+    assert await pushes.reconcile({"o/r"}) == 0
 
 
 async def test_a_push_to_what_is_not_registered_is_refused(pushes: Pushes) -> None:

@@ -1,0 +1,215 @@
+"""Repositories as folders: made and removed by one rename each, forked by hard links, repaired after a kill.
+
+A fork shares its parent's packs as hard links, not by git's alternates: packs are never written to again, so
+neither deleting nor packing one of the two can take anything from the other.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ci_platform import layers
+from ci_platform.errors import ConflictError, UnavailableError
+
+_PIECES_WORTH_PACKING = 20
+"""Packs, or files of single objects, above which looking an object up gets slow."""
+
+_LARGE_PACK = 32 << 20
+"""Bytes. Packs of that size that forks share stay as they are; smaller ones cost less than being many."""
+
+_CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
+_PACK_PARTS = (".pack", ".promisor", ".rev", ".bitmap", ".idx")
+"""Of a pack, in the order in which they are linked: git takes one for whole when it sees the last."""
+
+_CONFIG = "[core]\n\trepositoryformatversion = 0\n\tfilemode = true\n\tbare = true\n"
+"""All that git needs. Made by hand: libgit2's way keeps 13 KB of memory for each, for ever."""
+
+
+class Journal:
+    """Which repositories are being written to: a file for each, so that after a kill nobody has to search.
+
+    Not flushed for its own sake: the file systems in use order it before what git flushes later.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was ever written down: an older release left repositories, and no journal of them."""
+        return not self._folder.is_dir()
+
+    @contextmanager
+    def entry(self, repo: str) -> Iterator[None]:
+        """Name a repository for the time of the block, however that ends; a kill leaves the name."""
+        path = self._write(secrets.token_hex(8), repo)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+    def keep(self, repo: str) -> None:
+        """Name a repository until it is forgotten."""
+        self._write(hashlib.sha256(repo.encode()).hexdigest()[:32], repo)
+
+    def _write(self, name: str, repo: str) -> Path:
+        path = self._folder / name
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.write_text(repo, encoding="ascii")
+        return path
+
+    def read(self) -> set[str]:
+        """Return the repositories that are named."""
+        with suppress(FileNotFoundError):
+            return {path.read_text(encoding="ascii") for path in self._folder.iterdir()} - {""}
+        return set()
+
+    def forget(self) -> None:
+        """Forget all names. For the start, before anything is written."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in list(self._folder.iterdir()):
+            path.unlink()
+
+
+def initialise(path: Path, default_branch: str) -> None:
+    """Make an empty repository, which is whole when it has its name. Nothing where there is one already."""
+    with suppress(ConflictError), fresh(path, default_branch) as scratch:
+        publish(scratch, path)
+
+
+@contextmanager
+def fresh(path: Path, default_branch: str) -> Iterator[Path]:
+    """Yield an empty repository beside `path`, to be filled and published; it is gone after the block."""
+    scratch = path.parent / f".new-{secrets.token_hex(8)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("objects/info", "objects/pack", "refs/heads", "refs/tags"):
+            (scratch / name).mkdir(parents=True)
+        (scratch / "config").write_text(_CONFIG, encoding="ascii")
+        (scratch / "HEAD").write_text(f"ref: refs/heads/{default_branch}\n", encoding="utf-8")
+        yield scratch
+    except OSError as error:
+        raise UnavailableError(f"cannot create {path}: {error}") from error
+    finally:
+        layers.remove_tree(scratch)
+
+
+def publish(scratch: Path, path: Path) -> None:
+    """Give a finished repository its name; ConflictError where the name is taken."""
+    try:
+        scratch.rename(path)
+    except OSError as error:
+        if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise ConflictError(f"the repository {path.name!r} exists already") from None
+        raise
+
+
+def discard(path: Path, trash: Path) -> None:
+    """Take a repository away by one rename, then remove its files."""
+    target = trash / secrets.token_hex(8)
+    trash.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(FileNotFoundError):
+        path.rename(target)
+    layers.remove_tree(target)
+
+
+def fork(parent: Path, target: Path, refs: Mapping[bytes, str], head: str) -> None:
+    """Make `target` a repository with these refs (full name -> what they point at) and the parent's objects.
+
+    Nothing may take packs away from the parent meanwhile. ConflictError where the name is taken.
+    """
+    with fresh(target, head) as scratch:
+        with suppress(FileNotFoundError):
+            shutil.copyfile(parent / "shallow", scratch / "shallow")
+        lines = [oid.encode() + b" " + name + b"\n" for name, oid in sorted(refs.items())]
+        (scratch / "packed-refs").write_bytes(b"# pack-refs with: sorted \n" + b"".join(lines))
+        _link_objects(parent / "objects", scratch / "objects")
+        publish(scratch, target)
+
+
+def _link_objects(source: Path, target: Path) -> None:
+    (target / "pack").mkdir(exist_ok=True)
+    for index in source.glob("pack/pack-*.idx"):
+        for suffix in _PACK_PARTS:
+            _link(index.with_suffix(suffix), target / "pack" / index.with_suffix(suffix).name)
+    for folder in source.glob("[0-9a-f][0-9a-f]"):
+        (target / folder.name).mkdir(exist_ok=True)
+        for loose in folder.iterdir():
+            if not loose.name.startswith("tmp_"):
+                _link(loose, target / folder.name / loose.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except FileNotFoundError:
+        if source.suffix in {".pack", ".idx", ""}:
+            raise
+    except OSError as error:
+        if error.errno not in _CANNOT_LINK:
+            raise
+        shutil.copyfile(source, target)
+
+
+def needs_packing(repository: Path) -> bool:
+    """Whether the repository is in so many pieces that packing is worth it."""
+    packs = sum(1 for _ in repository.glob("objects/pack/pack-*.idx"))
+    loose = sum(1 for _ in repository.glob("objects/[0-9a-f][0-9a-f]/*"))
+    return packs > _PIECES_WORTH_PACKING or loose > _PIECES_WORTH_PACKING
+
+
+def shared_packs(repository: Path) -> list[str]:
+    """Return the names of large packs that another repository has as well: packing them anew would copy them."""
+    return [
+        path.name
+        for path in repository.glob("objects/pack/pack-*.pack")
+        if (found := path.stat()).st_nlink > 1 and found.st_size >= _LARGE_PACK
+    ]
+
+
+def unlock(repository: Path) -> None:
+    """Remove what git processes left that died with an earlier process of ours: nobody else works here."""
+    for lock in (*repository.glob("*.lock"), *repository.glob("refs/**/*.lock")):
+        lock.unlink(missing_ok=True)
+    for path in repository.glob("objects/pack/tmp_*"):
+        path.unlink(missing_ok=True)
+    for path in repository.glob("objects/pack/.tmp-*"):
+        path.unlink(missing_ok=True)
+    for path in repository.glob("objects/??/tmp_obj_*"):
+        path.unlink(missing_ok=True)
+    for path in (*repository.glob("objects/tmp_objdir-*"), *repository.glob("objects/incoming-*")):
+        layers.remove_tree(path)
+
+
+def sweep(root: Path, trash: Path) -> None:
+    """Remove repositories below `root` that were being made, and what was being removed."""
+    for path in root.glob("*/.new-*"):
+        layers.remove_tree(path)
+    if trash.is_dir():
+        for path in list(trash.iterdir()):
+            layers.remove_tree(path)
+
+
+def served(root: Path) -> list[str]:
+    """Return the names of the repositories below a folder, sorted."""
+    with suppress(FileNotFoundError):
+        owners = sorted(entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
+        return [f"{owner}/{name}" for owner in owners for name in sorted(_names(root / owner))]
+    return []
+
+
+def _names(owner: Path) -> Iterator[str]:
+    for entry in os.scandir(owner):
+        if (
+            entry.name.endswith(".git")
+            and not entry.name.startswith(".")
+            and entry.is_dir(follow_symlinks=False)
+        ):
+            yield entry.name.removesuffix(".git")
