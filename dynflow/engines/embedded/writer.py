@@ -1,7 +1,10 @@
 """The thread that writes the engine's file, and commits in groups.
 
-Everything that callers submit while a commit is under way goes into the next transaction. With
-`synchronous=FULL` a future is resolved only when its transaction has reached the disk.
+What callers submit while a commit is under way goes into the next transactions. With `synchronous=FULL` a future is
+resolved only when its transaction has reached the disk.
+
+Python runs in one thread at a time, but a flush needs none of it. So the callers of one group are told when the next
+group only has to be flushed: they go on while the disk works, and there are two groups where there are many callers.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from dynflow.errors import EngineClosedError, StorageError
 T = TypeVar("T")
 Operation = Callable[[Connection], T]
 
-# A transaction larger than this gains no throughput and delays the callers at its head.
-_LARGEST_GROUP = 512
+# Of more than this, one group takes a half at most: to go on with so many takes their callers as long as a flush.
+_ENOUGH = 64
 
 _Item = tuple[Operation[Any], asyncio.Future[Any]]
+_Outcome = tuple[asyncio.Future[Any], Any, BaseException | None]
 
 
 class Writer:
@@ -41,6 +45,7 @@ class Writer:
             self._database.close()
             raise trouble(path, error) from None
         self._closed = False
+        self._durable: list[_Outcome] = []  # the last group's outcomes, not told yet
         self._thread = threading.Thread(target=self._run, name="dynflow-writer", daemon=True)
         self._thread.start()
 
@@ -73,14 +78,25 @@ class Writer:
             group, open_ = self._next_group()
             if group:
                 outcomes = self._commit(group)
-                self._loop.call_soon_threadsafe(_resolve_all, outcomes)
+                self._tell()
+                self._durable = outcomes
+        self._tell()
+
+    def _tell(self) -> None:
+        """Resolve the futures of the last group."""
+        if self._durable:
+            self._loop.call_soon_threadsafe(_resolve_all, self._durable)
+            self._durable = []
 
     def _next_group(self) -> tuple[list[_Item], bool]:
+        if self._queue.empty():
+            self._tell()  # nobody is left to wait for
         group: list[_Item] = []
         item = self._queue.get()
+        most = max(_ENOUGH, (self._queue.qsize() + 1) // 2)
         while item is not None:
             group.append(item)
-            if len(group) == _LARGEST_GROUP:
+            if len(group) == most:
                 return group, True
             try:
                 item = self._queue.get_nowait()
@@ -88,7 +104,7 @@ class Writer:
                 return group, True
         return group, False
 
-    def _commit(self, group: list[_Item]) -> list[tuple[asyncio.Future[Any], Any, BaseException | None]]:
+    def _commit(self, group: list[_Item]) -> list[_Outcome]:
         try:
             self._database.check()
             return self._transaction(group)
@@ -103,8 +119,8 @@ class Writer:
             # One at a time, so that only what cannot be stored fails.
             return [outcome for item in group for outcome in self._commit([item])]
 
-    def _transaction(self, group: list[_Item]) -> list[tuple[asyncio.Future[Any], Any, BaseException | None]]:
-        outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
+    def _transaction(self, group: list[_Item]) -> list[_Outcome]:
+        outcomes: list[_Outcome] = []
         db = self._db
         db.begin()
         try:
@@ -118,6 +134,7 @@ class Writer:
                     if db.changes() != before:  # half of it must not be stored
                         raise _CutOffError(error) from error
                     outcomes.append((future, None, error))
+            self._tell()
             db.end()
         except BaseException:
             db.undo()
@@ -133,7 +150,7 @@ class _CutOffError(Exception):
         self.reason = reason
 
 
-def _resolve_all(outcomes: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+def _resolve_all(outcomes: list[_Outcome]) -> None:
     for future, result, error in outcomes:
         if future.done():
             continue
