@@ -54,11 +54,36 @@ async def test_what_is_submitted_during_a_commit_is_committed_together(writer: W
     held = await hold(writer)
     commits: list[str] = []
     writer._db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
-    futures = [writer.submit(insert(key)) for key in range(100)]
+    futures = [writer.submit(insert(key)) for key in range(60)]
     held.set()
-    assert await asyncio.gather(*futures) == [1] * 100
+    assert await asyncio.gather(*futures) == [1] * 60
     writer._db.set_trace_callback(None)
     assert len(commits) == 2  # the one that was held up, and the group
+
+
+async def test_half_of_many_is_committed_while_the_other_half_goes_on(writer: Writer) -> None:
+    """The first half's callers are told when the second has only to be flushed: neither earlier nor later."""
+    held = await hold(writer)
+    loop, done = asyncio.get_running_loop(), list[str]()
+    writer._db.set_trace_callback(lambda sql: done.append(sql) if sql == "COMMIT" else None)
+    resolve = loop.call_soon_threadsafe
+
+    def told(callback: Any, *args: Any) -> Any:
+        done.append(f"told {len(args[0])}")
+        return resolve(callback, *args)
+
+    futures = [writer.submit(insert(key)) for key in range(200)]
+    loop.call_soon_threadsafe = told  # type: ignore[assignment] # the writer's only way to its callers
+    try:
+        held.set()
+        assert await asyncio.gather(*futures) == [1] * 200
+    finally:
+        del loop.call_soon_threadsafe
+        writer._db.set_trace_callback(None)
+    # 1: what was held up; 100 of 200, 64 of what is left, the rest.
+    assert done == [
+        "COMMIT", "told 1", "COMMIT", "told 100", "COMMIT", "told 64", "COMMIT", "told 36"
+    ]  # fmt: skip
 
 
 async def test_one_bad_operation_does_not_fail_the_others(writer: Writer) -> None:
@@ -307,7 +332,7 @@ async def test_an_operation_that_raises_after_it_changed_something_is_undone_alo
 
     def half(db: Any) -> None:
         db.execute("INSERT INTO code VALUES ('half', x'00')")
-        db.leases.grant(1, 0, 0)
+        db.leases.grant(1, 0, 0, None)
         raise KeyError("half")
 
     def whole(name: str) -> Any:

@@ -86,7 +86,7 @@ def _create_one(
     if rank is not None:
         db.queue.put_new(Lane(rank, workflow, tenant))
         return Created(ref, queued(now), None)
-    lease = db.leases.grant(key, 1, 0)
+    lease = db.leases.grant(key, 1, 0, retention)
     happened = log(db, key, now, _STARTED)
     claim = Claim(lease, ref, now, None, item.params, item.schedule, [], happened)
     return Created(ref, queued(now), claim)
@@ -181,7 +181,7 @@ def _claim_from(db: Connection, lane: Lane, room: Room, now: int) -> list[Claim]
     _, workflow, tenant = lane
     other = db.queue.first({name for name, slots in room.workflows.items() if slots})
     found = db.execute(
-        "SELECT key, rank, id, created_at, started_at, ending, params, events, size"
+        "SELECT key, rank, id, created_at, started_at, ending, params, events, size, retention"
         " FROM instances INDEXED BY instances_queue"
         " WHERE status = 'queued' AND workflow = ? AND tenant = ? AND rank <= ? ORDER BY rank LIMIT ?",
         (workflow, tenant, _LAST_RANK if other is None else other.rank, room.of(workflow, tenant)),
@@ -201,9 +201,9 @@ def _claim_from(db: Connection, lane: Lane, room: Room, now: int) -> list[Claim]
 
 
 def _claim_one(db: Connection, workflow: str, tenant: str, row: tuple[Any, ...], now: int) -> Claim:
-    key, rank, id_, created_at, started_at, ending, params, events, size = row
+    key, rank, id_, created_at, started_at, ending, params, events, size, retention = row
     db.queue.served(rank)
-    lease = db.leases.grant(key, events, size)
+    lease = db.leases.grant(key, events, size, retention)
     db.execute(
         "UPDATE instances SET status = 'running', rank = NULL, started_at = ? WHERE key = ?",
         (started_at or now, key),

@@ -27,9 +27,9 @@ class Connection(sqlite3.Connection):
         if self.queue.is_stale:
             self.queue = FairQueue(self)
 
-    def changes(self) -> tuple[int, int]:
-        """Return what is another value once an operation has changed something, in the file or in memory."""
-        return self.total_changes, self.leases.changes
+    def changes(self) -> int:
+        """Return what is another number once an operation has changed something, in the file or in memory."""
+        return self.total_changes + len(self.leases.undo)
 
     def end(self) -> None:
         """Commit; what is in memory stays."""

@@ -70,10 +70,10 @@ def finish(
     output = outcome.output if isinstance(outcome, Completed) else None
     failure = outcome.failure if isinstance(outcome, Failed) else None
     rollback = None if isinstance(outcome, Completed) else outcome.rollback
+    expires_at = now + _retention(db, key, status, keep) // MICROSECOND
     happened, events, size = log_last(
         db, key, now, kind, None if failure is None else {"error": error_data(failure)}
     )
-    expires_at = now + _retention(db, key, status, keep) // MICROSECOND
     db.execute(
         "UPDATE instances SET status = ?, rank = NULL, wake_at = NULL, paused_at = NULL, ending = NULL,"
         " ended_at = ?, expires_at = ?, output = ?, failure = ?, rollback = ?, events = ?, size = ? WHERE key = ?",
@@ -87,7 +87,11 @@ def _stored(value: Failure | RollbackStatus | None) -> bytes | None:
 
 
 def _retention(db: Connection, key: int, status: Status, keep: timedelta) -> timedelta:
-    stored = db.execute("SELECT retention FROM instances WHERE key = ?", (key,)).fetchone()[0]
+    lease = db.leases.of(key)
+    if lease is not None:
+        stored = lease.retention
+    else:
+        stored = db.execute("SELECT retention FROM instances WHERE key = ?", (key,)).fetchone()[0]
     given: timedelta = keep if stored is None else decode(stored).get(status, keep)
     return min(given, _LONGEST_RETENTION)
 

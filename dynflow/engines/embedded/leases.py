@@ -15,11 +15,12 @@ from dynflow.errors import LeaseLostError
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """The right of one segment to record. `events`: number of its last history event; `size`: see schema.sql."""
+    """The right of one segment to record. `events`: number of its last history event; the rest: see schema.sql."""
 
     key: int
     events: int
     size: int
+    retention: bytes | None
     is_lost: bool = False
 
     def check(self) -> None:
@@ -33,12 +34,13 @@ class Leases:
 
     def __init__(self) -> None:
         self._by_key: dict[int, Lease] = {}
-        self._before: list[tuple[Lease, int, int, bool]] = []
+        self.undo: list[tuple[Lease, int, int, bool]] = []
+        """What the transaction has changed here so far, as it was before: counters, and whether it was no lease."""
 
-    def grant(self, key: int, events: int, size: int) -> Lease:
+    def grant(self, key: int, events: int, size: int, retention: bytes | None) -> Lease:
         """Give a lease to an instance that has none."""
-        lease = self._by_key[key] = Lease(key, events, size)
-        self._before.append((lease, events, size, True))
+        lease = self._by_key[key] = Lease(key, events, size, retention)
+        self.undo.append((lease, events, size, True))
         return lease
 
     def of(self, key: int) -> Lease | None:
@@ -49,32 +51,27 @@ class Leases:
         """Take the lease of an instance away, if it has one; returns it for its counters."""
         lease = self._by_key.pop(key, None)
         if lease is not None:
-            self._before.append((lease, lease.events, lease.size, False))
+            self.undo.append((lease, lease.events, lease.size, False))
             lease.is_lost = True
         return lease
 
     def count(self, lease: Lease, events: int, size: int) -> int:
         """Count events and bytes; returns the number of the last event."""
-        self._before.append((lease, lease.events, lease.size, False))
+        self.undo.append((lease, lease.events, lease.size, False))
         lease.events += events
         lease.size += size
         return lease.events
 
-    @property
-    def changes(self) -> int:
-        """How much the transaction has done here so far."""
-        return len(self._before)
-
     def committed(self) -> None:
         """Keep what the transaction did."""
-        self._before.clear()
+        self.undo.clear()
 
     def rolled_back(self) -> None:
         """Undo what the transaction did."""
-        for lease, events, size, is_lost in reversed(self._before):
+        for lease, events, size, is_lost in reversed(self.undo):
             lease.events, lease.size, lease.is_lost = events, size, is_lost
             if is_lost:
                 self._by_key.pop(lease.key, None)
             else:
                 self._by_key[lease.key] = lease
-        self._before.clear()
+        self.undo.clear()
