@@ -174,15 +174,17 @@ class EmbeddedEngine(Engine):
         def written(future: asyncio.Future[list[claims.Created | None]]) -> None:
             # Called whatever becomes of the caller: what was claimed has to be started.
             error = future.exception()
-            if error is None:
-                self._created([made for made in future.result() if made is not None])
-            self._scheduler.release(slots)
-            if done.cancelled():
-                return
-            if error is None:
-                done.set_result([made is not None for made in future.result()])
-            else:
-                done.set_exception(error)
+            try:
+                if error is None:
+                    self._created([made for made in future.result() if made is not None])
+            finally:
+                self._scheduler.release(slots)
+                if done.cancelled():
+                    pass
+                elif error is None:
+                    done.set_result([made is not None for made in future.result()])
+                else:
+                    done.set_exception(error)
 
         try:
             write = self._storage.submit(
