@@ -1,6 +1,6 @@
 """`python -m ci_platform` is `dynflow`."""
 
-from ci_platform.cli import main
+from ci_platform.entry import main
 
 if __name__ == "__main__":
     main()

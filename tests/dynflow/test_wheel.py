@@ -59,7 +59,7 @@ def test_programs_of_the_library_run_in_an_empty_environment(wheel: Path, tmp_pa
     """`dynflow` needs the standard library alone: nothing else is installed here."""
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
-    options = ["--no-deps", "--no-index", "--disable-pip-version-check", "--quiet"]
+    options = ["--no-index", "--disable-pip-version-check", "--quiet"]  # what it needed could not be had
     run(python, "-m", "pip", "install", *options, wheel, cwd=tmp_path)
     assert len(PROGRAMS) == 3
     for number, program in enumerate(PROGRAMS):
@@ -68,6 +68,20 @@ def test_programs_of_the_library_run_in_an_empty_environment(wheel: Path, tmp_pa
         assert run(python, "-I", "-W", "error", file, cwd=tmp_path) == ""
     installed = run(python, "-c", "import dynflow, dynflow.isolates; print(dynflow.__file__)", cwd=tmp_path)
     assert installed.startswith(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_program_says_what_is_missing_where_the_library_is_alone(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    folder = tmp_path / "venv" / "bin"
+    run(folder / "python", "-m", "pip", "install", "--no-index", "--quiet", wheel, cwd=tmp_path)
+    said = subprocess.run(
+        [folder / "dynflow", "serve"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert said.returncode == 1
+    assert said.stdout == ""
+    assert said.stderr.startswith("dynflow: the platform is not installed: there is no ")
+    assert "pip install 'dynflow[platform]==0.1.0'" in said.stderr
 
 
 def test_a_tenants_workflow_takes_forty_lines() -> None:
