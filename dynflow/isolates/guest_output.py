@@ -6,12 +6,19 @@ import io
 import logging
 import sys
 import warnings
-from typing import Any
+from typing import Any, Protocol
 
 from dynflow.isolates.wire import Peer
 
 # Longer text goes in pieces that fit a frame.
 _PIECE = 64 * 1024
+
+
+class Teller(Protocol):
+    """Takes what was said."""
+
+    def send(self, text: str, level: int, source: str) -> None:
+        """Tell it on."""
 
 
 class Output:
@@ -75,7 +82,7 @@ class _Handler(logging.Handler):
 class Lines(io.TextIOBase):
     """stdout or stderr of the tenant: whole lines are sent."""
 
-    def __init__(self, output: Output, source: str, level: int) -> None:
+    def __init__(self, output: Teller, source: str, level: int) -> None:
         super().__init__()
         self._output, self._source, self._level = output, source, level
         self._begun = ""

@@ -30,7 +30,7 @@ from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from dynflow.isolates.pool import IsolatePool, describe_walls
 from dynflow.isolates.process import Isolate, OnOutput
 from dynflow.isolates.session import Session, error_of, load_error_of
-from dynflow.isolates.tails import Tails
+from dynflow.isolates.tails import Tails, last_words
 from dynflow.isolates.warm import IsolateKeeper
 from dynflow.loop import WorkflowLoop, outside
 from dynflow.serialization import pack
@@ -38,7 +38,6 @@ from dynflow.workflow import WorkflowStep
 
 _output = logging.getLogger("dynflow.output")
 _CLAIM_WITHIN = 5.0
-_TAILS_GRACE = 1.0
 
 
 class ProcessLoader(WorkerLoader):
@@ -110,10 +109,7 @@ class ProcessLoader(WorkerLoader):
             await self._discard(isolate)
         if pool is not None:
             await pool.close()
-        if self.telling:  # what was said last is heard, by tails that do not take long
-            _, late = await asyncio.wait(list(self.telling), timeout=_TAILS_GRACE)
-            for task in late:
-                task.cancel()
+        await last_words(self.telling)
 
     @property
     def walls(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from dynflow.errors import DynflowError, InvalidArgumentError, IsolateCrashedError, IsolateLimitError
 from dynflow.isolates import Caller, IsolateLimits
 from dynflow.isolates.pool import IsolateProcess
-from dynflow.isolates.tails import Tails
+from dynflow.isolates.tails import Tails, size_of
 from dynflow.isolates.watchdog import Watchdog
 from dynflow.isolates.wire import Call, CallFuture, OversizeError, Peer, ProtocolError, WireLimits
 from dynflow.serialization import MEBIBYTE
@@ -229,7 +229,7 @@ class Isolate(asyncio.Protocol):
 
     def _output(self, text: str, level: int, source: str) -> None:
         self._outputs += 1
-        self.watchdog.printed(len(text) + len(source))
+        self.watchdog.printed(size_of(text) + size_of(source))
         self._on_output(self.session.caller if self.session is not None else Caller(""), text)
         self.tell(level, source, text)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynflow.errors import InvalidArgumentError, UnserializableError
+from dynflow.isolates.frames import encode_frame
 from dynflow.isolates.remotes import CHUNK, REMOTES, Kind, Link, Remote, RemoteInstance, kind_of
 from dynflow.serialization import pack, unpack
 
@@ -267,26 +268,34 @@ class _LocalLink:
         return None
 
 
-def copied(value: Any, own: Callable[[Any], tuple[Kind, Any] | None]) -> Any:
-    """Return `value` as a wire in this process would deliver it: copies of data, stubs of what goes by reference."""
+def copied(value: Any, own: Callable[[Any], tuple[Kind, Any] | None], most: int | None = None) -> Any:
+    """Return `value` as a wire in this process would deliver it: copies of data, stubs of what goes by reference.
+
+    Raises ValueTooLargeError for data of more than `most` bytes.
+    """
     try:
-        return unpack(pack(value))
+        packed = pack(value)
     except UnserializableError as error:
         why = error
+    else:
+        encode_frame([packed], most)
+        return unpack(packed)
     try:
-        return _copied(value, own)
+        return _copied(value, own, most)
     except (UnserializableError, RecursionError):
         raise why from None
 
 
-def _copied(value: Any, own: Callable[[Any], tuple[Kind, Any] | None]) -> Any:
+def _copied(value: Any, own: Callable[[Any], tuple[Kind, Any] | None], most: int | None) -> Any:
     kind = type(value)
     if kind is list or kind is tuple:
-        return kind(_copied(item, own) for item in value)
+        return kind(_copied(item, own, most) for item in value)
     if kind is dict:
-        return {key: _copied(item, own) for key, item in value.items()}
+        return {key: _copied(item, own, most) for key, item in value.items()}
     found = own(value)
     if found is None:
-        return unpack(pack(value))
+        packed = pack(value)
+        encode_frame([packed], most)
+        return unpack(packed)
     link = _LocalLink(found[1])
     return RemoteInstance(link, value.id) if found[0] == "instance" else REMOTES[found[0]](link)

@@ -279,9 +279,10 @@ class Peer:
             raise ValueError("not a failure")
         future = self._answered(number)
         if not future.done():
-            future.set_exception(
-                RemoteError(_bounded(failure), step, attempts if type(attempts) is int else None)
-            )
+            # A step's own name and number are much smaller; nobody else may make them large.
+            told = attempts if type(attempts) is int and 0 < attempts < _END_OF_IDS else None
+            name = None if step is None else storable(step[:_MAX_ERROR_NAME])
+            future.set_exception(RemoteError(_bounded(failure), name, told))
 
     def _answered(self, number: Any) -> CallFuture:
         future = self._calls.pop(number)

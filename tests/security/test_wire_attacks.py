@@ -14,7 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from dynflow.errors import DynflowError, InvalidArgumentError, IsolateCrashedError, IsolateLimitError
+from dynflow.errors import (
+    DynflowError,
+    InstanceFailedError,
+    InvalidArgumentError,
+    IsolateCrashedError,
+    IsolateLimitError,
+)
+from dynflow.failure import RemoteError
 from dynflow.isolates import Capability, IsolateLimits, ProcessLoader
 from dynflow.serialization import MEBIBYTE, unpack
 from tests.security.support import RAW, tenant
@@ -467,3 +474,27 @@ async def fetch(request, env):
     count, why = await tenant(loader, source, env={"MORE": More()}).call("fetch")
     assert count == 1_000
     assert "more than 1,000 stubs" in why
+
+
+@pytest.mark.parametrize("attempts", ["10**300", "-1", "True", "'x'", "2**60"])
+async def test_every_text_of_a_forged_error_is_cut_to_a_length(loader: ProcessLoader, attempts: str) -> None:
+    source = (
+        RAW
+        + f"""
+def go():
+    long = "\\0\\ud800" + "x" * 1_000_000
+    failure = {{"name": long, "message": long, "type": long, "traceback": long, "retry": "no", "args": None}}
+    send(frame("error", scope(), {{"$": ["data", "Failure", failure]}}, long, {attempts}))
+    import time; time.sleep(100)
+"""
+    )
+    with pytest.raises(InstanceFailedError) as caught:
+        await tenant(loader, source).call("go")
+    error = caught.value.__cause__
+    assert isinstance(error, RemoteError)
+    told = error.failure
+    assert {len(text) for text in (told.name, told.type, error.step or "")} == {300}
+    assert {len(told.message), len(told.traceback)} == {16_000}
+    assert all("\0" not in text and "\ud800" not in text for text in (told.name, error.step or ""))
+    assert error.attempts is None
+    assert len(str(caught.value)) + len("".join(caught.value.__notes__)) < 40_000
