@@ -68,7 +68,9 @@ class PipelineCode:
             raise PipelineInvalidError(f"{identity.repo} has no {MAIN_MODULE} at {identity.sha}")
         trust = "trusted" if identity.trusted else f"pr-{identity.pr}"
         worker_id = f"{identity.repo}:{trust}:{_digest(modules)}"
-        code = WorkerCode(MAIN_MODULE, modules, self._env, {"repo": identity.repo}, self._limits)
+        code = WorkerCode(
+            MAIN_MODULE, modules, self._env, {"repo": identity.repo}, self._limits, tenant=identity.repo
+        )
         return self._loader.get(worker_id, lambda: code).get_entrypoint(PIPELINE_CLASS, props=identity)
 
     async def _modules(self, repo: str, sha: str) -> dict[str, str | bytes]:

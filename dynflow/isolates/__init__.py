@@ -35,6 +35,8 @@ class WorkerCode:
     `global_outbound`, an object with `async def fetch(request: HttpRequest) -> HttpResponse`, gets all HTTP of the
     code; without one it has no network.
     `tails` are told what the code prints, logs, warns of and fails with, see dynflow.isolates.tails.
+    `tenant` says whose code it is: what one tenant may have at the same time holds for all of its workers together.
+    None: each worker is a tenant of its own.
     """
 
     main_module: str
@@ -45,6 +47,7 @@ class WorkerCode:
     compatibility_date: str | None = None
     tails: Sequence[Tail] = ()
     global_outbound: Any = None
+    tenant: str | None = None
 
     def __post_init__(self) -> None:
         """Raise InvalidArgumentError for a date that is none."""

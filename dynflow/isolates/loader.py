@@ -27,6 +27,7 @@ from dynflow.isolates import (
 from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
 from dynflow.isolates.cgroup import machine_memory
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
+from dynflow.isolates.places import Places
 from dynflow.isolates.pool import IsolatePool, describe_walls
 from dynflow.isolates.process import Isolate, OnOutput
 from dynflow.isolates.session import Session, error_of, load_error_of
@@ -44,7 +45,9 @@ class ProcessLoader(WorkerLoader):
     """Runs every call of a worker in an isolate: a forked, confined process.
 
     `ready` isolates are kept forked in advance. `workers` are remembered, least recently used ones forgotten. `warm`
-    isolates that have finished are kept for the next call of the same code, for a while (see warm.py).
+    isolates that have finished are kept for the next call of the same code, for a while (see warm.py). `per_tenant`
+    calls of one tenant (see `WorkerCode`) have an isolate at the same time, see places.py; runs of workflows are not
+    among them, for engines bound those.
     `on_output` gets what tenants print, with who printed it (None: the logger `dynflow.output`). `preload` names
     packages that tenants may import besides the standard library. `total_memory` is what all isolates together may
     use, in bytes, where the wall `cgroup` stands (None: three quarters of the machine's). `walls` are those of
@@ -52,12 +55,13 @@ class ProcessLoader(WorkerLoader):
     be put up on this machine are left out.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - settings, each with its default
         self,
         *,
         ready: int = 2,
         workers: int = 1_000,
         warm: int = 16,
+        per_tenant: int = 64,
         on_output: OnOutput | None = None,
         preload: Collection[str] = ("pipelines",),
         total_memory: int | None = None,
@@ -78,6 +82,8 @@ class ProcessLoader(WorkerLoader):
         self._capacity = workers
         self._workers: OrderedDict[str, _Worker] = OrderedDict()
         self._keeper = IsolateKeeper(warm)
+        self.places = Places(per_tenant)
+        """Of the tenants' calls."""
         self._wraps: dict[str, Wrap] = {}
         self._holding: set[asyncio.Task[None]] = set()
         self.telling: set[asyncio.Task[None]] = set()
@@ -257,9 +263,20 @@ class _Entrypoint(EntrypointStub):
 
     async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         loaded = await self._worker.loaded()
-        session, release = await self._session(
-            loaded, Caller(self._worker.id, loaded.code.metadata, self._props)
-        )
+        caller = Caller(self._worker.id, loaded.code.metadata, self._props)
+        give_back = await self._worker.loader.places.take(loaded.code.tenant or self._worker.id)
+        try:
+            session, put = await self._session(loaded, caller)
+        except BaseException:
+            give_back()
+            raise
+
+        async def release(*, clean: bool) -> None:
+            try:
+                await put(clean=clean)
+            finally:
+                give_back()
+
         try:
             result = await session.call("call", method, [self._name, _plain(self._props), list(args), kwargs])
         except RemoteError as error:

@@ -64,10 +64,13 @@ class Session:
         self._entry = entry
         self._scopes[entry.id] = _Scope(self.caller)
         try:
-            return await entry
+            result = await entry
         except RemoteError as error:
             self._isolate.tell(logging.ERROR, "uncaught", error.failure.traceback or str(error.failure))
             raise self._stopped_by(error.failure) or error from None
+        else:
+            self._entry = None  # it refers to the result, which may be what keeps this session alive
+            return result
         finally:
             await self._close_scope(entry.id)
 

@@ -26,6 +26,7 @@ from dynflow.isolates import (
 )
 from dynflow.isolates.bindings import OUTBOUND, HostBinding, Wrap, make_bindings
 from dynflow.isolates.loader import code_digest
+from dynflow.isolates.places import Places
 from dynflow.isolates.proxies import CapabilityProxy, WorkflowsProxy
 from dynflow.isolates.tails import Tails, last_words
 from dynflow.isolates.trusted_calls import TrustedCall
@@ -52,8 +53,9 @@ class TrustedLoader(WorkerLoader):
     are not held: one call cannot be told from the rest of a process there, nor can code be stopped that does not await.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, per_tenant: int = 64) -> None:
         self._workers: dict[str, _Worker] = {}
+        self._places = Places(per_tenant)
         self._wraps: dict[str, Wrap] = {}
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -71,12 +73,12 @@ class TrustedLoader(WorkerLoader):
     def get(self, worker_id: str, code: CodeSource) -> WorkerStub:
         """Return the worker `worker_id`."""
         if worker_id not in self._workers:
-            self._workers[worker_id] = _Worker(worker_id, code, self._wraps, self._telling)
+            self._workers[worker_id] = _Worker(worker_id, code, self._wraps, self._telling, self._places)
         return self._workers[worker_id]
 
     def load(self, code: WorkerCode) -> WorkerStub:
         """Return a worker of its own for `code`."""
-        worker = _Worker(f"loaded:{uuid4().hex}", lambda: code, self._wraps, self._telling)
+        worker = _Worker(f"loaded:{uuid4().hex}", lambda: code, self._wraps, self._telling, self._places)
         self._workers[worker.id] = worker
         return worker
 
@@ -92,8 +94,9 @@ class _Worker(WorkerStub):
         source: CodeSource,
         wraps: Mapping[str, Wrap],
         telling: set[asyncio.Task[None]],
+        places: Places,
     ) -> None:
-        self.id, self._source, self._wraps = worker_id, source, wraps
+        self.id, self._source, self._wraps, self.places = worker_id, source, wraps, places
         self._telling = telling
         self._code: asyncio.Future[tuple[WorkerCode, Tails]] | None = None
         self._loaded: dict[str, Worker] = {}
@@ -215,12 +218,15 @@ class _Entrypoint(EntrypointStub):
                 raise InstanceFailedError("SystemExit", str(error)) from error
             return call.given(result, to_worker=False)
 
+        give_back = await self._worker.places.take(code.tenant or self._worker.id)
         performing = asyncio.get_running_loop().create_task(perform(), context=contextvars.copy_context())
         try:
             result = await performing
         except BaseException as error:
             call.end(error)
             raise
+        finally:
+            give_back()
         call.end()
         return result
 
