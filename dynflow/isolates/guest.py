@@ -12,7 +12,7 @@ import os
 import resource
 import socket
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dynflow.errors import WorkerLoadError
@@ -57,9 +57,9 @@ class Guest:
 
         return Stubs(self._peer.stub_numbers, _FROM_HOST, link=link, own=_own_kind, refer=reference_of)
 
-    def serve(self, sock: socket.socket) -> None:
-        """Serve the host until it closes its end."""
-        self._loop.attach(sock, self._received, self._before_wait)
+    def serve(self, connect: Callable[[], socket.socket]) -> None:
+        """Serve the host, to whom `connect` returns the socket, until it closes its end."""
+        self._loop.attach(connect, self._received, self._before_wait)
         self._output.install()
         while not self._ended:
             # A tenant's task may raise SystemExit or KeyboardInterrupt, which asyncio lets out of the loop.
@@ -224,9 +224,9 @@ def measure_address_space() -> None:
 _address_space: int | None = None
 
 
-def serve(sock: socket.socket, guest: Guest) -> None:
-    """Let `guest` serve whoever holds the other end of `sock`; returns when they close it, or it has no more to do."""
+def serve(connect: Callable[[], socket.socket], guest: Guest) -> None:
+    """Let `guest` serve who holds the other end of a socket; returns when they close it, or it has no more to do."""
     try:
-        guest.serve(sock)
+        guest.serve(connect)
     except (ProtocolError, OSError) as error:  # the host is gone, or not our host
         os.write(2, f"isolate: {error}\n".encode())

@@ -24,6 +24,7 @@ class GuestLoop(BaseEventLoop):
         super().__init__()
         self._selector = self
         self._socket: socket.socket | None = None
+        self._connect: Callable[[], socket.socket] | None = None
         self._out = bytearray()
         self._poll = select.poll()
         self._on_data: Callable[[bytes], None] = _nothing
@@ -31,13 +32,21 @@ class GuestLoop(BaseEventLoop):
 
     def attach(
         self,
-        sock: socket.socket,
+        connect: Callable[[], socket.socket],
         on_data: Callable[[bytes], None],
         before_wait: Callable[[float | None], None],
     ) -> None:
-        """Read from `sock` from now on; `on_data(b"")` is the end of the stream."""
-        self._socket, self._on_data, self._before_wait = sock, on_data, before_wait
-        self._poll.register(sock, select.POLLIN)
+        """Read from what `connect` returns; `on_data(b"")` is the end of the stream.
+
+        It is called once the loop runs and has nothing to do, and may return in another process, a fork.
+        """
+        self._connect, self._on_data, self._before_wait = connect, on_data, before_wait
+
+    def _begin(self, connect: Callable[[], socket.socket]) -> None:
+        self._connect = None
+        self._socket = connect()
+        self._poll.register(self._socket, select.POLLIN)
+        asyncio._set_running_loop(self)  # noqa: SLF001 - public; asyncio remembers for which process it was
 
     def write(self, data: bytes) -> None:
         """Send `data` at the end of this turn of the loop, or at once when much has gathered."""
@@ -71,6 +80,8 @@ class GuestLoop(BaseEventLoop):
 
     def select(self, timeout: float | None) -> list[bytes]:
         """Return what arrived, within `timeout` seconds (None: whenever it comes)."""
+        if self._connect is not None:
+            self._begin(self._connect)
         if self._socket is None:
             return []
         try:

@@ -46,6 +46,7 @@ _NUMBERS = {"x86_64": (155, 126), "aarch64": (41, 91)}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
 def _checked(result: int, what: str) -> int:
@@ -98,8 +99,7 @@ def pivot_root(new_root: str) -> None:
 
 
 def _prctl(option: int, *args: int) -> None:
-    padded = [ctypes.c_ulong(value) for value in (*args, 0, 0, 0, 0)[:4]]
-    _checked(_libc.prctl(ctypes.c_int(option), *padded), f"prctl {option}")
+    _checked(_libc.prctl(option, *(*args, 0, 0, 0, 0)[:4]), "prctl")
 
 
 def set_parent_death_signal(signal: int) -> None:
@@ -133,11 +133,18 @@ def drop_capabilities() -> None:
     _checked(_libc.syscall(ctypes.c_long(_number(1)), header, bytes(24)), "capset")
 
 
-def load_seccomp_filter(program: bytes) -> None:
-    """Put this thread, and what it starts, under the BPF `program` (an array of sock_filter)."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
-    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))
+class SeccompFilter:
+    """A BPF program (an array of sock_filter) that can be put around processes. Needs no_new_privs."""
+
+    def __init__(self, program: bytes) -> None:
+        self._program = ctypes.create_string_buffer(program, len(program))
+        header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(self._program))
+        self._header = ctypes.create_string_buffer(header)
+        self._address = ctypes.addressof(self._header)
+
+    def load(self) -> None:
+        """Put this thread, and what it starts, under it."""
+        _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._address)
 
 
 # --- Landlock ------------------------------------------------------------------------------------
@@ -167,9 +174,26 @@ def landlock(readable: Iterable[str], writable: Iterable[str] = ()) -> int:
 
     Needs no_new_privs. Returns the ABI version that was used; 0 means that nothing was done.
     """
+    ruleset = landlock_ruleset(readable, writable)
+    if ruleset is None:
+        return 0
+    try:
+        landlock_restrict(ruleset)
+    finally:
+        os.close(ruleset)
+    return landlock_abi()
+
+
+def landlock_restrict(ruleset: int) -> None:
+    """Forbid this process all that `ruleset` does not allow. Needs no_new_privs."""
+    _landlock_call(_SYS_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+
+
+def landlock_ruleset(readable: Iterable[str], writable: Iterable[str] = ()) -> int | None:
+    """Return a descriptor of what `landlock` forbids, to be closed; None where the kernel has no Landlock."""
     abi = landlock_abi()
     if abi == 0:
-        return 0
+        return None
     attributes = struct.pack(
         "QQQ",
         _LANDLOCK_FS[min(abi, 5)],
@@ -185,10 +209,10 @@ def landlock(readable: Iterable[str], writable: Iterable[str] = ()) -> int:
             _allow_below(ruleset, path, LANDLOCK_READ_FILE | LANDLOCK_READ_DIR)
         for path in writable:
             _allow_below(ruleset, path, _LANDLOCK_WRITE & _LANDLOCK_FS[min(abi, 5)])
-        _landlock_call(_SYS_LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
-    finally:
+    except BaseException:
         os.close(ruleset)
-    return abi
+        raise
+    return ruleset
 
 
 def _allow_below(ruleset: int, path: str, rights: int) -> None:

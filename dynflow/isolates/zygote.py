@@ -11,21 +11,25 @@ which a killed host does too.
 from __future__ import annotations
 
 import array
+import ctypes
+import fcntl
 import gc
 import importlib
 import json
 import logging
 import os
 import pkgutil
+import random
 import select
 import signal
 import socket
 import sys
 import traceback
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from dynflow.isolates import confinement, determinism, guest, wire
+from dynflow.isolates import confinement, determinism, guest, heap, wire
 from dynflow.isolates.guest_loop import GuestLoop
 
 # In a fork of a preloaded interpreter these cost nothing; loading C extensions is not possible later, because
@@ -91,14 +95,21 @@ _WARM_UP_ROUNDS = 20  # bytecode is specialised after eight
 
 # New containers until a collection: loading a tenant makes some thousand, of which none is garbage.
 _COLLECT_AFTER = 10_000
+_WIRE = 3  # the descriptor of each child's socket to its host
+
+_c = ctypes.PyDLL(None, use_errno=True)  # which calls without letting go of the interpreter's lock
 
 
 def main(control_fd: int, options: dict[str, Any]) -> None:
     """Run as the process that the host has started."""
-    control = socket.socket(fileno=control_fd)
-    control.set_inheritable(False)
+    control = socket.socket(fileno=fcntl.fcntl(control_fd, fcntl.F_DUPFD_CLOEXEC, _WIRE + 1))
+    os.close(control_fd)
+    spare = socket.socket(socket.AF_UNIX).detach()
+    if spare != _WIRE:  # before anything else takes the number
+        os.dup2(spare, _WIRE, inheritable=False)
+    own_wire = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=_WIRE)
     try:
-        _start(control, options)
+        _start(control, own_wire, options)
     except confinement.WallError as error:
         _tell(control, {"refused": str(error)})
     except Exception:  # noqa: BLE001 - nobody reads this process's stderr
@@ -106,7 +117,7 @@ def main(control_fd: int, options: dict[str, Any]) -> None:
     os._exit(1)
 
 
-def _start(control: socket.socket, options: dict[str, Any]) -> None:
+def _start(control: socket.socket, own_wire: socket.socket, options: dict[str, Any]) -> None:
     os.environ.clear()  # it was started with none, but Python itself sets LC_CTYPE
     sys.argv[:] = sys.orig_argv[:] = [""]
     confinement.die_with_parent()
@@ -126,8 +137,7 @@ def _start(control: socket.socket, options: dict[str, Any]) -> None:
     _warm_up()
     if grouped:
         child_walls.names = sorted([*child_walls.names, "cgroup"])
-    Zygote(control, child_walls).serve()
-    os._exit(0)
+    Zygote(control, own_wire, child_walls).live()
 
 
 def preload(extra: Any) -> None:
@@ -140,6 +150,10 @@ def preload(extra: Any) -> None:
         if name in extra and hasattr(module, "__path__"):
             for found in pkgutil.walk_packages(module.__path__, f"{name}."):
                 importlib.import_module(found.name)
+
+
+def _given(sock: socket.socket) -> Callable[[], socket.socket]:
+    return lambda: sock
 
 
 def _warm_up() -> None:
@@ -159,7 +173,7 @@ def _warm_up() -> None:
     for _ in range(_WARM_UP_ROUNDS):
         ours, theirs = socket.socketpair()
         ours.sendall(b"".join(wire.encode_frame(frame) for frame in (load, fetch, run)))
-        guest.serve(theirs, guest.Guest(GuestLoop(), until_idle=True))
+        guest.serve(_given(theirs), guest.Guest(GuestLoop(), until_idle=True))
         ours.close()
         theirs.close()
     sys.stdout, sys.stderr, logging.lastResort, warnings.showwarning = stdout, stderr, last_resort, show
@@ -167,54 +181,92 @@ def _warm_up() -> None:
 
 
 class Zygote:
-    """Forks a child for every control message, tells its pid and how it ended."""
+    """Forks a child for every control message, tells its pid and how it ended.
 
-    def __init__(self, control: socket.socket, walls: confinement.ChildWalls) -> None:
-        self._control, self._walls = control, walls
-        self._next = guest.Guest(GuestLoop())  # made ahead: its pages are shared, and its time is nobody's
+    It does so inside of a guest's event loop, where that would wait for its first message: a child has nothing left
+    to set up, and what is not done in it copies none of the memory that it shares.
+    """
 
-    def serve(self) -> None:
-        """Serve until the host closes the control socket."""
-        gc.collect()
-        gc.freeze()  # collections in the children shall not touch, and so copy, what they share
-        gc.disable()
-        ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(
-            wake, warn_on_full_buffer=False
-        )  # a handler alone could come just before the poll
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN)
-        poll.register(ended, select.POLLIN)
+    def __init__(
+        self, control: socket.socket, own_wire: socket.socket, walls: confinement.ChildWalls
+    ) -> None:
+        self._control, self._wire, self._walls = control, own_wire, walls
+        self._is_child = False
+        self._ended = -1
+
+    def live(self) -> NoReturn:
+        """Serve until the host closes the control socket; in a child until its host closes its own."""
+        code = 1
+        try:
+            guest.serve(self._serve, guest.Guest(GuestLoop()))
+            code = 0
+        except BaseException:  # noqa: BLE001 - nothing may get any further, into code that is not the child's
+            text = traceback.format_exc()
+            if self._is_child:
+                os.write(_WIRE, wire.encode_frame(["output", "isolate: " + text]))
+            else:
+                _tell(self._control, {"refused": "the zygote failed: " + text[-2000:]})
+        finally:
+            os._exit(code)
+
+    def _serve(self) -> socket.socket:
+        """Fork whenever the host asks for it; return in the children, with the socket to the host."""
+        poll = self._settle()
         _tell(self._control, {"ready": True, "walls": self._walls.names})
         while True:
             for fd, _ in poll.poll():
-                if fd == ended:
-                    os.read(ended, 4096)
+                if fd == self._ended:
+                    os.read(fd, 4096)
                     self._reap()
                     continue
                 message, fds = _receive(self._control)
                 if not message:
-                    return
+                    os._exit(0)
                 self._fork(fds[0])
+                if self._is_child:
+                    return self._wire
+
+    def _settle(self) -> select.poll:
+        self._ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # A handler alone could come just before the poll.
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._ended, select.POLLIN)
+        gc.set_threshold(_COLLECT_AFTER)
+        gc.collect()
+        heap.fill_holes()
+        gc.freeze()  # collections in the children shall not touch, and so copy, what they share
+        gc.disable()
+        return poll
 
     def _fork(self, fd: int) -> None:
         try:
             uid = self._walls.prepare()
-            pid = os.fork()
+            pid = _fork()
         except OSError as error:  # no room for another process: that is not the end of the others
             self._walls.leave_namespace()
             os.close(fd)
             _tell(self._control, {"failed": str(error)})
             return
         if pid == 0:
-            _be_guest(fd, self._next, self._walls, uid)
+            self._is_child = True
+            self._be_guest(fd, uid)
+            return
         self._walls.restore(pid, uid)
         os.close(fd)
         pidfd = os.pidfd_open(pid)
         _tell(self._control, {"forked": pid}, [pidfd])
         os.close(pidfd)
-        self._next = guest.Guest(GuestLoop())
+
+    def _be_guest(self, fd: int, uid: int) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._walls.keep_only_descriptors(fd)
+        self._walls.confine(uid)
+        random.seed()
+        gc.enable()
 
     def _reap(self) -> None:
         while True:
@@ -228,24 +280,16 @@ class Zygote:
             _tell(self._control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _be_guest(fd: int, prepared: guest.Guest, walls: confinement.ChildWalls, uid: int) -> None:
-    code = 1
-    try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        confinement.keep_only_descriptors(fd)
-        sock = socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=3
-        )  # asks the kernel nothing, later
-        walls.confine(uid)
-        gc.set_threshold(_COLLECT_AFTER)
-        gc.enable()
-        guest.serve(sock, prepared)
-        code = 0
-    except BaseException:  # noqa: BLE001 - nothing may get from here into the zygote's code
-        os.write(3, wire.encode_frame(["output", "isolate: " + traceback.format_exc()]))
-    finally:
-        os._exit(code)
+def _fork() -> int:
+    """Fork without `os.fork`'s hooks: they renew the locks of threads that are not there, and copy sixty pages for it.
+
+    Only that of `random` is needed in a process of one thread. Raises OSError.
+    """
+    pid: int = _c.fork()
+    if pid < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"fork: {os.strerror(number)}")
+    return pid
 
 
 def _tell(control: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:

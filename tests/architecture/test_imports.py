@@ -87,6 +87,7 @@ STDLIB_ONLY = (
     "dynflow.isolates.guest_loop",
     "dynflow.isolates.guest_output",
     "dynflow.isolates.guest_steps",
+    "dynflow.isolates.heap",
     "dynflow.isolates.modules",
     "dynflow.isolates.proxies",
     "dynflow.isolates.remotes",
