@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import hmac
 import re
 import secrets
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from ci_platform.errors import ForbiddenError, InvalidInputError, NotFoundError, UnauthorizedError
-from ci_platform.model import Token
+from ci_platform.model import Repository, Token
 from ci_platform.settings import read_secret, write_secret
 from ci_platform.store import Store, Transaction, col
 from dynflow.clock import Clock
@@ -33,6 +34,8 @@ _PREFIX = "dynflow_"
 _RANDOM_BYTES = 32
 # `last_used_at` tells whether a token is still in use: to the minute is enough, and spares most writes.
 _USE_RESOLUTION = timedelta(minutes=1)
+_SHORTEST, _LONGEST = timedelta(minutes=1), timedelta(days=3660)
+_UNKNOWN = "the token is not known here, or was revoked"
 LOCAL_TOKEN_NAME = "local-admin"  # noqa: S105 - its name, not its secret
 
 
@@ -52,7 +55,7 @@ class Actor:
 
 @dataclass(frozen=True, slots=True)
 class TokenView:
-    """A token as lists show it, without its secret."""
+    """A token as lists show it, without its secret. `repo` is the one repository that it opens."""
 
     id: int
     name: str
@@ -60,6 +63,8 @@ class TokenView:
     created_at: datetime
     last_used_at: datetime | None
     revoked_at: datetime | None
+    repo: str | None = None
+    expires_at: datetime | None = None
 
 
 class Access:
@@ -68,29 +73,54 @@ class Access:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store, self._clock = store, clock
 
-    async def create(self, name: str, scopes: tuple[str, ...] = ("read", "write")) -> tuple[TokenView, str]:
+    async def create(
+        self,
+        name: str,
+        scopes: tuple[str, ...] = ("read", "write"),
+        *,
+        repo: str | None = None,
+        lifetime: timedelta | None = None,
+    ) -> tuple[TokenView, str]:
         """Make a token and return it with its secret, which is not shown again.
 
         Names are 1-100 of `[A-Za-z0-9_.@-]`; they appear as who decided a gate, so a name that is in use is
-        refused. Raises InvalidInputError.
+        refused. With `repo`, it opens that repository's git, commits and files alone. Raises InvalidInputError,
+        NotFoundError for the repository.
         """
+        row = self._row(name, scopes, repo, lifetime)
+
+        def insert(tx: Transaction) -> Token:
+            if repo is not None and not tx.first(
+                Repository, col(Repository.name) == repo, col(Repository.deleted_at).is_(None)
+            ):
+                raise NotFoundError(f"repository {repo[:200]!r} is not registered here")
+            for held in tx.all(Token, col(Token.name) == name, col(Token.revoked_at).is_(None)):
+                if held.expires_at is None or held.expires_at > self._clock.now():
+                    raise InvalidInputError(
+                        f"there is a token named {name!r} already: revoke it or choose another"
+                    )
+            return tx.add(row)
+
+        secret = _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
+        row.digest = _digest(secret)
+        return _view(await self._store.write(insert)), secret
+
+    def _row(self, name: str, scopes: tuple[str, ...], repo: str | None, lifetime: timedelta | None) -> Token:
         if not _NAME.fullmatch(name):
             raise InvalidInputError(f"{name[:100]!r} cannot be a token's name: 1-100 of A-Z a-z 0-9 _ . @ -")
         if not scopes or set(scopes) - set(get_args(Scope)):
             raise InvalidInputError(f"scopes are some of {', '.join(get_args(Scope))}, not {scopes!r}")
-        secret = _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
-        row = Token(
-            name=name, digest=_digest(secret), scopes=sorted(set(scopes)), created_at=self._clock.now()
+        if repo is not None and "admin" in scopes:
+            raise InvalidInputError(
+                "a token of one repository can read or write it; admin is for all of them"
+            )
+        if lifetime is not None and not _SHORTEST <= lifetime <= _LONGEST:
+            raise InvalidInputError(f"a token lives between {_SHORTEST} and {_LONGEST.days} days")
+        now = self._clock.now()
+        expires_at = None if lifetime is None else now + lifetime
+        return Token(
+            name=name, digest="", scopes=sorted(set(scopes)), created_at=now, repo=repo, expires_at=expires_at
         )
-
-        def insert(tx: Transaction) -> Token:
-            if tx.first(Token, col(Token.name) == name, col(Token.revoked_at).is_(None)):
-                raise InvalidInputError(
-                    f"there is a token named {name!r} already: revoke it or choose another"
-                )
-            return tx.add(row)
-
-        return _view(await self._store.write(insert)), secret
 
     async def list(self) -> list[TokenView]:
         """Return all tokens, the newest first."""
@@ -108,19 +138,30 @@ class Access:
 
         await self._store.write(mark)
 
-    async def authenticate(self, authorization: str | None) -> Actor:
+    async def revoke_all_of(self, repo: str) -> None:
+        """Make all tokens of one repository useless from now on."""
+        now = self._clock.now()
+        where = (col(Token.repo) == repo, col(Token.revoked_at).is_(None))
+        await self._store.write(lambda tx: tx.change(Token, {"revoked_at": now}, *where))
+
+    async def authenticate(self, authorization: str | None, *, repo: str | None = None) -> Actor:
         """Return who sent this `Authorization` header: `Bearer <token>`, or `Basic` with it as the password.
 
-        Raises UnauthorizedError. The message is the same for every wrong token.
+        `repo` is the repository that is asked for: who has a token of another one alone, or asks for something
+        that is of none, gets a ForbiddenError. Raises UnauthorizedError; the message is the same for every wrong
+        token.
         """
-        return await self.authenticate_token(_secret_of(authorization))
+        return await self.authenticate_token(_secret_of(authorization), repo=repo)
 
-    async def authenticate_token(self, secret: str) -> Actor:
-        """Return who has this token. Raises UnauthorizedError."""
+    async def authenticate_token(self, secret: str, *, repo: str | None = None) -> Actor:
+        """Return who has this token. Raises UnauthorizedError, ForbiddenError for a token of another repository."""
         digest, now = _digest(secret), self._clock.now()
-        row = await self._store.read(lambda tx: tx.first(Token, col(Token.digest) == digest))
-        if row is None or row.revoked_at is not None:
-            raise UnauthorizedError("the token is not known here, or was revoked")
+        row = self._valid(await self._store.read(lambda tx: tx.first(Token, col(Token.digest) == digest)))
+        # The database finds a digest, which tells nothing of the secret; what it found is compared in constant time.
+        if not hmac.compare_digest(row.digest, digest):
+            raise UnauthorizedError(_UNKNOWN)
+        if row.repo is not None and row.repo != repo:
+            raise ForbiddenError(f"token {row.name!r} opens the repository {row.repo} alone")
         if row.last_used_at is None or now - row.last_used_at >= _USE_RESOLUTION:
             used = {"last_used_at": now}
             await self._store.write(lambda tx: tx.change(Token, used, col(Token.digest) == digest))
@@ -128,10 +169,17 @@ class Access:
 
     async def resume(self, token_id: int) -> Actor:
         """Return who has the token of this id: what a session stands for. Raises UnauthorizedError."""
-        row = await self._store.read(lambda tx: tx.get(Token, token_id))
-        if row is None or row.revoked_at is not None:
-            raise UnauthorizedError("the token is not known here, or was revoked")
+        row = self._valid(await self._store.read(lambda tx: tx.get(Token, token_id)))
+        if row.repo is not None:
+            raise UnauthorizedError("a token of one repository has no sessions")
         return _actor(row)
+
+    def _valid(self, row: Token | None) -> Token:
+        if row is None or row.revoked_at is not None:
+            raise UnauthorizedError(_UNKNOWN)
+        if row.expires_at is not None and row.expires_at <= self._clock.now():
+            raise UnauthorizedError(f"the token {row.name!r} expired: have another one made")
+        return row
 
     async def ensure_local_token(self, path: Path) -> str:
         """Return the administrator's token in `path`, made on the first call; its file has mode 0600.
@@ -184,4 +232,6 @@ def _view(row: Token) -> TokenView:
         created_at=row.created_at,
         last_used_at=row.last_used_at,
         revoked_at=row.revoked_at,
+        repo=row.repo,
+        expires_at=row.expires_at,
     )

@@ -19,9 +19,20 @@ from ci_platform.api.authorization import Authorizer, current_actor
 from ci_platform.api.gates import decide_gate, list_gates
 from ci_platform.api.git import git_router
 from ci_platform.api.health import Readiness, healthz, readyz
+from ci_platform.api.imports import get_import, receive_refresh, refresh_import, start_import
 from ci_platform.api.logs import read_log
 from ci_platform.api.problems import answer
-from ci_platform.api.repos import list_repos, register_repo
+from ci_platform.api.repos import (
+    change_repo,
+    delete_repo,
+    fork_repo,
+    get_repo,
+    list_repos,
+    read_commit,
+    read_commits,
+    read_tree,
+    register_repo,
+)
 from ci_platform.api.runs import cancel_run, follow_events, get_run, list_runs, rerun_run
 from ci_platform.api.streams import Stopping
 from ci_platform.api.tokens import create_login_link, create_token, list_tokens, revoke_token
@@ -59,6 +70,9 @@ def create_app(platform: Platform) -> Litestar:
         "logs": platform.logs,
         "deliveries": platform.deliveries,
         "repositories": platform.repositories,
+        "git_store": platform.git_store,
+        "imports": platform.imports,
+        "source": platform.source,
         "access": platform.access,
         "forges": platform.forges,
         "sessions": sessions,
@@ -69,7 +83,11 @@ def create_app(platform: Platform) -> Litestar:
     return Litestar(
         [
             Router(_API, route_handlers=_API_HANDLERS, request_max_body_size=_MAX_JSON),
-            Router("/", route_handlers=[receive_webhook], request_max_body_size=settings.max_body),
+            Router(
+                "/",
+                route_handlers=[receive_webhook, receive_refresh],
+                request_max_body_size=settings.max_body,
+            ),
             healthz,
             readyz,
             git_router(platform),
@@ -84,7 +102,7 @@ def create_app(platform: Platform) -> Litestar:
         before_send=[_harden],
         openapi_config=_openapi(),
         response_cache_config=ResponseCacheConfig(default_expiration=None),
-        state=State({"stopping": stopping, "sessions": sessions}),
+        state=State({"stopping": stopping, "sessions": sessions, "base_url": settings.base_url}),
         debug=False,
         logging_config=None,
     )
@@ -101,6 +119,16 @@ _API_HANDLERS = [
     decide_gate,
     list_repos,
     register_repo,
+    get_repo,
+    change_repo,
+    delete_repo,
+    fork_repo,
+    read_commits,
+    read_commit,
+    read_tree,
+    start_import,
+    get_import,
+    refresh_import,
     list_tokens,
     create_token,
     revoke_token,

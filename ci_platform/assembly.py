@@ -15,17 +15,21 @@ from ci_platform import copy_on_write, data_lock, isolation
 from ci_platform.access import Access
 from ci_platform.capabilities import ArtifactsCapability, ForgeCapability, RunIdentity, SandboxCapability
 from ci_platform.deliveries import Deliveries
+from ci_platform.encryption import Encryption
 from ci_platform.errors import NotFoundError, UnavailableError
 from ci_platform.execution import Execution
 from ci_platform.forges import Forge
 from ci_platform.forges.github import GitHubForge
 from ci_platform.forges.local import LocalForge
 from ci_platform.gates import Gates
+from ci_platform.git_store import GitStore
+from ci_platform.imports import Imports
 from ci_platform.logs import LogKey, Logs
 from ci_platform.model import Run
 from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
 from ci_platform.pushes import Pushes
+from ci_platform.refreshing import Refresher
 from ci_platform.reports import Reports
 from ci_platform.repositories import Repositories
 from ci_platform.retention import Retention
@@ -77,6 +81,9 @@ class Platform:
     store: Store
     access: Access
     repositories: Repositories
+    imports: Imports
+    refresher: Refresher
+    git_store: GitStore
     deliveries: Deliveries
     pushes: Pushes
     runs: Runs
@@ -162,7 +169,12 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
         _assembled(settings, SystemClock(), store) as platform,
         anyio.create_task_group() as services,
     ):
-        for serve in (platform.deliveries.serve, platform.reports.serve, platform.runs.serve):
+        for serve in (
+            platform.deliveries.serve,
+            platform.reports.serve,
+            platform.runs.serve,
+            platform.refresher.serve,
+        ):
             services.start_soon(_kept_up, serve)
         services.start_soon(_housekeeping(platform).serve)
         for sandbox in platform.sandboxes.values():
@@ -225,20 +237,40 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         store, clock, forges=forges, runs=runs, commits=code, allow_forks=settings.allow_forks
     )
     pushes = Pushes(store, deliveries, source)
+    access, repositories = Access(store, clock), Repositories(store, forges, clock)
+    imports = Imports(
+        store,
+        clock,
+        repositories=repositories,
+        encryption=Encryption(settings.data / "encryption.key"),
+        allow_file=settings.allow_file_remotes,
+    )
+    git_store = GitStore(repositories, source, imports, pushes, access)
 
     # What a killed process left goes before anything new starts.
     touched = await source.sweep()
     await workspaces.sweep(await runs.live_ids())
     await pushes.reconcile(touched)
     await source.reconciled()
+    await git_store.sweep()
     try:
         async with isolation.opened(loader, settings), engine:
             yield Platform(
                 settings=settings,
                 clock=clock,
                 store=store,
-                access=Access(store, clock),
-                repositories=Repositories(store, forges, clock),
+                access=access,
+                repositories=repositories,
+                imports=imports,
+                refresher=Refresher(
+                    store,
+                    clock,
+                    imports=imports,
+                    source=source,
+                    pushes=pushes,
+                    protocols=source.protocols,
+                ),
+                git_store=git_store,
                 deliveries=deliveries,
                 pushes=pushes,
                 runs=runs,

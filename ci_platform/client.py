@@ -143,6 +143,10 @@ class Client:
         """Return the JSON of a POST."""
         return self._call("POST", path, json={} if body is None else body)
 
+    def patch(self, path: str, body: Any) -> Any:
+        """Return the JSON of a PATCH."""
+        return self._call("PATCH", path, json=body)
+
     def delete(self, path: str) -> Any:
         """Return the JSON of a DELETE."""
         return self._call("DELETE", path)

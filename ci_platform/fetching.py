@@ -14,8 +14,12 @@ from ci_platform.errors import FailedError, UnavailableError
 from ci_platform.git_commands import Credentials, GitError
 
 _MISSING = re.compile(r"not our ref|find remote ref|unadvertised object|does not allow request|bad object")
-_NO_REPOSITORY = re.compile(r"repository .* not found|does not exist|not appear to be a git repository")
-_REFUSED = re.compile(r"fsck error")
+NO_REPOSITORY = re.compile(r"repository .* not found|does not exist|not appear to be a git repository")
+"""What git says where there is no such repository."""
+
+REFUSED = re.compile(r"fsck error")
+"""What git says where it refuses an object."""
+
 _INFINITE = "2147483647"
 
 
@@ -54,9 +58,9 @@ class Fetch:
                 await self._run(specification, depth)
             except GitError as error:
                 said = str(error)
-                if _NO_REPOSITORY.search(error.stderr):
+                if NO_REPOSITORY.search(error.stderr):
                     raise FailedError(f"{self.repo!r} is not to be found at its forge: {said}") from None
-                if _REFUSED.search(error.stderr):
+                if REFUSED.search(error.stderr):
                     raise FailedError(f"{self.repo!r} has an object that git refuses: {said}") from None
                 if not _MISSING.search(error.stderr):
                     raise UnavailableError(f"fetching {self.repo!r} failed: {said}") from None

@@ -181,7 +181,12 @@ async def process(
 
 
 async def run(
-    arguments: Sequence[str], env: Mapping[str, str], *, within: timedelta, secrets: Sequence[str] = ()
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    within: timedelta,
+    secrets: Sequence[str] = (),
+    stdin: bytes = b"",
 ) -> bytes:
     """Run git to its end and return what it printed.
 
@@ -189,17 +194,26 @@ async def run(
     what it says.
     """
     output, errors = bytearray(), bytearray()
+    given = subprocess.PIPE if stdin else subprocess.DEVNULL
     try:
         with anyio.fail_after(within.total_seconds()):
-            async with process(arguments, env) as git, anyio.create_task_group() as tasks:
+            async with process(arguments, env, stdin=given) as git, anyio.create_task_group() as tasks:
                 tasks.start_soon(_collect, git.stdout, output, _OUTPUT_BYTES)
                 tasks.start_soon(_collect, git.stderr, errors, _ERROR_BYTES)
+                await _give(git.stdin, stdin)
                 exit_code = await git.wait()
     except TimeoutError:
         raise UnavailableError(f"git {arguments[0]} did not end within {within}") from None
     if exit_code:
         raise GitError(exit_code, redact(errors.decode(errors="replace"), *secrets))
     return bytes(output)
+
+
+async def _give(stream: anyio.abc.ByteSendStream | None, data: bytes) -> None:
+    if stream is not None:
+        with suppress(anyio.BrokenResourceError):  # it ended without reading: its exit code says why
+            await stream.send(data)
+            await stream.aclose()
 
 
 async def _collect(stream: anyio.abc.ByteReceiveStream | None, into: bytearray, limit: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, DateTime, Dialect, Index, MetaData, UniqueConstraint
+from sqlalchemy import JSON, DateTime, Dialect, Index, MetaData, UniqueConstraint, false
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
@@ -46,7 +46,10 @@ class Row(SQLModel):
 
 
 class Repository(Row, table=True):
-    """A repository whose changes start runs. `clone_url` overrides what the forge would say."""
+    """A repository whose changes start runs. `clone_url` overrides what the forge would say.
+
+    `parent` is what it was forked from. A deleted one keeps its row, for the runs that it had.
+    """
 
     __tablename__ = "repository"
 
@@ -57,6 +60,35 @@ class Repository(Row, table=True):
     enabled: bool = True
     created_at: datetime = Field(sa_type=UtcDateTime)
     last_number: int = 0  # the newest run's number; taken and raised in one update
+    read_only: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
+    parent: str | None = Field(default=None, max_length=200)
+    deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+
+
+class ImportRow(Row, table=True):
+    """A repository of ours that is filled from a URL, and kept like it.
+
+    `sealed_password` and `sealed_hook` (what signs requests to refresh) are encrypted. `depth` is None for all of
+    history; without `blobs`, files come when they are read. `due_at` is when to refresh next, `verify` whether to
+    look at every object then.
+    """
+
+    __tablename__ = "repository_import"
+
+    repo: str = Field(primary_key=True, max_length=200, foreign_key="repository.name")
+    url: str
+    username: str | None = None
+    sealed_password: str | None = None
+    sealed_hook: str
+    depth: int | None = None
+    blobs: bool = True
+    state: str = Field(default="waiting", max_length=20)
+    due_at: datetime | None = Field(default=None, sa_type=UtcDateTime, index=True)
+    verify: bool = False
+    refreshed_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    verified_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    attempts: int = 0
+    last_error: str | None = None
 
 
 class DeliveryRow(Row, table=True):
@@ -184,7 +216,7 @@ class OutboxRow(Row, table=True):
 
 
 class Token(Row, table=True):
-    """A bearer token: its SHA-256 alone is kept."""
+    """A bearer token: its SHA-256 alone is kept. `repo` limits it to one repository and what is read of it."""
 
     __tablename__ = "token"
 
@@ -195,6 +227,8 @@ class Token(Row, table=True):
     created_at: datetime = Field(sa_type=UtcDateTime)
     last_used_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     revoked_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    repo: str | None = Field(default=None, max_length=200)
+    expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
 class RefState(Row, table=True):

@@ -22,20 +22,20 @@ _FORGE = "local"
 _ZERO = frozenset({"0" * 40, "0" * 64})
 
 
-class RefUpdate(Protocol):
-    """What a push did to one ref. `before` and `after` are None where it was not, or is no more."""
+@dataclass(frozen=True, slots=True)
+class RefUpdate:
+    """A ref that moved. `before` is None where it is new, `after` None where it is gone."""
 
-    @property
-    def ref(self) -> str:
-        """The full ref."""
+    ref: str
+    before: str | None
+    after: str | None
 
-    @property
-    def before(self) -> str | None:
-        """The commit before."""
 
-    @property
-    def after(self) -> str | None:
-        """The commit now."""
+def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[RefUpdate]:
+    """Return what differs between two snapshots of refs, by name."""
+    names = sorted(before.keys() | after.keys())
+    updates = [RefUpdate(name, before.get(name), after.get(name)) for name in names]
+    return [update for update in updates if update.before != update.after]
 
 
 class Refs(Protocol):
@@ -43,13 +43,6 @@ class Refs(Protocol):
 
     async def ref_snapshot(self, repo: str) -> Mapping[str, str]:
         """Return branch and tag refs by full name, with what they point at."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    ref: str
-    before: str | None
-    after: str | None
 
 
 class Pushes:
@@ -63,7 +56,7 @@ class Pushes:
 
         Call it when the refs have moved, before the pusher is answered.
         """
-        moved = [_Update(update.ref, _commit(update.before), _commit(update.after)) for update in updates]
+        moved = [RefUpdate(update.ref, _commit(update.before), _commit(update.after)) for update in updates]
         accepted = await self._store.write(lambda tx: self._accept(tx, repo, moved, actor))
         if accepted:
             self._deliveries.wake()
@@ -82,12 +75,29 @@ class Pushes:
     async def _reconcile(self, repo: str) -> int:
         now = await self._refs.ref_snapshot(repo)
         rows = await self._store.read(lambda tx: tx.all(RefState, col(RefState.repo) == repo))
-        heard = {row.ref: row.sha for row in rows if row.sha is not None}
-        refs = sorted(now.keys() | heard.keys())
-        moved = [_Update(ref, heard.get(ref), now.get(ref)) for ref in refs if heard.get(ref) != now.get(ref)]
+        moved = changes({row.ref: row.sha for row in rows if row.sha is not None}, now)
         return len(await self.accept(repo, moved, actor="")) if moved else 0
 
-    def _accept(self, tx: Transaction, repo: str, updates: Iterable[_Update], actor: str) -> list[Accepted]:
+    async def adopt(self, repo: str, refs: Mapping[str, str]) -> None:
+        """Take refs as they are for heard of: what they lead to now starts nothing.
+
+        For a repository that is filled from elsewhere, before anybody can see it.
+        """
+
+        def note(tx: Transaction) -> None:
+            if tx.lock(Repository, col(Repository.name) == repo) is None:
+                raise NotFoundError(f"repository {repo[:200]!r} is not registered here")
+            known = {row.ref for row in tx.all(RefState, col(RefState.repo) == repo)}
+            for ref in known | refs.keys():
+                if ref in known:
+                    where = (col(RefState.repo) == repo, col(RefState.ref) == ref)
+                    tx.change(RefState, {"sha": refs.get(ref), "pushes": RefState.pushes + 1}, *where)
+                else:
+                    tx.add(RefState(repo=repo, ref=ref, sha=refs[ref], pushes=1))
+
+        await self._store.write(note)
+
+    def _accept(self, tx: Transaction, repo: str, updates: Iterable[RefUpdate], actor: str) -> list[Accepted]:
         if tx.lock(Repository, col(Repository.name) == repo) is None:
             raise NotFoundError(f"repository {repo[:200]!r} is not registered here")
         accepted = []
@@ -121,7 +131,7 @@ def change_of_push(repo: str, update: RefUpdate, actor: str) -> Change:
     )
 
 
-def _delivery(repo: str, update: _Update, actor: str, pushes: int) -> Delivery:
+def _delivery(repo: str, update: RefUpdate, actor: str, pushes: int) -> Delivery:
     # The counter makes a push that goes back and forth a new delivery each time.
     identity = f"{repo}\x1f{update.ref}\x1f{update.after}\x1f{pushes}"
     return Delivery(

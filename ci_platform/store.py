@@ -21,12 +21,12 @@ from anyio import CapacityLimiter
 from sqlalchemy import Connection, Engine, event, make_url
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
-from sqlmodel import Session, col, create_engine, delete, or_, select, update
+from sqlmodel import Session, col, create_engine, delete, func, or_, select, update
 
 from ci_platform.errors import InvalidInputError, UnavailableError
 from ci_platform.model import Counter, Row
 
-__all__ = ["Store", "Transaction", "col", "decode_cursor", "encode_cursor", "or_"]
+__all__ = ["Store", "Transaction", "col", "decode_cursor", "encode_cursor", "folded", "or_"]
 
 _T = TypeVar("_T")
 _RowT = TypeVar("_RowT", bound=Row)
@@ -163,6 +163,11 @@ def migrate(connection: Connection) -> None:
         command.upgrade(config, "head")
     except CommandError as error:
         raise UnavailableError(f"the database's schema is not one of this release: {error}") from error
+
+
+def folded(column: Any) -> Any:
+    """Return a text column in lower case, to be compared with."""
+    return func.lower(column)
 
 
 def encode_cursor(position: int) -> str:

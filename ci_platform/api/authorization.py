@@ -1,6 +1,7 @@
 """Who may do what over HTTP. Every route says the scope it needs; one that says nothing answers nobody.
 
-`opt={"scope": …}`: `"public"`, `"own"` (the route checks by itself), or a scope of `ci_platform.access`.
+`opt={"scope": …}`: `"public"`, `"own"` (the route checks by itself), or a scope of `ci_platform.access`. With
+`"of_repo": True` the path's `owner` and `name` say for which repository, and a token of that one alone will do.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Authorizer:
         connection.state.session = connection.state.actor = None
         if scope == "own":
             return
-        await self._identify(connection)
+        await self._identify(connection, _repo(connection) if handler.opt.get("of_repo") else None)
         if scope == "public":
             return
         actor = connection.state.actor
@@ -42,10 +43,10 @@ class Authorizer:
             raise UnauthorizedError("send a token: 'Authorization: Bearer …'; `dynflow token` makes one")
         actor.require(cast("Scope", scope))
 
-    async def _identify(self, connection: Connection) -> None:
+    async def _identify(self, connection: Connection, repo: str | None) -> None:
         header = connection.headers.get("authorization")
         if header is not None:
-            connection.state.actor = await self._sessions.access.authenticate(header)
+            connection.state.actor = await self._sessions.access.authenticate(header, repo=repo)
             return
         session = await self._sessions.open(connection.cookies.get(SESSION_COOKIE))
         method = connection.scope.get("method", "GET")
@@ -53,6 +54,10 @@ class Authorizer:
             connection.state.session, connection.state.actor = session, session.actor
         elif self._public_read:
             connection.state.actor = _ANYBODY
+
+
+def _repo(connection: Connection) -> str:
+    return f"{connection.path_params['owner']}/{connection.path_params['name']}"
 
 
 def current_actor(request: Request[Any, Any, Any]) -> Actor:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from ci_platform.api import git_wire
 from ci_platform.api.git_wire import Connection
 from ci_platform.assembly import Platform
 from ci_platform.errors import (
+    ConflictError,
     ForbiddenError,
     InvalidInputError,
     NotFoundError,
@@ -37,6 +38,8 @@ from ci_platform.errors import (
     TooLargeError,
     UnavailableError,
 )
+from ci_platform.pushes import RefUpdate, changes
+from ci_platform.repositories import RepositoryView
 from ci_platform.source import Source
 
 logger = logging.getLogger(__name__)
@@ -58,15 +61,6 @@ _SETTINGS = {
     "core.fsync": "committed,reference",
     **git_commands.verified("receive"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class RefUpdate:
-    """A ref that a push moved. `before` is None where it is new, `after` None where it is gone."""
-
-    ref: str
-    before: str | None
-    after: str | None
 
 
 Authorize = Callable[[Connection, str, bool], Awaitable[str]]
@@ -269,13 +263,6 @@ class GitServer:
             return ["dynflow has your commits but cannot start runs right now; it will try again"]
 
 
-def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[RefUpdate]:
-    """Return what differs between two snapshots of refs, by name."""
-    names = sorted(before.keys() | after.keys())
-    updates = [RefUpdate(name, before.get(name), after.get(name)) for name in names]
-    return [update for update in updates if update.before != update.after]
-
-
 def git_router(platform: Platform) -> ASGIRouteHandler:
     """Return the git server of the platform's local repositories; git sends its token as a password."""
 
@@ -284,14 +271,18 @@ def git_router(platform: Platform) -> ASGIRouteHandler:
         if header is None and platform.settings.public_read and not write:
             name = "anybody"
         else:
-            actor = await platform.access.authenticate(header)
+            actor = await platform.access.authenticate(header, repo=repo)
             actor.require("write" if write else "read")
             name = actor.name
         registered = await platform.repositories.get(repo)
         if registered.forge != "local":
             raise NotFoundError(f"{repo!r} lives at {registered.forge}, not here")
+        if write and registered.read_only:
+            raise ForbiddenError(
+                f"{repo!r} is read-only here: push to where it comes from, or to a fork of it"
+            )
         if not await platform.source.exists(repo):
-            await platform.source.create(repo, default_branch=registered.default_branch)
+            await _make(platform, registered)
         return name
 
     async def on_push(repo: str, updates: list[RefUpdate], actor: str) -> list[str]:
@@ -302,6 +293,16 @@ def git_router(platform: Platform) -> ASGIRouteHandler:
 
     limits = GitLimits(push=platform.settings.max_push)
     return git_handler(GitServer(platform.source, authorize, on_push, limits=limits))
+
+
+async def _make(platform: Platform, registered: RepositoryView) -> None:
+    """Make the repository on its first use: registering it made a row alone."""
+    if await platform.imports.has(registered.name):
+        raise UnavailableError(
+            f"{registered.name!r} is being imported: try again when `dynflow repo show` says so"
+        )
+    with suppress(ConflictError):  # two first uses at once
+        await platform.source.create(registered.name, default_branch=registered.default_branch)
 
 
 def git_handler(server: GitServer) -> ASGIRouteHandler:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from litestar import delete, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from ci_platform.access import Access, Actor, Scope, TokenView
-from ci_platform.errors import ForbiddenError
+from ci_platform.errors import ForbiddenError, InvalidInputError
 from ci_platform.sessions import Sessions
 from ci_platform.web.render import Pages
+from dynflow.durations import parse_duration
 
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """`name` shows as who decided a gate. A scope holds those below it: admin, write, read."""
+    """`name` shows as who decided a gate. A scope holds those below it: admin, write, read.
+
+    With `repo` it opens the git, the commits and the files of that repository alone. `expires_in` is a duration,
+    such as `30 days`; without it the token lives until it is revoked.
+    """
 
     name: str
     scopes: tuple[Scope, ...] = ("write",)
+    repo: str | None = None
+    expires_in: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +62,17 @@ async def list_tokens(access: NamedDependency[Access]) -> TokenList:
 @post("/tokens", opt={"scope": "admin"}, tags=["tokens"], summary="Make a token")
 async def create_token(data: JSONBody[NewToken], access: NamedDependency[Access]) -> CreatedToken:
     """Make a token; the answer is the only time its secret is shown."""
-    return CreatedToken(*await access.create(data.name, tuple(data.scopes)))
+    lifetime = None if data.expires_in is None else _lifetime(data.expires_in)
+    return CreatedToken(
+        *await access.create(data.name, tuple(data.scopes), repo=data.repo, lifetime=lifetime)
+    )
+
+
+def _lifetime(text: str) -> timedelta:
+    try:
+        return parse_duration(text)
+    except (ValueError, OverflowError) as error:
+        raise InvalidInputError(f"expires_in: {error}") from None
 
 
 @delete("/tokens/{token_id:int}", opt={"scope": "admin"}, tags=["tokens"], summary="Revoke a token")

@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ import anyio
 import anyio.to_thread
 import pygit2
 
-from ci_platform import commit_trees, git_commands
+from ci_platform import commit_trees, git_commands, layers
 from ci_platform.errors import ConflictError, FailedError, InvalidInputError, NotFoundError, UnavailableError
 from ci_platform.fetching import Fetch, Remote
 from ci_platform.named_locks import NamedLocks
@@ -83,7 +84,10 @@ class Source:
     def path(self, repo: str) -> Path:
         """Return the repository's folder: the one that is served if there is one, else the mirror's."""
         served = self._served(repo)
-        return served if served.is_dir() else self._root / "mirrors" / f"{repo}.git"
+        return served if served.is_dir() else self._mirrored(repo)
+
+    def _mirrored(self, repo: str) -> Path:
+        return self._root / "mirrors" / f"{repo}.git"
 
     def _open(self, repo: str) -> pygit2.Repository:
         path = self.path(repo)
@@ -147,12 +151,11 @@ class Source:
             if not await self.has(repo, sha):
                 path, within = self.path(repo), self._fetch_within
                 await self._thread(lambda: folders.initialise(path, "main"))
-                await Fetch(path, repo, sha, ref, remote, self._protocols, within)(
-                    lambda: self.has(repo, sha)
-                )
+                await Fetch(path, repo, sha, ref, remote, self.protocols, within)(lambda: self.has(repo, sha))
 
     @property
-    def _protocols(self) -> str:
+    def protocols(self) -> str:
+        """The transports that git may fetch by, separated by colons."""
         return "file:http:https" if self._allow_file else "http:https"
 
     async def maintain(self) -> None:
@@ -211,11 +214,28 @@ class Source:
         opened = self._open(parent)
         folders.fork(self._served(parent), target, objects.own_refs(opened), objects.head(opened))
 
+    @asynccontextmanager
+    async def making(self, repo: str) -> AsyncIterator[Path]:
+        """Yield an empty repository, which has its name after the block, in the place of any other.
+
+        Where the block fails nothing changes. Use it inside of `writing`.
+        """
+        path, trash = self._served(repo), self._root / "trash"
+        scratch = await self._thread(lambda: folders.prepare(path, "main"))
+        try:
+            yield scratch
+            with anyio.CancelScope(shield=True):
+                await self._thread(lambda: folders.replace(scratch, path, trash))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._thread(lambda: layers.remove_tree(scratch))
+
     async def delete(self, repo: str) -> None:
-        """Remove a repository of our own; nothing where there is none. Who reads it now may get an error."""
-        path = self._served(repo)
+        """Remove a repository or mirror; nothing where there is none. Who reads it now may get an error."""
+        paths = [self._served(repo), self._mirrored(repo)]
         async with self._writers(repo):
-            await self._thread(lambda: folders.discard(path, self._root / "trash"))
+            for path in paths:
+                await self._thread(partial(folders.discard, path, self._root / "trash"))
 
     async def exists(self, repo: str) -> bool:
         """Whether the repository is one of our own."""
@@ -238,6 +258,10 @@ class Source:
     async def ref_snapshot(self, repo: str) -> dict[str, str]:
         """Return branch and tag refs by full name, with the commits they lead to."""
         return await self._thread(lambda: objects.refs(self._open(repo)))
+
+    async def refs_at(self, path: Path) -> dict[str, str]:
+        """Return the refs of a repository that has no name yet, as `ref_snapshot` does."""
+        return await self._thread(lambda: objects.refs(pygit2.Repository(str(path))))
 
     async def settle_default_branch(self, repo: str) -> None:
         """Let HEAD name the only branch, where the one it names does not exist."""

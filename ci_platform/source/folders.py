@@ -87,18 +87,37 @@ def initialise(path: Path, default_branch: str) -> None:
 @contextmanager
 def fresh(path: Path, default_branch: str) -> Iterator[Path]:
     """Yield an empty repository beside `path`, to be filled and published; it is gone after the block."""
-    scratch = path.parent / f".new-{secrets.token_hex(8)}"
+    scratch = prepare(path, default_branch)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for name in ("objects/info", "objects/pack", "refs/heads", "refs/tags"):
-            (scratch / name).mkdir(parents=True)
-        (scratch / "config").write_text(_CONFIG, encoding="ascii")
-        (scratch / "HEAD").write_text(f"ref: refs/heads/{default_branch}\n", encoding="utf-8")
         yield scratch
     except OSError as error:
         raise UnavailableError(f"cannot create {path}: {error}") from error
     finally:
         layers.remove_tree(scratch)
+
+
+def prepare(path: Path, default_branch: str) -> Path:
+    """Make an empty repository beside `path` and return where."""
+    scratch = path.parent / f".new-{secrets.token_hex(8)}"
+    try:
+        for name in ("objects/info", "objects/pack", "refs/heads", "refs/tags"):
+            (scratch / name).mkdir(parents=True)
+        (scratch / "config").write_text(_CONFIG, encoding="ascii")
+        (scratch / "HEAD").write_text(f"ref: refs/heads/{default_branch}\n", encoding="utf-8")
+    except OSError as error:
+        layers.remove_tree(scratch)
+        raise UnavailableError(f"cannot create {path}: {error}") from error
+    return scratch
+
+
+def replace(scratch: Path, path: Path, trash: Path) -> None:
+    """Give a finished repository its name, in the place of any that had it."""
+    old = trash / secrets.token_hex(8)
+    trash.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with suppress(FileNotFoundError):
+        path.rename(old)
+    scratch.rename(path)
+    layers.remove_tree(old)
 
 
 def publish(scratch: Path, path: Path) -> None:

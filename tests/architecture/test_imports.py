@@ -33,6 +33,7 @@ DOORS = {
     "sqlmodel": ("ci_platform.model", "ci_platform.store"),
     "sqlalchemy": ("ci_platform.model", "ci_platform.store", "ci_platform.migrations"),
     "alembic": ("ci_platform.store", "ci_platform.migrations"),
+    "cryptography": ("ci_platform.encryption",),
     "docker": ("ci_platform.sandboxes.container",),
     "pygit2": ("ci_platform.source", "ci_platform.forges.local"),
     "github": ("ci_platform.forges.github",),

@@ -19,8 +19,10 @@ import uvicorn
 from litestar import Litestar
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from ci_platform.api.git import Connection, GitLimits, GitServer, RefUpdate, git_handler
+from ci_platform.api.git import GitLimits, GitServer, git_handler
+from ci_platform.api.git_wire import Connection
 from ci_platform.errors import FailedError, ForbiddenError, UnauthorizedError, UnavailableError
+from ci_platform.pushes import RefUpdate
 from ci_platform.source import Remote, Source
 from tests.ci_platform.git_repositories import ENVIRONMENT, Link, Script, WorkingCopy, working_copy
 

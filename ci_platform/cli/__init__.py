@@ -7,7 +7,6 @@ or this machine cannot do it now · 130 interrupted.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -20,6 +19,8 @@ import anyio.to_thread
 import click
 from rich.console import Console
 
+from ci_platform.cli.asking import find_server, print_json
+from ci_platform.cli.repositories import repo
 from ci_platform.errors import FailedError, PlatformError, RejectedError
 from ci_platform.options import settings_from, settings_options
 from dynflow.errors import StorageError
@@ -127,7 +128,7 @@ def run_pipeline(*, path: Path, approve: bool, as_json: bool) -> None:
             _say_error(str(_leaf(group)))
             sys.exit(AT_GATE)
     if as_json:
-        _print_json(run)
+        print_json(run)
     sys.exit(_code_of(run))
 
 
@@ -145,7 +146,7 @@ def validate(*, path: Path, as_json: bool) -> None:
             if problem is None
             else {"file": problem.file, "line": problem.line, "message": problem.message}
         )
-        _print_json({"valid": problem is None, "problem": found})
+        print_json({"valid": problem is None, "problem": found})
     elif problem is None:
         click.echo("ok: .dynflow/ci.py loads and has a CIPipeline")
     else:
@@ -206,7 +207,7 @@ def doctor(*, as_json: bool, **options: Any) -> None:
 
     findings = anyio.run(lambda: examine(settings_from(options)))
     if as_json:
-        _print_json([finding.as_json() for finding in findings])
+        print_json([finding.as_json() for finding in findings])
     else:
         print_findings(findings, Console())
     sys.exit(SUCCESS if all(finding.state != "bad" for finding in findings) else UNAVAILABLE)
@@ -225,10 +226,10 @@ def runs(*, repo: str | None, ref: str | None, status: str | None, limit: int, a
     """List runs, the newest first."""
     from ci_platform.terminal import runs_table
 
-    with _client() as client:
+    with find_server() as client:
         page = client.get("/api/v1/runs", repo=repo, ref=ref, status=status, limit=limit)
     if as_json:
-        _print_json(page)
+        print_json(page)
     elif page["items"]:
         Console().print(runs_table(page["items"]))
     else:
@@ -246,11 +247,11 @@ def show(*, run: str, as_json: bool, watch: bool) -> None:
     from ci_platform.terminal import RunWatcher, print_run, resolve_run
 
     console = Console(stderr=as_json)
-    with _client() as client:
+    with find_server() as client:
         run_id = resolve_run(client, run)
         found = RunWatcher(client, console).watch(run_id) if watch else client.get(f"/api/v1/runs/{run_id}")
     if as_json:
-        _print_json(found)
+        print_json(found)
     elif not watch:
         print_run(found, console)
     if watch:
@@ -267,7 +268,7 @@ def logs(*, run: str, step: str | None, follow: bool, count: int) -> None:
     from ci_platform.terminal import LogFollower, print_log, resolve_run, steps_with_logs
 
     console = Console(highlight=False)
-    with _client() as client:
+    with find_server() as client:
         run_id = resolve_run(client, run)
         follower = LogFollower(client, console, run_id)
         if follow and step:
@@ -306,7 +307,7 @@ def cancel(*, run: str) -> None:
     """Cancel a run; what it is doing is stopped."""
     from ci_platform.terminal import resolve_run
 
-    with _client() as client:
+    with find_server() as client:
         run_id = resolve_run(client, run)
         client.post(f"/api/v1/runs/{run_id}/cancel")
     click.echo(f"{run_id} is being cancelled")
@@ -323,7 +324,7 @@ def rerun(*, run: str, from_step: str | None, count: int, watch: bool) -> None:
     """Run a finished run again, whole or from one of its steps."""
     from ci_platform.terminal import RunWatcher, resolve_run
 
-    with _client() as client:
+    with find_server() as client:
         run_id = resolve_run(client, run)
         body = {"from_step": from_step, "count": count} if from_step else {}
         client.post(f"/api/v1/runs/{run_id}/rerun", body)
@@ -346,13 +347,16 @@ def token() -> None:
     show_default=True,
     help="Each holds those before it.",
 )
+@click.option("--repo", metavar="OWNER/NAME", help="Open the git, commits and files of one repository alone.")
+@click.option("--expires-in", metavar="DURATION", help="Such as '30 days'. Default: when it is revoked.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def token_create(*, name: str, scope: str, as_json: bool) -> None:
+def token_create(*, name: str, scope: str, repo: str | None, expires_in: str | None, as_json: bool) -> None:
     """Make a token for NAME and print it; it is not shown again."""
-    with _client() as client:
-        made = client.post("/api/v1/tokens", {"name": name, "scopes": [scope]})
+    body = {"name": name, "scopes": [scope], "repo": repo, "expires_in": expires_in}
+    with find_server() as client:
+        made = client.post("/api/v1/tokens", body)
     if as_json:
-        _print_json(made)
+        print_json(made)
     else:
         click.echo(made["secret"])
 
@@ -361,23 +365,28 @@ def token_create(*, name: str, scope: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def token_list(*, as_json: bool) -> None:
     """List tokens, without their secrets."""
-    with _client() as client:
+    with find_server() as client:
         items = client.get("/api/v1/tokens")["items"]
     if as_json:
-        _print_json(items)
+        print_json(items)
         return
     for item in items:
         state = "revoked" if item["revoked_at"] else f"last used {item['last_used_at'] or 'never'}"
-        click.echo(f"{item['id']:>4}  {item['name']:<24} {','.join(item['scopes']):<12} {state}")
+        scopes = ",".join(item["scopes"]) + (f" of {item['repo']}" if item["repo"] else "")
+        state += f", until {item['expires_at']}" if item["expires_at"] else ""
+        click.echo(f"{item['id']:>4}  {item['name']:<24} {scopes:<12} {state}")
 
 
 @token.command("revoke")
 @click.argument("token_id", type=int)
 def token_revoke(*, token_id: int) -> None:
     """Make a token useless from now on."""
-    with _client() as client:
+    with find_server() as client:
         client.delete(f"/api/v1/tokens/{token_id}")
     click.echo(f"token {token_id} is revoked")
+
+
+main.add_command(repo)
 
 
 # --- what commands share -------------------------------------------------------------------------------
@@ -387,17 +396,11 @@ def _decide(run: str, gate: str, decision: str, comment: str | None) -> None:
     from ci_platform.client import segment
     from ci_platform.terminal import resolve_run
 
-    with _client() as client:
+    with find_server() as client:
         run_id = resolve_run(client, run)
         body = {"decision": decision, "comment": comment}
         decided = client.post(f"/api/v1/runs/{run_id}/gates/{segment(gate)}", body)
     click.echo(f"gate {gate} is {decided['state']} by {decided['decided_by']}")
-
-
-def _client() -> Any:
-    from ci_platform.client import Client
-
-    return Client.find()
 
 
 def _login_link(url: str, secret: str) -> str:
@@ -426,10 +429,6 @@ def _code_of(run: Mapping[str, Any]) -> int:
     if run["conclusion"] == "success":
         return SUCCESS
     return UNAVAILABLE if run["conclusion"] == "error" else FAILURE
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=str))
 
 
 def _leaf(error: BaseException) -> BaseException:
