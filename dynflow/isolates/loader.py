@@ -283,8 +283,10 @@ class _Entrypoint(EntrypointStub):
             await release(clean=True)
             raise error_of(error.failure) from error
         except asyncio.CancelledError:
-            await session.cancelled()
-            await release(clean=False)
+            try:
+                await session.cancelled()
+            finally:  # it may be cancelled once more
+                await release(clean=False)
             raise
         except BaseException:
             await release(clean=False)

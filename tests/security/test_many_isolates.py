@@ -68,7 +68,7 @@ async def hold():
 async def bomb():
     while True:
         asyncio.ensure_future(current_env.get().SELF.bomb())
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
 """
 
 
@@ -102,6 +102,28 @@ async def test_a_worker_that_calls_itself_many_times_does_not_use_up_the_host(lo
     await asyncio.gather(wide, bomb, return_exceptions=True)
     await until(lambda: loader.isolates == 1)  # that of the other one, which is kept for its next call
     assert await stub.call("deep", MOST - 1) == MOST - 1  # all places were given back
+
+
+async def test_a_call_that_is_cancelled_twice_leaves_no_isolate(loader: ProcessLoader) -> None:
+    source = """
+import asyncio
+async def hold():
+    while True:
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            pass
+"""
+    stub = loader.get("w", lambda: WorkerCode("index.py", {"index.py": source})).get_entrypoint()
+    call = asyncio.create_task(stub.call("hold"))
+    await until(lambda: loader.isolates == 1)
+    for _ in range(2):
+        call.cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await until(lambda: loader.isolates == 0)
 
 
 async def test_workers_of_one_tenant_have_their_isolates_together(any_loader: WorkerLoader) -> None:
