@@ -30,6 +30,7 @@ from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
 from ci_platform.pushes import Pushes
 from ci_platform.refreshing import Refresher
+from ci_platform.remotes import Remotes
 from ci_platform.reports import Reports
 from ci_platform.repositories import Repositories
 from ci_platform.retention import Retention
@@ -185,13 +186,25 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
 
 @asynccontextmanager
 async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[Platform]:
-    source = Source(settings.data / "source", allow_file=settings.allow_file_remotes)
+    forges = _forges(settings, clock, store)
+    access, repositories = Access(store, clock), Repositories(store, forges, clock)
+    imports = Imports(
+        store,
+        clock,
+        repositories=repositories,
+        encryption=Encryption(settings.data / "encryption.key"),
+        allow_file=settings.allow_file_remotes,
+    )
+    source = Source(
+        settings.data / "source",
+        allow_file=settings.allow_file_remotes,
+        remote_of=Remotes(repositories, imports, forges),
+    )
     forced = None if settings.copy_on_write == "auto" else settings.copy_on_write
     method = await anyio.to_thread.run_sync(lambda: copy_on_write.probe(settings.workspaces_path, forced))
     workspaces = Workspaces(settings.workspaces_path, source, method)
     logs = Logs(settings.logs_path, clock=clock, largest=settings.max_log)
     sandboxes = make_sandboxes(settings)
-    forges = _forges(settings, clock, store)
     notices = Notices(clock)
     reports = Reports(
         store,
@@ -237,14 +250,6 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         store, clock, forges=forges, runs=runs, commits=code, allow_forks=settings.allow_forks
     )
     pushes = Pushes(store, deliveries, source)
-    access, repositories = Access(store, clock), Repositories(store, forges, clock)
-    imports = Imports(
-        store,
-        clock,
-        repositories=repositories,
-        encryption=Encryption(settings.data / "encryption.key"),
-        allow_file=settings.allow_file_remotes,
-    )
     git_store = GitStore(repositories, source, imports, pushes, access)
 
     # What a killed process left goes before anything new starts.

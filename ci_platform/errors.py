@@ -68,6 +68,12 @@ class FailedError(PlatformError):
     code, status, conclusion = "failed", 422, "failure"
 
 
+class MissingObjectError(FailedError):
+    """A commit that is here names something that is not, or cannot be read."""
+
+    code = "missing_object"
+
+
 class PipelineInvalidError(FailedError):
     """`.dynflow/ci.py` cannot be loaded; the message has file, line and reason."""
 

@@ -20,6 +20,11 @@ from ci_platform.git_commands import Credentials, GitError
 PARTIAL = "dynflow-partial"
 """A file in the folder of a partial mirror."""
 
+DAMAGED = re.compile(
+    r"does not match index|corrupt|inflate|unable to read|bad object|loose object|error in object"
+)
+"""What git says of a repository of ours that may be damaged; whether it is, `damage` says."""
+
 _REMOTE = "upstream"
 _FILTER = "blob:none"
 _HEAD = re.compile(r"^ref: refs/heads/(\S+)\tHEAD$", re.MULTILINE)

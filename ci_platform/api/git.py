@@ -155,8 +155,9 @@ class GitServer:
     def _path(self, repo: str) -> str:
         return str(self._source.path(repo))
 
-    def _environment(self, connection: Connection) -> dict[str, str]:
-        env = git_commands.environment({**_SETTINGS, "receive.maxInputSize": str(self._limits.push)})
+    async def _environment(self, connection: Connection, repo: str) -> dict[str, str]:
+        settings = {**_SETTINGS, "receive.maxInputSize": str(self._limits.push)}
+        env = await self._source.environment(repo, settings)
         # The one header that git's own server passes on; of it, what is known.
         if (version := connection.headers.get("git-protocol")) in _VERSIONS:
             env["GIT_PROTOCOL"] = version
@@ -164,7 +165,7 @@ class GitServer:
 
     async def _advertise(self, connection: Connection, repo: str, service: Service) -> None:
         command = [service.removeprefix("git-"), "--stateless-rpc", "--advertise-refs", self._path(repo)]
-        env = self._environment(connection)
+        env = await self._environment(connection, repo)
         stream = git_wire.Stream(connection.send, f"application/x-{service}-advertisement", self._stall)
         # Pushes have no version 2.
         bare = service == "git-upload-pack" and env.get("GIT_PROTOCOL") == "version=2"
@@ -181,7 +182,7 @@ class GitServer:
 
     async def _serve_fetch(self, connection: Connection, repo: str, actor: str) -> None:
         del actor
-        env = self._environment(connection)
+        env = await self._environment(connection, repo)
         command = ["upload-pack", "--stateless-rpc", self._path(repo)]
         stream = git_wire.Stream(connection.send, "application/x-git-upload-pack-result", self._stall)
         async with self._turn(self._work):
@@ -206,7 +207,7 @@ class GitServer:
             logger.info("a clone was given up: its client took nothing for %s", self._limits.stall)
 
     async def _serve_push(self, connection: Connection, repo: str, actor: str) -> None:
-        env = self._environment(connection)
+        env = await self._environment(connection, repo)
         with tempfile.TemporaryFile(dir=Path(self._path(repo)).parent, prefix=".push-") as aside:
             async with self._turn(self._uploads):
                 await self._take(connection, aside)

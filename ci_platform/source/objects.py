@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pygit2
 
 from ci_platform import commit_trees
-from ci_platform.errors import FailedError, InvalidInputError, LimitExceededError, NotFoundError
+from ci_platform.errors import InvalidInputError, LimitExceededError, MissingObjectError, NotFoundError
 
 LONGEST_REF = 1024
 MOST_LOGGED = 10_000
@@ -90,7 +90,10 @@ class Objects:
             return None
 
     def read(self, oid: bytes, *, limit: int = _BLOB_LIMIT, name: str = "a file") -> bytes:
-        """Return an object's content; LimitExceededError above `limit` bytes, FailedError where it is not here."""
+        """Return an object's content; LimitExceededError above `limit` bytes.
+
+        MissingObjectError where it is not here, or damaged.
+        """
         key = pygit2.Oid(raw=oid)
         try:
             # The header first: a few bytes of pack can unfold to gigabytes.
@@ -99,7 +102,7 @@ class Objects:
                 raise LimitExceededError(f"{name} of the commit has {size} bytes, more than {limit}")
             content: bytes = self.repository.odb.read(key)[1]
         except (KeyError, pygit2.GitError) as error:
-            raise FailedError(f"the repository has no object {key}: {error}") from None
+            raise MissingObjectError(f"the repository has no object {key}: {error}") from None
         return content
 
 
@@ -172,12 +175,21 @@ def resolve(opened: pygit2.Repository, repo: str, ref: str) -> str:
 
 
 def commit(opened: pygit2.Repository, repo: str, sha: str) -> Any:
-    """Return pygit2's commit; NotFoundError, or LimitExceededError for one too large to be read."""
+    """Return pygit2's commit; NotFoundError, or LimitExceededError for one too large to be read.
+
+    MissingObjectError where it is damaged.
+    """
     key = pygit2.Oid(hex=check_sha(sha))
-    # The header first: a few bytes of pack can unfold to gigabytes of message.
-    if key in opened and (size := opened.odb.read_header(key)[1]) > _COMMIT_LIMIT:
-        raise LimitExceededError(f"the commit {sha} itself has {size} bytes, more than {_COMMIT_LIMIT}")
-    found: Any = opened.get(key)
+    found: Any = None
+    try:
+        # The header first: a few bytes of pack can unfold to gigabytes of message.
+        if (size := opened.odb.read_header(key)[1]) > _COMMIT_LIMIT:
+            raise LimitExceededError(f"the commit {sha} itself has {size} bytes, more than {_COMMIT_LIMIT}")
+        found = opened.get(key)
+    except KeyError:
+        pass
+    except pygit2.GitError as error:
+        raise MissingObjectError(f"the commit {sha} of {repo!r} is damaged: {error}") from None
     if not isinstance(found, pygit2.Commit):
         raise NotFoundError(f"{repo!r} has no commit {sha} here")
     return found

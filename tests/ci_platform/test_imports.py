@@ -22,16 +22,20 @@ from ci_platform.deliveries import Deliveries
 from ci_platform.encryption import Encryption
 from ci_platform.errors import (
     ConflictError,
+    FailedError,
     InvalidInputError,
     NotFoundError,
     UnauthorizedError,
     UnavailableError,
 )
+from ci_platform.fetching import Remote
+from ci_platform.forges.github import GitHubForge
 from ci_platform.git_store import GitStore
 from ci_platform.imports import Imports, ImportView
 from ci_platform.mirroring import Shape
 from ci_platform.pushes import Pushes
 from ci_platform.refreshing import Refresher
+from ci_platform.remotes import Remotes
 from ci_platform.repositories import Repositories
 from ci_platform.source import Source
 from ci_platform.store import Store
@@ -81,10 +85,11 @@ class World:
 @pytest.fixture
 async def world(platform: Harness, tmp_path: Path) -> World:
     store, clock = platform.store, platform.clock
-    source = Source(tmp_path / "source", allow_file=True)
     repositories = Repositories(store, ["local", "github"], clock)
     encryption = Encryption(tmp_path / "encryption.key")
     imports = Imports(store, clock, repositories=repositories, encryption=encryption, allow_file=True)
+    remotes = Remotes(repositories, imports, {"github": GitHubForge(url=f"file://{tmp_path}")})
+    source = Source(tmp_path / "source", allow_file=True, remote_of=remotes)
     pushes = Pushes(store, platform.deliveries, source)
     refresher = Refresher(
         store, clock, imports=imports, source=source, pushes=pushes, protocols=source.protocols
@@ -108,6 +113,11 @@ def fsck(source: Source) -> str:
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def remote_file(remote: WorkingCopy, sha: str, path: str) -> bytes:
+    command = ["git", "cat-file", "blob", f"{sha}:{path}"]
+    return subprocess.run(command, cwd=remote.path, stdout=subprocess.PIPE, check=True).stdout
 
 
 async def test_an_import_has_the_branches_tags_and_default_branch_of_its_remote(
@@ -178,6 +188,39 @@ async def test_a_partial_import_has_all_of_history_and_no_file(world: World, rem
     assert size < 50_000
     view = await world.refresh(verify=True)
     assert (view.state, view.last_error) == ("ready", None), "what was never here is not missed"
+    (tree,) = await world.source.materialise(REPO, shas[2])
+    assert (tree / "a").read_bytes() == remote_file(remote, shas[2], "a")
+    assert await world.source.read_file(REPO, shas[4], "folder/b") == b"2"
+    remote.path.rename(remote.path.with_name("away"))
+    assert await world.source.materialise(REPO, shas[2]) == (tree,)
+    with pytest.raises(FailedError, match="no repository"):
+        await world.source.read_file(REPO, shas[0], "a")
+
+
+@pytest.mark.parametrize("harm", ["object", "pack", "commit", "repository"])
+async def test_a_damaged_mirror_of_a_forge_is_fetched_anew_when_it_is_read(
+    world: World, tmp_path: Path, harm: str
+) -> None:
+    work = working_copy(tmp_path / "ada" / "engine.git")
+    work.git("config", "uploadpack.allowAnySHA1InWant", "true")
+    older, sha = work.commit({"a": b"1"}), work.commit({"a": b"2"})
+    await world.repositories.register("ada/engine", forge="github")
+    source = world.source
+    for one in (older, sha):
+        await source.fetch("ada/engine", one, Remote(work.url))
+    folder = source.path("ada/engine")
+    for pack in folder.glob("objects/pack/*.pack"):
+        if harm in {"object", "pack"}:
+            pack.chmod(0o600)
+            content = pack.read_bytes()
+            pack.write_bytes(content[:-60] + b"x" * 60 if harm == "object" else content[:20])
+        elif harm == "commit":
+            pack.with_suffix(".idx").unlink()
+    if harm == "repository":
+        folder.rename(tmp_path / "lost")
+    (tree,) = await source.materialise("ada/engine", sha)
+    assert (tree / "a").read_bytes() == b"2"
+    assert await source.read_file("ada/engine", older, "a") == b"1"
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "lost", "ref"])

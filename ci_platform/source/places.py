@@ -1,0 +1,188 @@
+"""Where repositories are, and who may write to them: made, forked, packed, deleted, repaired after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+import pygit2
+
+from ci_platform import git_commands, layers
+from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
+from ci_platform.named_locks import NamedLocks
+from ci_platform.source import folders, objects
+from ci_platform.source.names import check_repo
+
+T = TypeVar("T")
+
+
+class Places:
+    """The folders of repositories: `git/` has those that we serve, `mirrors/` those of forges.
+
+    One writer at a time for each, any number of readers. Blocking work is done in threads of its own limiter.
+    """
+
+    def __init__(self, root: Path, *, within: timedelta, threads: int) -> None:
+        self._root, self._within = root, within
+        for name in ("git", "mirrors"):
+            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._trash = root / "trash"
+        self._journal = folders.Journal(root / "writing")
+        self._limiter = anyio.CapacityLimiter(threads)
+        self._writers, self._builds, self._upkeep = NamedLocks(), NamedLocks(), NamedLocks()
+        self._written: set[str] = set()
+        objects.isolate_libgit2()
+
+    async def _thread(self, function: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(function, limiter=self._limiter)
+
+    def _served(self, repo: str) -> Path:
+        return self._root / "git" / f"{check_repo(repo)}.git"
+
+    def _mirrored(self, repo: str) -> Path:
+        return self._root / "mirrors" / f"{repo}.git"
+
+    def path(self, repo: str) -> Path:
+        """Return the repository's folder: the one that is served if there is one, else the mirror's."""
+        served = self._served(repo)
+        return served if served.is_dir() else self._mirrored(repo)
+
+    def _open(self, repo: str) -> pygit2.Repository:
+        path = self.path(repo)
+        try:
+            return pygit2.Repository(str(path), pygit2.enums.RepositoryOpenFlag.NO_SEARCH)
+        except pygit2.GitError:
+            raise NotFoundError(f"there is no repository {repo!r}") from None
+
+    @asynccontextmanager
+    async def writing(self, repo: str) -> AsyncIterator[None]:
+        """Be the only one who writes to the repository, for the time of the block.
+
+        Where that fails or is cancelled, what git left locked is unlocked; where this process dies, the next one
+        does so at its start.
+        """
+        async with self._alone(repo):
+            self._written.add(repo)
+            yield
+
+    @asynccontextmanager
+    async def _alone(self, repo: str) -> AsyncIterator[None]:
+        async with self._writers(repo):
+            with self._journal.entry(check_repo(repo)):
+                try:
+                    yield
+                except BaseException:
+                    with anyio.CancelScope(shield=True):
+                        await self._thread(lambda: folders.unlock(self.path(repo)))
+                    raise
+
+    def look_again(self, repo: str) -> None:
+        """Have the next start look at the repository: what was written to it could not be told on."""
+        self._journal.keep(check_repo(repo))
+
+    async def create(self, repo: str, *, default_branch: str = "main") -> None:
+        """Create an empty repository that is served; ConflictError if it exists."""
+        if not objects.is_ref(f"refs/heads/{default_branch}"):
+            raise InvalidInputError(f"no branch can be named {default_branch[:100]!r}")
+        path = self._served(repo)
+        if path.exists():
+            raise ConflictError(f"the repository {repo!r} exists already")
+        await self._thread(lambda: folders.initialise(path, default_branch))
+
+    async def fork(self, parent: str, repo: str) -> None:
+        """Make a repository of our own with the branches, tags and commits of another one of our own.
+
+        Objects are shared on disk, so it takes milliseconds; whatever happens to one of the two later does not
+        concern the other. NotFoundError for the parent, ConflictError if `repo` exists.
+        """
+        source, target = self._served(parent), self._served(repo)
+        if not source.is_dir():
+            raise NotFoundError(f"there is no repository {parent!r} to fork")
+        if target.exists():
+            raise ConflictError(f"the repository {repo!r} exists already")
+        async with AsyncExitStack() as held:
+            # Refs are read before packs are listed: what they lead to is in these packs, unless packs are taken
+            # away meanwhile, or a boundary of history is moved.
+            await held.enter_async_context(self._upkeep(parent))
+            if (source / "shallow").exists():
+                await held.enter_async_context(self._writers(parent))
+            await self._thread(lambda: self._fork(parent, target))
+
+    def _fork(self, parent: str, target: Path) -> None:
+        opened = self._open(parent)
+        folders.fork(self._served(parent), target, objects.own_refs(opened), objects.head(opened))
+
+    @asynccontextmanager
+    async def making(self, repo: str) -> AsyncIterator[Path]:
+        """Yield an empty repository, which has its name after the block, in the place of any other.
+
+        Where the block fails nothing changes. Use it inside of `writing`.
+        """
+        path, trash = self._served(repo), self._trash
+        scratch = await self._thread(lambda: folders.prepare(path, "main"))
+        try:
+            yield scratch
+            with anyio.CancelScope(shield=True):
+                await self._thread(lambda: folders.replace(scratch, path, trash))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._thread(lambda: layers.remove_tree(scratch))
+
+    async def delete(self, repo: str) -> None:
+        """Remove a repository or mirror; nothing where there is none. Who reads it now may get an error."""
+        paths = [self._served(repo), self._mirrored(repo)]
+        async with self._writers(repo):
+            for path in paths:
+                await self._thread(partial(folders.discard, path, self._trash))
+
+    async def exists(self, repo: str) -> bool:
+        """Whether the repository is one of our own."""
+        return self._served(repo).is_dir()
+
+    async def repositories(self) -> list[str]:
+        """Return the names of our own repositories, sorted."""
+        return await self._thread(lambda: folders.served(self._root / "git"))
+
+    async def maintain(self) -> None:
+        """Pack what was written to since the last call, where that left it in many pieces.
+
+        Nothing is dropped, and large packs that forks share stay shared. UnavailableError where one cannot be
+        packed; it is tried again when it is written to.
+        """
+        while self._written:
+            await self._maintain(self._written.pop())
+
+    async def _maintain(self, repo: str) -> None:
+        path = self.path(repo)
+        if not await self._thread(lambda: folders.needs_packing(path)):
+            return
+        async with self._alone(repo), self._builds(repo), self._upkeep(repo):
+            command = ["--git-dir", str(path), "repack", "-a", "-d", "--keep-unreachable", "--quiet"]
+            shared = await self._thread(lambda: folders.shared_packs(path))
+            command += [f"--keep-pack={name}" for name in shared]
+            try:
+                await git_commands.run(command, git_commands.environment(), within=self._within)
+            except git_commands.GitError as error:
+                raise UnavailableError(f"{repo!r} cannot be packed: {error}") from None
+
+    def _repair(self) -> set[str]:
+        """Remove what a killed process left; return our own repositories that it was writing to."""
+        for folder in ("git", "mirrors"):
+            folders.sweep(self._root / folder, self._trash)
+        found = self._journal.read()
+        if self._journal.is_new:
+            found |= {name for each in ("git", "mirrors") for name in folders.served(self._root / each)}
+        for repo in found:
+            for folder in ("git", "mirrors"):
+                folders.unlock(self._root / folder / f"{check_repo(repo)}.git")
+        return {repo for repo in found if self._served(repo).is_dir()}
+
+    async def reconciled(self) -> None:
+        """Forget what `sweep` returned."""
+        await self._thread(self._journal.forget)
