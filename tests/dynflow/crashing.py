@@ -75,7 +75,10 @@ def _process(folder: Path, scenario: str, number: int, moment: Moment) -> None:
 
 
 class Counting:
-    """Counts transactions that change something, and kills the process around the chosen one."""
+    """Counts operations that change something, and kills the process around the transaction of the chosen one.
+
+    Operations and not transactions: how many of them a transaction takes is a matter of timing.
+    """
 
     def __init__(self, number: int, moment: Moment) -> None:
         self.number, self.moment, self.count = number, moment, 0
@@ -85,25 +88,29 @@ class Counting:
         original = Writer._transaction
 
         def transaction(writer: Writer, group: list[tuple[Operation[Any], Any]]) -> Any:
-            changes = writer._db.total_changes
-
-            def check(db: Any) -> None:
-                # The last operation of the group: what it sees is what is about to be committed.
-                if db.total_changes != changes:
-                    self.count += 1
-                    self.kill_if("before")
-
             before = self.count
-            outcomes = original(writer, [*group, (check, writer._loop.create_future())])
-            if self.count > before:
-                self.kill_if("after")
+            # The last of the group: what is about to be committed when it is called.
+            last = (lambda _: self.kill_if("before", before), writer._loop.create_future())
+            outcomes = original(writer, [*((self.counted(each), future) for each, future in group), last])
+            self.kill_if("after", before)
             return outcomes
 
         setattr(Writer, "_transaction", transaction)  # noqa: B010 - a method replaced by a function
 
-    def kill_if(self, moment: Moment) -> None:
-        """Die if this is the time."""
-        if self.count == self.number and moment == self.moment:
+    def counted(self, operation: Operation[Any]) -> Operation[Any]:
+        """Return the operation, which counts itself if it changes something."""
+
+        def call(db: Any) -> Any:
+            changes = db.total_changes
+            result = operation(db)
+            self.count += db.total_changes != changes
+            return result
+
+        return call
+
+    def kill_if(self, moment: Moment, before: int) -> None:
+        """Die if the chosen operation is one of those after `before`, and this is the time."""
+        if before < self.number <= self.count and moment == self.moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
