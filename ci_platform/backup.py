@@ -2,25 +2,41 @@
 
 The engine's file is copied first, then the platform's: whatever is decided about a run is a row before it is an
 instance, so a copy whose rows are a moment newer is what a crash in that moment leaves too, and the next start
-makes both agree.
+makes both agree. Tenants' databases come last: a step whose SQL is newer than its instance is one that was cut off,
+and such a step is done again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import anyio
 
 from ci_platform import data_lock
 from ci_platform.errors import InvalidInputError
 from ci_platform.settings import Settings
 from dynflow.engines.embedded.backup import back_up, copy_database, restore
+from dynflow.errors import FacetUnavailableError, StorageError
+from dynflow.facets.backup import copy_facets
 
-ENGINE, PLATFORM = "engine.db", "platform.db"
+ENGINE, PLATFORM, FACETS = "engine.db", "platform.db", "facets"
 
 
-def back_up_folder(settings: Settings, target: Path) -> list[Path]:
-    """Copy the databases into a new folder while the platform may run; return the copies.
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What was copied, and the tenants' databases that could not be, each with the reason."""
 
-    Raises InvalidInputError, StorageError; then what was begun is gone.
+    made: list[Path] = field(default_factory=list)
+    left_out: dict[Path, str] = field(default_factory=dict)
+
+
+def back_up_folder(settings: Settings, target: Path) -> Copies:
+    """Copy the databases into a new folder while the platform may run.
+
+    A tenant's database that is damaged is left out. Raises InvalidInputError, StorageError; then there is no copy.
     """
     if not settings.engine_path.is_file():
         raise InvalidInputError(f"there is no {settings.engine_path}: --data names the folder of a platform")
@@ -30,23 +46,26 @@ def back_up_folder(settings: Settings, target: Path) -> list[Path]:
         raise InvalidInputError(
             f"cannot make the folder {target}: {error.strerror}; name a new one"
         ) from None
-    made: list[Path] = []
+    copies = Copies()
+    made = copies.made
     try:
         back_up(settings.engine_path, target / ENGINE)
         made.append(target / ENGINE)
         if settings.database_url is None:
             copy_database(settings.data / PLATFORM, target / PLATFORM)
             made.append(target / PLATFORM)
+        if settings.facets_path.is_dir():
+            found = copy_all_facets(settings.facets_path, target / FACETS)
+            made += found.made
+            copies.left_out.update(found.left_out)
     except BaseException:
-        for path in made:
-            path.unlink()
-        target.rmdir()
+        shutil.rmtree(target)
         raise
-    return made
+    return copies
 
 
-def restore_folder(settings: Settings, backup: Path) -> list[Path]:
-    """Put a backup's databases into a data folder that has none; return them.
+def restore_folder(settings: Settings, backup: Path) -> Copies:
+    """Put a backup's databases into a data folder that has none.
 
     Raises ConflictError while a platform runs there, StorageError where a database is there or the backup is
     damaged; then nothing was restored.
@@ -56,25 +75,50 @@ def restore_folder(settings: Settings, backup: Path) -> list[Path]:
         if not (backup / name).is_file():
             raise InvalidInputError(f"{backup} is not a backup: it has no {name}")
     settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with data_lock.held(settings.data):
+    made = [settings.data / name for name in wanted]
+    with data_lock.held(settings.data), contextlib.ExitStack() as undo:
+        if (backup / FACETS).is_dir():
+            found = restore_facets(backup / FACETS, settings.facets_path)
+            undo.callback(shutil.rmtree, settings.facets_path)
+            made += found.made
         if PLATFORM in wanted:
             copy_database(backup / PLATFORM, settings.data / PLATFORM)
-        try:
-            restore(backup / ENGINE, settings.engine_path)
-        except BaseException:
-            if PLATFORM in wanted:
-                (settings.data / PLATFORM).unlink()
-            raise
-    return [settings.data / name for name in wanted]
+            undo.callback((settings.data / PLATFORM).unlink)
+        restore(backup / ENGINE, settings.engine_path)
+        undo.pop_all()
+    return Copies(made)
 
 
-def back_up_engine(file: Path, target: Path) -> list[Path]:
-    """Copy the file of an engine of the library alone; return the copy. Raises StorageError."""
+def back_up_engine(file: Path, target: Path) -> Copies:
+    """Copy the file of an engine of the library alone. Raises StorageError."""
     back_up(file, target)
-    return [target]
+    return Copies([target])
 
 
-def restore_engine(backup: Path, file: Path) -> list[Path]:
-    """Copy a backup of an engine's file back; return it. Raises StorageError."""
+def restore_engine(backup: Path, file: Path) -> Copies:
+    """Copy a backup of an engine's file back. Raises StorageError."""
     restore(backup, file)
-    return [file]
+    return Copies([file])
+
+
+def restore_facets(backup: Path, folder: Path) -> Copies:
+    """Copy a backup of tenants' databases to a new folder. Raises StorageError, also where one of them is damaged."""
+    copies = copy_all_facets(backup, folder)
+    for file, why in copies.left_out.items():
+        shutil.rmtree(folder)
+        raise StorageError(f"{file} {why}")
+    return copies
+
+
+def copy_all_facets(source: Path, target: Path) -> Copies:
+    """Copy the tenants' databases of a folder, in use or not, to a new one. Raises StorageError; then it is gone."""
+    is_new = not target.exists()
+    try:
+        found = anyio.run(copy_facets, source, target)
+    except BaseException as error:
+        if is_new:
+            shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, FacetUnavailableError):
+            raise StorageError(str(error)) from None
+        raise
+    return Copies(found.made, found.left_out)

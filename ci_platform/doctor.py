@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from ci_platform import copy_on_write, isolation
 from ci_platform.assembly import make_sandboxes
 from ci_platform.errors import PlatformError
 from ci_platform.settings import Settings, make_data_folder
-from dynflow.errors import IsolateError
+from dynflow.errors import FacetUnavailableError, IsolateError
+from dynflow.facets import Facets
 from dynflow.isolates import describe_walls
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
 
@@ -57,6 +59,7 @@ async def examine(settings: Settings) -> list[Finding]:
     make_data_folder(settings)
     findings = [*_machine(), _git(), *_disk(settings.data)]
     findings += await _isolates(settings)
+    findings += await _facets()
     findings += await anyio.to_thread.run_sync(_workspaces, settings)
     for kind, sandbox in make_sandboxes(settings).items():
         described = await anyio.to_thread.run_sync(sandbox.describe)
@@ -107,6 +110,23 @@ async def _isolates(settings: Settings) -> list[Finding]:
         advice = f"where every pipeline is trusted with all that this user can do: {isolation.FLAG}"
         walls.append(Finding("isolates", "pipelines", "cannot run here", "bad", advice))
     return walls
+
+
+async def _facets() -> list[Finding]:
+    """Say which walls stand around processes that run SQL of tenants."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            async with Facets(folder) as facets:
+                standing = await facets.walls()
+        except (FacetUnavailableError, OSError) as error:
+            return [Finding("facets", "SQL of tenants", f"cannot be run: {error}", "fair")]
+    found = [
+        Finding("facets", "limits", "memory, time and file size of SQL have an end", "good"),
+        Finding("facets", "landlock", "SQL reaches its own folder and nothing else", "good"),
+    ]
+    advice = "should SQL get out of SQLite, it reads what this user can"
+    missing = Finding("facets", "landlock", "missing on this kernel", "fair", advice)
+    return [each if each.name in standing else missing for each in found]
 
 
 def _wall(name: str, meaning: str, found: str) -> Finding:

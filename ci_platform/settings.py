@@ -210,6 +210,11 @@ class Settings(BaseModel):
         return self.data / "workspaces"
 
     @property
+    def facets_path(self) -> Path:
+        """Folder of tenants' databases, where there are any."""
+        return self.data / "facets"
+
+    @property
     def logs_path(self) -> Path:
         """Folder of command output."""
         return self.data / "logs"

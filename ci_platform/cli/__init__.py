@@ -162,39 +162,58 @@ _ENGINE_FILE = click.option(
 )
 
 
+_FACETS_FOLDER = click.option(
+    "--facets",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="A folder of tenants' databases of the library alone, in the place of a data folder.",
+)
+
+
 @main.command()
 @click.argument("target", type=click.Path(path_type=Path))
 @settings_options("data")
 @_ENGINE_FILE
-def backup(*, target: Path, engine: Path | None, **options: Any) -> None:
+@_FACETS_FOLDER
+def backup(*, target: Path, engine: Path | None, facets: Path | None, **options: Any) -> None:
     """Copy the databases of a data folder, in use or not, into the new folder TARGET.
 
-    With --engine, copy that one file to the new file TARGET.
+    With --engine, copy that one file to the new file TARGET; with --facets, that folder to the new folder TARGET.
     """
-    from ci_platform.backup import back_up_engine, back_up_folder
+    from ci_platform.backup import back_up_engine, back_up_folder, copy_all_facets
 
-    made = (
-        back_up_folder(settings_from(options), target) if engine is None else back_up_engine(engine, target)
-    )
-    for path in made:
+    if engine is not None and facets is not None:
+        raise click.UsageError("either --engine or --facets")
+    if facets is not None:
+        copies = copy_all_facets(facets, target)
+    else:
+        copies = back_up_engine(engine, target) if engine else back_up_folder(settings_from(options), target)
+    for path in copies.made:
         click.echo(path)
+    for path, why in copies.left_out.items():
+        _say_error(f"{path} {why}, and was left out")
+    sys.exit(UNAVAILABLE if copies.left_out else SUCCESS)
 
 
 @main.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @settings_options("data")
 @_ENGINE_FILE
-def restore(*, source: Path, engine: Path | None, **options: Any) -> None:
+@_FACETS_FOLDER
+def restore(*, source: Path, engine: Path | None, facets: Path | None, **options: Any) -> None:
     """Put the databases of the backup SOURCE into a data folder that has none.
 
-    With --engine, copy the file SOURCE to that one, which must not exist.
+    With --engine, copy the file SOURCE to that one, which must not exist; with --facets, the folder SOURCE to that one.
     """
-    from ci_platform.backup import restore_engine, restore_folder
+    from ci_platform.backup import restore_engine, restore_facets, restore_folder
 
-    made = (
-        restore_folder(settings_from(options), source) if engine is None else restore_engine(source, engine)
-    )
-    for path in made:
+    if engine is not None and facets is not None:
+        raise click.UsageError("either --engine or --facets")
+    if facets is not None:
+        copies = restore_facets(source, facets)
+    else:
+        copies = restore_engine(source, engine) if engine else restore_folder(settings_from(options), source)
+    for path in copies.made:
         click.echo(path)
 
 

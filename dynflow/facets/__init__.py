@@ -111,6 +111,13 @@ class Facets:
         self.of(tenant)
         await self.perform(tenant, "drop")
 
+    async def walls(self) -> list[str]:
+        """Return the names of the walls around the processes that run SQL: `limits`, and `landlock` where it stands."""
+        async with self._room:
+            worker = await self._take()
+            self._give_back(worker)
+            return list(worker.walls)
+
     async def __aenter__(self) -> Self:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

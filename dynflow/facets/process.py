@@ -39,11 +39,12 @@ class WorkerProcess:
         self.is_ending = False
 
     @staticmethod
-    async def start(folder: Path, limits: dict[str, Any]) -> WorkerProcess:
-        """Start one over `folder`. Raises FacetUnavailableError."""
+    async def start(folder: Path, limits: dict[str, Any], also: Path | None = None) -> WorkerProcess:
+        """Start one over `folder`, which may write in the folder `also`, too. Raises FacetUnavailableError."""
         ours, theirs = socket.socketpair()
         path = str(Path(vars(dynflow)["__file__"]).parents[1])
-        options = json.dumps({"folder": str(folder), "limits": limits, "path": path})
+        writable = [str(each) for each in (folder, also) if each is not None]
+        options = json.dumps({"folder": str(folder), "limits": limits, "path": path, "writable": writable})
         try:
             process = subprocess.Popen(  # noqa: ASYNC220 - a spawn takes a millisecond
                 [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START, options],

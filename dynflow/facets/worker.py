@@ -33,6 +33,9 @@ _MAGIC = b"SQLite format 3\0"
 _PAGE = 4_096
 # Operations of SQLite's machine between two looks at the clock: a fraction of a millisecond.
 _OPERATIONS = 10_000
+# Seconds to wait for a lock: nobody but a backup uses the same file at the same time.
+_PATIENCE = 2.0
+_PATIENCE_WITH_OTHERS = 30.0
 # With less room than this on the disk, a full database is the disk's matter and not the limit's.
 _DISK_ROOM = 16 * MEBIBYTE
 
@@ -61,14 +64,14 @@ def main() -> None:
     """Serve until the host is gone."""
     options = json.loads(sys.argv[1])
     sock = socket.socket(fileno=0)
-    walls = confine(Path(options["folder"]), options["limits"])
+    walls = confine(Path(options["folder"]), options["limits"], options["writable"])
     worker = Worker(options["folder"], options["limits"])
     _send(sock, encode({"ok": walls}))
     while (request := _receive(sock)) is not None:
         _send(sock, worker.answer(decode(request)))
 
 
-def confine(folder: Path, limits: dict[str, Any]) -> list[str]:
+def confine(folder: Path, limits: dict[str, Any], writable: list[str]) -> list[str]:
     """Take from this process what it does not need; return the names of what stands."""
     with closing(sqlite3.connect(":memory:")) as db:
         db.execute(f"PRAGMA hard_heap_limit = {limits['memory']}")
@@ -95,7 +98,7 @@ def confine(folder: Path, limits: dict[str, Any]) -> list[str]:
     library = sysconfig.get_paths()
     readable = {library["stdlib"], library["platstdlib"]}
     try:
-        abi = syscalls.landlock(sorted(readable), writable=[str(folder)])
+        abi = syscalls.landlock(sorted(readable), writable=writable)
     except OSError:  # a container may forbid it
         abi = 0
     return ["limits", "landlock"] if abi else ["limits"]
@@ -109,6 +112,7 @@ class Worker:
         self._actions: dict[str, Callable[[dict[str, Any]], bytes]] = {
             "run": self._run,
             "clone": self._clone,
+            "copy": self._copy,
             "delete": self._delete,
             "databases": self._databases,
             "drop": self._drop,
@@ -144,19 +148,35 @@ class Worker:
         if target.exists():
             raise Told("invalid", f"there is a database {request['target']!r} already: delete it first")
         self._make_room(target)
+        self._copy_whole(source, target, _PATIENCE)
+        return encode({"ok": None})
+
+    def _copy(self, request: dict[str, Any]) -> bytes:
+        """Copy a database to another folder, which is a new one; `ok` is False where there is none any more."""
+        source, target = Path(request["path"]), Path(request["target"])
+        if not source.exists():
+            return encode({"ok": False})
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Somebody else may use it, whose calls last as long as their limits say.
+        self._copy_whole(source, target, _PATIENCE_WITH_OTHERS)
+        return encode({"ok": True})
+
+    def _copy_whole(self, source: Path, target: Path, patience: float) -> None:
         partial = target.with_suffix(".partial")
         partial.unlink(missing_ok=True)
         try:
-            with closing(self._connect(source)) as db:
+            with closing(self._connect(source, patience)) as db:
                 self._set_up(db, source, check=True)
                 os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
                 with closing(self._connect(partial)) as copy:
+                    # The source is locked until this is over: the disk is waited for after that.
+                    copy.execute("PRAGMA synchronous = OFF")
                     db.backup(copy)
+            _sync(partial)
             partial.rename(target)
             _sync(target.parent)
         finally:
             partial.unlink(missing_ok=True)
-        return encode({"ok": None})
 
     def _delete(self, request: dict[str, Any]) -> bytes:
         path = _path(request)
@@ -199,9 +219,9 @@ class Worker:
         if len(list(path.parent.glob("*.db"))) >= self._limits["databases"]:
             raise Told("limit", "databases", self._limits["databases"])
 
-    def _connect(self, path: Path) -> sqlite3.Connection:
+    def _connect(self, path: Path, patience: float = _PATIENCE) -> sqlite3.Connection:
         return sqlite3.connect(
-            f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=2, cached_statements=0
+            f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=patience, cached_statements=0
         )
 
     def _set_up(self, db: sqlite3.Connection, path: Path, *, check: bool) -> None:
@@ -340,8 +360,8 @@ def _path(request: dict[str, Any], key: str = "name") -> Path:
     return Path(request["folder"]) / f"{request[key]}.db"
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

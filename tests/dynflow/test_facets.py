@@ -800,7 +800,7 @@ import pathlib, sys
 from dynflow.facets import FacetLimits, worker
 folder = pathlib.Path({str(tmp_path)!r})
 if {is_confined}:
-    worker.confine(folder / "facets", FacetLimits().plain())
+    worker.confine(folder / "facets", FacetLimits().plain(), [str(folder / "facets")])
 (folder / "facets" / "own").write_text("x")
 for attempt in (lambda: (folder / "secret").read_text(), lambda: (folder / "new").write_text("x")):
     try:
