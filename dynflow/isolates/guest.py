@@ -37,7 +37,7 @@ class Guest:
     """What the host talks to: performs `load`, `run`, `call`, `callback`."""
 
     def __init__(self, loop: GuestLoop, *, until_idle: bool = False) -> None:
-        self._loop, self._until_idle = loop, until_idle
+        self._loop, self.until_idle = loop, until_idle
         self._peer = Peer(loop.write, self._perform, WireLimits(), incoming=_FROM_HOST)
         self._output = Output(self._peer)
         self._worker: Worker | None = None
@@ -76,7 +76,7 @@ class Guest:
         if not self._ended:
             self._output.flush()
             self._peer.send("idle", self._peer.seen, timeout is None, timeout)
-        if self._until_idle:
+        if self.until_idle:
             self._end()
 
     def _end(self) -> None:

@@ -175,8 +175,11 @@ class Zygote:
             await self.close()
             raise IsolateError(f"the zygote did not come up within {_START_TIMEOUT} seconds") from None
 
-    async def fork(self) -> IsolateProcess:
-        """Return a new child. Raises IsolateCrashedError where the zygote is gone."""
+    async def fork(self, *, ahead: bool = False) -> IsolateProcess:
+        """Return a new child, which has copied its memory where it is made `ahead` of its use.
+
+        Raises IsolateCrashedError where the zygote is gone.
+        """
         await (
             self._turn.acquire()
         )  # given back by the answer, which comes even if nobody waits for it any more
@@ -188,7 +191,7 @@ class Zygote:
         answer: asyncio.Future[IsolateProcess] = asyncio.get_running_loop().create_future()
         self._asked.append((ours, answer))
         try:
-            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+            socket.send_fds(self._control, [b"fork ahead" if ahead else b"fork"], [theirs.fileno()])
         except OSError:
             self._end()
         finally:
@@ -346,7 +349,7 @@ class IsolatePool:
         self._filling = None
         zygote = self._zygote
         while zygote is not None and not zygote.ended and len(self._ready) < self._size:
-            self._ready.append(asyncio.get_running_loop().create_task(zygote.fork()))
+            self._ready.append(asyncio.get_running_loop().create_task(zygote.fork(ahead=True)))
 
     async def _live_zygote(self) -> Zygote:
         async with self._starting:

@@ -5,6 +5,7 @@ All raise OSError. Used by isolates and by the sandboxes of commands.
 
 from __future__ import annotations
 
+import array
 import ctypes
 import os
 import struct
@@ -38,6 +39,7 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _SECCOMP_MODE_FILTER = 2
 
 # Numbers that all 64-bit architectures share since Linux 5.x gave new calls one number everywhere.
+_SYS_PROCESS_MADVISE = 440
 _SYS_LANDLOCK_CREATE_RULESET = 444
 _SYS_LANDLOCK_ADD_RULE = 445
 _SYS_LANDLOCK_RESTRICT_SELF = 446
@@ -45,6 +47,7 @@ _SYS_LANDLOCK_RESTRICT_SELF = 446
 _NUMBERS = {"x86_64": (155, 126), "aarch64": (41, 91)}
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc_holding = ctypes.PyDLL(None, use_errno=True)  # does not let go of the interpreter's lock
 _libc.syscall.restype = ctypes.c_long
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
@@ -61,6 +64,14 @@ def _number(index: int) -> int:
     if machine not in _NUMBERS:
         raise OSError(f"no system-call numbers for {machine}; there are for {', '.join(_NUMBERS)}")
     return _NUMBERS[machine][index]
+
+
+def fork() -> int:
+    """Fork without the hooks of `os.fork`, in a process of one thread; returns 0 in the child.
+
+    They renew locks of threads that are not there, and copy sixty pages for it. A child needs `random.seed()`.
+    """
+    return _checked(_libc_holding.fork(), "fork")
 
 
 def unshare(flags: int) -> None:
@@ -107,9 +118,34 @@ def set_parent_death_signal(signal: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal)
 
 
+def set_dumpable() -> None:
+    """Open /proc/self to this process itself where a change of its uid has closed it."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
 def set_undumpable() -> None:
     """Close /proc/<pid> and ptrace to processes of the same uid."""
     _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def advise(ranges: array.array[int], advice: int) -> None:
+    """Give `advice` (`MADV_…`) about memory of this process: pairs of address and length. Needs Linux 6.13."""
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        address, items = ranges.buffer_info()
+        _checked(
+            _libc.syscall(
+                ctypes.c_long(_SYS_PROCESS_MADVISE),
+                ctypes.c_int(pidfd),
+                ctypes.c_void_p(address),
+                ctypes.c_size_t(items // 2),
+                ctypes.c_int(advice),
+                ctypes.c_uint(0),
+            ),
+            "process_madvise",
+        )
+    finally:
+        os.close(pidfd)
 
 
 def set_no_new_privileges() -> None:

@@ -11,12 +11,11 @@ which a killed host does too.
 from __future__ import annotations
 
 import array
-import ctypes
+import contextlib
 import fcntl
 import gc
 import importlib
 import json
-import logging
 import os
 import pkgutil
 import random
@@ -25,11 +24,9 @@ import signal
 import socket
 import sys
 import traceback
-import warnings
-from collections.abc import Callable
 from typing import Any, NoReturn
 
-from dynflow.isolates import confinement, determinism, guest, heap, wire
+from dynflow.isolates import confinement, determinism, guest, heap, practice, syscalls, wire
 from dynflow.isolates.guest_loop import GuestLoop
 
 # In a fork of a preloaded interpreter these cost nothing; loading C extensions is not possible later, because
@@ -48,56 +45,9 @@ _PRELOADED = (
     "_uuid _zoneinfo fcntl grp mmap pyexpat termios"
 )
 
-# What tenants usually do when they are loaded and called: what runs here often enough is specialised before the fork,
-# and so is not written, and copied, in each child.
-_WARM_UP = """
-from __future__ import annotations
-import asyncio, enum, json, re
-from dataclasses import dataclass, field
-from datetime import timedelta
-from dynflow import NonRetryableError, WorkerEntrypoint, WorkflowEntrypoint
-
-@dataclass
-class Thing:
-    name: str
-    parts: list = field(default_factory=list)
-
-@dataclass(frozen=True)
-class Other:
-    name: str = "x"
-
-class Colour(enum.Enum):
-    RED = 1
-
-class OwnError(NonRetryableError):
-    pass
-
-WORD = re.compile("[a-z]+")
-WAIT = timedelta(hours=1)
-
-class Flow(WorkflowEntrypoint):
-    async def run(self, event, step):
-        async def work():
-            return Thing("x").name
-        await asyncio.gather(work(), asyncio.ensure_future(work()))
-        return event
-
-class Service(WorkerEntrypoint):
-    def total(self, items):
-        return sum(items)
-
-async def fetch(request, env):
-    json.dumps({"a": [1, "b"]})
-    return WORD.match(request.json()["name"])[0]
-"""
-_WARM_UP_ROUNDS = 20  # bytecode is specialised after eight
-
-
 # New containers until a collection: loading a tenant makes some thousand, of which none is garbage.
 _COLLECT_AFTER = 10_000
 _WIRE = 3  # the descriptor of each child's socket to its host
-
-_c = ctypes.PyDLL(None, use_errno=True)  # which calls without letting go of the interpreter's lock
 
 
 def main(control_fd: int, options: dict[str, Any]) -> None:
@@ -131,13 +81,14 @@ def _start(control: socket.socket, own_wire: socket.socket, options: dict[str, A
         control.close()
         os.waitpid(pid, 0)
         os._exit(0)
+    proc = os.open("/proc", os.O_RDONLY | os.O_CLOEXEC)
     child_walls = confinement.raise_inner_walls(walls, own_uids=own_uids)
     confinement.die_with_parent()  # after the change of uid, which would take it back
     sys.path[:] = [entry for entry in sys.path if os.path.isdir(entry)]  # noqa: PTH112 - no pathlib here
-    _warm_up()
+    practice.warm_up()
     if grouped:
         child_walls.names = sorted([*child_walls.names, "cgroup"])
-    Zygote(control, own_wire, child_walls).live()
+    Zygote(control, own_wire, child_walls).live(proc)
 
 
 def preload(extra: Any) -> None:
@@ -152,34 +103,6 @@ def preload(extra: Any) -> None:
                 importlib.import_module(found.name)
 
 
-def _given(sock: socket.socket) -> Callable[[], socket.socket]:
-    return lambda: sock
-
-
-def _warm_up() -> None:
-    modules = {"index.py": _WARM_UP}
-    load = [
-        "call",
-        1,
-        "load",
-        "",
-        ["index.py", modules, {"X": ["value", 1], "Y": ["capability", None]}, {"tenant": "t"}, None, 1 << 20],
-        {},
-        None,
-    ]
-    fetch = ["call", 2, "call", "fetch", [None, None, [{"name": "x"}], {}], {}, None]
-    run = ["call", 3, "run", "", ["Flow", None, {}], {}, None]
-    stdout, stderr, last_resort, show = sys.stdout, sys.stderr, logging.lastResort, warnings.showwarning
-    for _ in range(_WARM_UP_ROUNDS):
-        ours, theirs = socket.socketpair()
-        ours.sendall(b"".join(wire.encode_frame(frame) for frame in (load, fetch, run)))
-        guest.serve(_given(theirs), guest.Guest(GuestLoop(), until_idle=True))
-        ours.close()
-        theirs.close()
-    sys.stdout, sys.stderr, logging.lastResort, warnings.showwarning = stdout, stderr, last_resort, show
-    sys.modules.pop("index", None)
-
-
 class Zygote:
     """Forks a child for every control message, tells its pid and how it ended.
 
@@ -188,21 +111,31 @@ class Zygote:
     """
 
     def __init__(
-        self, control: socket.socket, own_wire: socket.socket, walls: confinement.ChildWalls
+        self,
+        control: socket.socket,
+        own_wire: socket.socket,
+        walls: confinement.ChildWalls,
     ) -> None:
         self._control, self._wire, self._walls = control, own_wire, walls
-        self._is_child = False
+        self._guest = guest.Guest(GuestLoop())
+        self._rehearsal: heap.Rehearsal | None = None
+        self._pages = heap.Pages([])
+        self._is_child = self._rehearses = False
         self._ended = -1
 
-    def live(self) -> NoReturn:
+    def live(self, proc: int) -> NoReturn:
         """Serve until the host closes the control socket; in a child until its host closes its own."""
         code = 1
         try:
-            guest.serve(self._serve, guest.Guest(GuestLoop()))
+            guest.serve(lambda: self._rehearse(proc) or self._serve(), self._guest)
+            if self._rehearsal is not None:
+                self._rehearsal.end()
             code = 0
         except BaseException:  # noqa: BLE001 - nothing may get any further, into code that is not the child's
             text = traceback.format_exc()
-            if self._is_child:
+            if self._rehearses:  # then children do without what it would have found
+                pass
+            elif self._is_child:
                 os.write(_WIRE, wire.encode_frame(["output", "isolate: " + text]))
             else:
                 _tell(self._control, {"refused": "the zygote failed: " + text[-2000:]})
@@ -211,7 +144,7 @@ class Zygote:
 
     def _serve(self) -> socket.socket:
         """Fork whenever the host asks for it; return in the children, with the socket to the host."""
-        poll = self._settle()
+        poll = self._listen()
         _tell(self._control, {"ready": True, "walls": self._walls.names})
         while True:
             for fd, _ in poll.poll():
@@ -222,11 +155,33 @@ class Zygote:
                 message, fds = _receive(self._control)
                 if not message:
                     os._exit(0)
-                self._fork(fds[0])
+                self._fork(fds[0], is_ahead=message == b"fork ahead")
                 if self._is_child:
                     return self._wire
 
-    def _settle(self) -> select.poll:
+    def _rehearse(self, proc: int) -> socket.socket | None:
+        """Have a fork do what all children do, and learn what pages that takes; returns a socket in the fork."""
+        gc.set_threshold(_COLLECT_AFTER)
+        gc.collect()
+        heap.fill_holes()
+        gc.freeze()  # collections in the children shall not touch, and so copy, what they share
+        gc.disable()
+        reading, writing = os.pipe()
+        asked = practice.asked(practice.LEAST)
+        pid = syscalls.fork()
+        if pid == 0:
+            self._rehearses = True
+            self._rehearsal = heap.Rehearsal(proc, writing)
+            self._guest.until_idle = True
+            return asked[1]
+        os.close(writing)
+        os.close(proc)
+        with open(reading, "rb") as file:  # noqa: PTH123 - a pipe has no path
+            self._pages = heap.Pages.of(file)
+        os.waitpid(pid, 0)
+        return None
+
+    def _listen(self) -> select.poll:
         self._ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # A handler alone could come just before the poll.
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -234,17 +189,12 @@ class Zygote:
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         poll.register(self._ended, select.POLLIN)
-        gc.set_threshold(_COLLECT_AFTER)
-        gc.collect()
-        heap.fill_holes()
-        gc.freeze()  # collections in the children shall not touch, and so copy, what they share
-        gc.disable()
         return poll
 
-    def _fork(self, fd: int) -> None:
+    def _fork(self, fd: int, *, is_ahead: bool) -> None:
         try:
             uid = self._walls.prepare()
-            pid = _fork()
+            pid = syscalls.fork()
         except OSError as error:  # no room for another process: that is not the end of the others
             self._walls.leave_namespace()
             os.close(fd)
@@ -252,6 +202,9 @@ class Zygote:
             return
         if pid == 0:
             self._is_child = True
+            if is_ahead:
+                with contextlib.suppress(OSError):  # then it copies them one by one
+                    self._pages.claim()
             self._be_guest(fd, uid)
             return
         self._walls.restore(pid, uid)
@@ -278,18 +231,6 @@ class Zygote:
                 return
             self._walls.release(pid)
             _tell(self._control, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
-
-
-def _fork() -> int:
-    """Fork without `os.fork`'s hooks: they renew the locks of threads that are not there, and copy sixty pages for it.
-
-    Only that of `random` is needed in a process of one thread. Raises OSError.
-    """
-    pid: int = _c.fork()
-    if pid < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"fork: {os.strerror(number)}")
-    return pid
 
 
 def _tell(control: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:

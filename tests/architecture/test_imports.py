@@ -90,6 +90,7 @@ STDLIB_ONLY = (
     "dynflow.isolates.guest_steps",
     "dynflow.isolates.heap",
     "dynflow.isolates.modules",
+    "dynflow.isolates.practice",
     "dynflow.isolates.proxies",
     "dynflow.isolates.remotes",
     "dynflow.isolates.seccomp",
