@@ -23,6 +23,7 @@ from ci_platform.forges.github import GitHubForge
 from ci_platform.forges.local import LocalForge
 from ci_platform.gates import Gates
 from ci_platform.git_store import GitStore
+from ci_platform.images import PinnedImages, read_names
 from ci_platform.imports import Imports
 from ci_platform.logs import LogKey, Logs
 from ci_platform.model import Run
@@ -222,7 +223,9 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         tenant_concurrency=settings.repository_share,
     )
     loader = make_loader(settings)
-    execution = Execution(workspaces, logs, sandboxes, limits=_limits(settings))
+    execution = Execution(
+        workspaces, logs, sandboxes, images=PinnedImages(store, clock), limits=_limits(settings)
+    )
     env = {
         "ARTIFACTS": ArtifactsCapability(workspaces),
         "SANDBOX": SandboxCapability(execution, settings),
@@ -340,7 +343,12 @@ def make_sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:
     sandboxes: dict[SandboxKind, Sandbox] = {"isolate": IsolateSandbox(allow_network=settings.allow_network)}
     if settings.allow_containers:
         network = "bridge" if settings.allow_network else None
-        sandboxes["container"] = ContainerSandbox(image=settings.container_image, network=network)
+        sandboxes["container"] = ContainerSandbox(
+            image=settings.container_image,
+            named=read_names(settings.images_file),
+            pull=settings.pull_images,
+            network=network,
+        )
     return sandboxes
 
 

@@ -63,9 +63,13 @@ class TooLargeError(RejectedError):
 
 
 class FailedError(PlatformError):
-    """The tenant's pipeline, repository or command is at fault."""
+    """The tenant's pipeline, repository or command is at fault.
+
+    It is most of the time again, so a step that ends by one is retried only where its config names `retries`.
+    """
 
     code, status, conclusion = "failed", 422, "failure"
+    retry: ClassVar[str] = "when_configured"
 
 
 class MissingObjectError(FailedError):
@@ -84,6 +88,12 @@ class LimitExceededError(FailedError):
     """A command or a run went over a limit; the message names limit and value."""
 
     code = "limit_exceeded"
+
+
+class ImageNotFoundError(FailedError):
+    """There is no such container image, here or in its registry; the message has the name."""
+
+    code = "image_not_found"
 
 
 class UnavailableError(PlatformError):

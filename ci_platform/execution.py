@@ -21,6 +21,7 @@ from ci_platform.errors import (
     PlatformError,
     UnavailableError,
 )
+from ci_platform.images import PinnedImages
 from ci_platform.logs import LogKey, Logs, LogWriter
 from ci_platform.redaction import Redactor, redact_text
 from ci_platform.sandboxes import MEBIBYTE, Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, Tree
@@ -58,12 +59,13 @@ class Execution:
         logs: Logs,
         sandboxes: Mapping[SandboxKind, Sandbox],
         *,
+        images: PinnedImages | None = None,
         limits: SandboxLimits | None = None,
         at_once: int = _AT_ONCE,
         of_one_run: int = _OF_ONE_RUN,
     ) -> None:
         self._workspaces, self._logs, self._sandboxes = workspaces, logs, sandboxes
-        self._limits = limits or SandboxLimits()
+        self._images, self._limits = images, limits or SandboxLimits()
         self._all, self._of_one_run = anyio.CapacityLimiter(at_once), of_one_run
         self._runs: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
         self._started = 0
@@ -102,9 +104,10 @@ class Execution:
         printer = _Printer(self._logs.writer(LogKey(run_id, author.step, author.count)), redact)
         with printer.report_failure():
             printer.say("command", _cut(shlex.join(command.argv)))
+            image = await self._image(command, sandbox, run_id, printer)
             tree = await self._workspaces.prepare(command.workspace.id, author)
             try:
-                job = self._job(command, run_id, tree, limits)
+                job = self._job(replace(command, image=image), run_id, tree, limits, printer)
                 outcome = await _guarded(sandbox, job, printer)
                 return await self._conclude(command, job, outcome, printer)
             finally:
@@ -112,7 +115,15 @@ class Execution:
                 with anyio.CancelScope(shield=True):
                     await self._workspaces.drop(tree, keep=True)
 
-    def _job(self, command: Command, run_id: str, tree: Tree, limits: SandboxLimits) -> SandboxJob:
+    async def _image(self, command: Command, sandbox: Sandbox, run_id: str, printer: _Printer) -> str | None:
+        """Return the exact image of a container, the same for the whole run, before anything is prepared."""
+        if command.sandbox != "container" or self._images is None:
+            return command.image
+        return await self._images.pin(sandbox, run_id, command.image, printer.notice)
+
+    def _job(
+        self, command: Command, run_id: str, tree: Tree, limits: SandboxLimits, printer: _Printer
+    ) -> SandboxJob:
         self._started += 1
         timeout = limits.timeout if command.timeout is None else min(command.timeout, limits.timeout)
         return SandboxJob(
@@ -124,6 +135,8 @@ class Execution:
             image=command.image,
             network=command.network,
             limits=replace(limits, timeout=timeout),
+            scope=run_id,
+            say=printer.notice,
         )
 
     async def _conclude(
@@ -168,6 +181,10 @@ class _Printer:
     def say(self, kind: Literal["command", "result", "notice"], text: str) -> None:
         """Log a line of the platform's own."""
         self._log.note(kind, redact_text(text, self._secrets))
+
+    def notice(self, text: str) -> None:
+        """Log a line of the platform's own that is no part of the result."""
+        self.say("notice", text)
 
     @contextmanager
     def report_failure(self) -> Iterator[None]:

@@ -167,6 +167,18 @@ class Run(Row, table=True):
     rerun_from: list[Any] | None = Field(default=None, sa_type=JSON)
 
 
+class RunImage(Row, table=True):
+    """What the name of an image means in a run: `exact` names it by digest. `asked` is "" for the platform's own."""
+
+    __tablename__ = "run_image"
+
+    run_id: str = Field(primary_key=True, max_length=40, foreign_key="run.id")
+    asked: str = Field(primary_key=True, max_length=500)
+    name: str = Field(max_length=500)
+    exact: str = Field(max_length=600)
+    pinned_at: datetime = Field(sa_type=UtcDateTime)
+
+
 class Gate(Row, table=True):
     """One opening of a durable wait for an event. Open while neither `decided_at` nor `closed_at` is set.
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError
 from ci_platform.gates import gates_of_run
 from ci_platform.instances import InstanceHandle, WorkflowsBinding
-from ci_platform.model import DeliveryRow, Gate, OutboxRow, Run
+from ci_platform.model import DeliveryRow, Gate, OutboxRow, Run, RunImage
 from ci_platform.run_views import RunView, run_view
 from ci_platform.store import Store, Transaction, col, decode_cursor, encode_cursor, or_
 from dynflow.clock import Clock
@@ -38,17 +38,18 @@ class RunQueries:
     async def get(self, run_id: str) -> RunView:
         """Return a run with its steps, gates and cause. Raises NotFoundError."""
 
-        def find(tx: Transaction) -> tuple[Run, Sequence[Gate], DeliveryRow | None]:
+        def find(tx: Transaction) -> tuple[Run, Sequence[Gate], DeliveryRow | None, Sequence[RunImage]]:
             run = existing_run(tx, run_id)
             cause = None if run.delivery is None else tx.get(DeliveryRow, run.delivery)
-            return run, gates_of_run(tx, run_id), cause
+            images = tx.all(RunImage, col(RunImage.run_id) == run_id, order=col(RunImage.pinned_at))
+            return run, gates_of_run(tx, run_id), cause, images
 
-        run, gates, delivery = await self._store.read(find)
+        run, gates, delivery, images = await self._store.read(find)
         try:
             status = await (await self._workflows.get(run_id)).status()
         except InstanceNotFoundError:
             status = None
-        return run_view(run, status=status, gates=gates, delivery=delivery)
+        return run_view(run, status=status, gates=gates, delivery=delivery, images=images)
 
     async def summary(self, run_id: str) -> RunView:
         """Return a run as the database knows it, without asking the engine. Raises NotFoundError."""
@@ -115,7 +116,7 @@ class RunQueries:
         def delete(tx: Transaction) -> None:
             if existing_run(tx, run_id).conclusion is None:
                 raise ConflictError("the run has not ended")
-            for table in (Gate, OutboxRow):
+            for table in (Gate, OutboxRow, RunImage):
                 tx.remove(table, col(table.run_id) == run_id)
             tx.remove(Run, col(Run.id) == run_id)
 

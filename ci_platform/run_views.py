@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import cast
 
 from ci_platform.errors import Conclusion
 from ci_platform.gates import GateView, gate_view
-from ci_platform.model import DeliveryRow, Gate, Run
+from ci_platform.model import DeliveryRow, Gate, Run, RunImage
 from ci_platform.outcomes import Phase, phase_of, waiting_for
 from dynflow.types import AttemptInfo, ErrorInfo, InstanceStatus, StepKind, StepStatus
 
@@ -46,7 +46,8 @@ class RunView:
     """A run. Lists leave `steps`, `gates` and `cause` empty.
 
     `status` is `queued`, `running`, `waiting`, `paused` or `finished`; `waiting_for` says for what. A finished
-    run has a `conclusion` and its `reason`. `stopping` is true from a cancellation, a rejection or the run's
+    run has a `conclusion` and its `reason`. `images` are the images that its commands named, with the exact name
+    of what each means in this run. `stopping` is true from a cancellation, a rejection or the run's
     time limit until the run has ended.
     """
 
@@ -76,6 +77,7 @@ class RunView:
     cause: Cause | None = None
     steps: tuple[StepView, ...] = ()
     gates: tuple[GateView, ...] = ()
+    images: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_view(
@@ -84,6 +86,7 @@ def run_view(
     status: InstanceStatus | None = None,
     gates: Sequence[Gate] = (),
     delivery: DeliveryRow | None = None,
+    images: Sequence[RunImage] = (),
 ) -> RunView:
     """Return the row as the API shows it, with what the engine says where it was asked."""
     live = status if run.conclusion is None else None
@@ -114,6 +117,7 @@ def run_view(
         cause=None if delivery is None else _cause(delivery),
         steps=() if status is None else tuple(_step_view(step) for step in status.steps),
         gates=tuple(gate_view(gate) for gate in gates),
+        images={image.name: image.exact for image in images},
     )
 
 

@@ -168,6 +168,16 @@ class Settings(BaseModel):
     container_image: str = Field(
         "dynflow/python:latest", description='Image of sandbox="container" where the pipeline names none.'
     )
+    images_file: Path | None = Field(
+        None,
+        description="TOML file of images that pipelines may call by a short name. "
+        "Default: sandbox_images/images.toml beside the platform's code, if it is there.",
+    )
+    pull_images: bool = Field(
+        default=True,
+        description="Whether images that are not on this machine are pulled from their registries, "
+        "with what the Docker configuration of this user knows of credentials.",
+    )
 
     @field_validator("data")
     @classmethod

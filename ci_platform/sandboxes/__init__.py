@@ -12,6 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+from ci_platform.errors import ImageNotFoundError
+
 MEBIBYTE = 1024 * 1024
 
 SANDBOX_UID = 64_801
@@ -44,9 +46,20 @@ class SandboxLimits:
     """Bytes printed; a command that prints more is killed."""
 
 
+Say = Callable[[str], None]
+"""Called on the event loop with a line of the sandbox's own, for the job's log."""
+
+
+def say_nothing(line: str) -> None:
+    """Take a line and drop it."""
+
+
 @dataclass(frozen=True, slots=True)
 class SandboxJob:
-    """One command. `id` is unique while it runs; `cwd` is relative to the tree, which is mounted at /workspace."""
+    """One command. `id` is unique while it runs; `cwd` is relative to the tree, which is mounted at /workspace.
+
+    `scope` is the run that it is part of: jobs of one scope may share what a sandbox keeps between two of them.
+    """
 
     id: str
     argv: tuple[str, ...]
@@ -56,6 +69,8 @@ class SandboxJob:
     image: str | None = None
     network: bool = False
     limits: SandboxLimits = SandboxLimits()
+    scope: str = ""
+    say: Say = say_nothing
 
 
 StopReason = Literal["exited", "timeout", "memory", "output"]
@@ -94,6 +109,14 @@ class Sandbox(ABC):
 
     async def close(self) -> None:  # noqa: B027 - most sandboxes keep nothing between two jobs
         """Let go of what is kept ready for the next `run`; a later `run` makes it anew."""
+
+    async def resolve(self, image: str | None, say: Say) -> tuple[str, str]:
+        """Return the name of an image as it was asked for (None: this sandbox's own) and its exact name.
+
+        Fetches it if need be. Raises ImageNotFoundError, with the name.
+        """
+        del say
+        raise ImageNotFoundError(f"this sandbox has no images, and none that is called {image!r}")
 
     @abstractmethod
     def describe(self) -> Mapping[str, str]:

@@ -13,6 +13,7 @@ from tests.scenarios.github_server import serve_github
 from tests.scenarios.pipelines import DEMO, make_repository
 from tests.scenarios.server import at_gate, concluded, running_server
 from tests.scenarios.test_main_job import REPO, approve, push_to_main, server_log
+from tests.tiny_image import docker
 
 PLAIN = 'run_in_sandbox(workspace, ["python3", "-m", "unittest", "discover"])'
 INSIDE = "echo made in a container > from-container.txt && ls src && echo inside $(hostname)"
@@ -43,6 +44,8 @@ def test_a_step_in_a_container_sees_the_workspace_and_the_others_see_its_files(t
             approve(server, run)
             run = server.wait_for_run(concluded, "the run to conclude")
             assert run["conclusion"] == "success"
+            assert run["images"] == {IMAGE: docker("image", "inspect", "--format", "{{.Id}}", IMAGE)}
+            assert f"image {IMAGE} is sha256:" in inside
             assert "made in a container" in server_log(server, run, "deploy")
     left = subprocess.run(
         ["docker", "ps", "--all", "--quiet", "--filter", f"label=dynflow.job={run['id']}"],
@@ -51,3 +54,19 @@ def test_a_step_in_a_container_sees_the_workspace_and_the_others_see_its_files(t
         check=True,
     )
     assert left.stdout == ""
+
+
+@pytest.mark.docker
+def test_an_image_that_does_not_exist_fails_the_run_with_its_name(tmp_path: Path) -> None:
+    require_image()
+    named = CONTAINED.replace('sandbox="container"', 'sandbox="container", image="dynflow/nothing:9"')
+    bare, sha = make_repository(tmp_path / "repo", DEMO.replace(PLAIN, named))
+    with serve_github() as github:
+        settings = {"github_api_url": github.url, "allow_file_remotes": "true", "container_image": IMAGE}
+        with running_server(tmp_path / "data", **settings) as server:
+            server.register(REPO, bare)
+            server.deliver("push", push_to_main(sha))
+            run = server.wait_for_run(concluded, "the run to conclude")
+            assert run["conclusion"] == "failure"
+            assert "the image 'dynflow/nothing:9' is not on this machine" in run["reason"]
+            assert "dynflow/nothing:9" in server_log(server, run, "test")

@@ -1,0 +1,110 @@
+"""Commands as Docker containers: any image, any service beside it. The door to the docker library."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import anyio
+import docker
+from docker.errors import DockerException, ImageNotFound
+
+from ci_platform.errors import FailedError, ImageNotFoundError, UnavailableError
+from ci_platform.sandboxes import Output, Sandbox, SandboxJob, SandboxOutcome, Say, cgroups, merged
+from ci_platform.sandboxes.container import walls
+from ci_platform.sandboxes.container.engine import PLATFORM, Engine, remove
+from ci_platform.sandboxes.container.images import Images, missing
+from ci_platform.sandboxes.container.plain import run_fresh
+
+
+class ContainerSandbox(Sandbox):
+    """Runs each command in a fresh container without privileges, over the job's tree.
+
+    `image` is taken where a job names none; `named` are short names of images and what they stand for; `pull`
+    allows fetching images that are not there. `network` is the engine's network of jobs that ask for one, None
+    where they may not. `url` None: as the docker command finds the engine. `commands` bounds how many run at a
+    time: each holds a thread for its output.
+    """
+
+    def __init__(
+        self,
+        *,
+        image: str = "dynflow/python:latest",
+        named: Mapping[str, str] | None = None,
+        pull: bool = False,
+        network: str | None = None,
+        url: str | None = None,
+        commands: int = 64,
+    ) -> None:
+        self._image, self._named, self._network = image, named or {}, network
+        self._engine = Engine(url)
+        self._images = Images(self._engine, pull=pull)
+        self._streams = anyio.CapacityLimiter(commands)
+
+    async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
+        """Run one command to its end."""
+        if job.network and self._network is None:
+            raise FailedError(f"{job.argv[0]!r} asks for network=True, which containers have not here")
+        stack = contextlib.ExitStack()
+        folder = await self._engine.finish(lambda: stack.enter_context(merged.merged(job.tree)))
+        try:
+            walls.check_cwd(folder, job.cwd)
+            return await self._run(job, folder, output)
+        finally:
+            await self._engine.finish(stack.close)
+
+    async def _run(self, job: SandboxJob, folder: Path, output: Output) -> SandboxOutcome:
+        _, image = await self.resolve(job.image, job.say)
+        network = self._network if job.network and self._network else "none"
+        try:
+            return await run_fresh(
+                self._engine, image, job, folder, output, network=network, streams=self._streams
+            )
+        except ImageNotFound:
+            raise ImageNotFoundError(missing(image)) from None  # it has just been removed
+
+    async def resolve(self, image: str | None, say: Say) -> tuple[str, str]:
+        """Return the name of an image as it was asked for (None: this sandbox's own) and its exact name."""
+        name = self._image if image is None else image
+        return name, await self._images.resolve(self._named.get(name, name), say)
+
+    async def sweep(self) -> int:
+        """Remove containers and mounts of platforms on this host that are dead."""
+        swept = await self._engine.finish(merged.sweep)
+        try:
+            # Not waited for when the platform stops: an engine may hang, and what is left is swept next time.
+            return swept + await self._engine.call(_sweep, abandon=True)
+        except UnavailableError:
+            return swept
+
+    async def close(self) -> None:
+        """Close the connections to the engine."""
+        await self._engine.close()
+
+    def describe(self) -> Mapping[str, str]:
+        """Return the engine that answers, or why none does; asks it, so it takes a moment."""
+        try:
+            with contextlib.closing(self._engine.connect()) as engine:
+                version = engine.version()
+                have = {tag for image in engine.images.list() for tag in image.tags}
+        except (DockerException, OSError) as error:
+            return {"engine": f"none answers ({error}); scripts/docker_engine starts one"}
+        return {
+            "engine": f"Docker {version['Version']}",
+            "walls": "namespaces, no capabilities, no new privileges, seccomp (engine's profile), read-only root",
+            "user": f"uid {walls.user()}",
+            "limits": "memory and processes, by control groups",
+            "network": self._network or "none",
+            "image": self._image
+            + ("" if self._image in have else ", which is missing; scripts/build_images makes it"),
+        }
+
+
+def _sweep(client: docker.DockerClient) -> int:
+    swept = 0
+    for container in client.containers.list(all=True, filters={"label": PLATFORM}):
+        if not cgroups.is_alive(container.labels[PLATFORM]):
+            remove(client, str(container.id))
+            swept += 1
+    return swept

@@ -1,0 +1,84 @@
+"""What every container of commands is made of: its walls, limits, user and environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import docker
+from docker.types import LogConfig
+
+from ci_platform.errors import FailedError
+from ci_platform.sandboxes import SANDBOX_UID, SandboxJob, cgroups
+from ci_platform.sandboxes.container.engine import JOB, PLATFORM, RUN
+
+WORKSPACE, HOME = "/workspace", "/home/ci"
+PRIVATE = ("/tmp", "/var/tmp", HOME)  # noqa: S108 - the container's own
+"""Folders that a command may write to beside the workspace: in memory, and empty when it begins."""
+
+
+def create(
+    client: docker.DockerClient,
+    image: str,
+    job: SandboxJob,
+    *,
+    binds: list[str],
+    network: str,
+    program: Mapping[str, Any],
+) -> str:
+    """Make a container with every wall, and return its id. Blocks. `program` says what it runs, and where."""
+    limits = job.limits
+    private = f"size={limits.memory},mode=1777,nosuid,nodev,exec"
+    host = client.api.create_host_config(
+        binds=binds,
+        cap_drop=["ALL"],
+        # Collects orphans, lets signals end the command, and exits with 127 where there is no such program.
+        init=True,
+        ipc_mode="private",
+        log_config=LogConfig(type=LogConfig.types.NONE),
+        mem_limit=limits.memory,
+        memswap_limit=limits.memory,
+        network_mode=network,
+        # docker-init is one more.
+        pids_limit=limits.processes + 1,
+        read_only=True,
+        security_opt=["no-new-privileges"],
+        shm_size=limits.memory,
+        tmpfs=dict.fromkeys(PRIVATE, private),
+    )
+    labels = {JOB: job.id, RUN: job.scope, PLATFORM: cgroups.platform_name()}
+    made: dict[str, str] = client.api.create_container(
+        image, host_config=host, labels=labels, user=user(), hostname="sandbox", **program
+    )
+    return made["Id"]
+
+
+def environment(job: SandboxJob) -> dict[str, str]:
+    """Return the environment of a command; what its image sets comes below it."""
+    return {"HOME": HOME, "USER": "ci", "LANG": "C.UTF-8", "CI": "true", "DYNFLOW": "true"} | dict(job.env)
+
+
+def place(cwd: str) -> str:
+    """Return where a command starts, inside."""
+    return str(PurePosixPath(WORKSPACE, cwd))
+
+
+def user() -> str:
+    """Return who commands are, as the engine takes it: files they make belong to the tree's owner."""
+    if os.geteuid() == 0:
+        return f"{SANDBOX_UID}:{SANDBOX_UID}"
+    return f"{os.geteuid()}:{os.getegid()}"
+
+
+def check_cwd(folder: Path, cwd: str) -> None:
+    """Refuse a `cwd` that leaves the workspace at `folder` or is not there."""
+    if PurePosixPath(cwd).is_absolute() or ".." in PurePosixPath(cwd).parts:
+        raise FailedError(f"cwd {cwd!r} leaves the workspace")
+    place = (folder / cwd).resolve()
+    if not place.is_relative_to(folder.resolve()):
+        raise FailedError(f"cwd {cwd!r} leaves the workspace")
+    if not place.is_dir():
+        # The engine would make it, as root.
+        raise FailedError(f"cwd {cwd!r}: no such directory")
