@@ -334,6 +334,89 @@ async def test_the_source_is_asked_once_and_again_after_an_error(loader: WorkerL
     assert len(asked) == 2
 
 
+async def test_calls_at_the_same_time_ask_the_source_once(loader: WorkerLoader) -> None:
+    asked: list[int] = []
+    may_answer = asyncio.Event()
+
+    async def source() -> WorkerCode:
+        asked.append(1)
+        await may_answer.wait()
+        return code("def f(): return 1")()
+
+    calls = [asyncio.create_task(loader.get("w", source).get_entrypoint().call("f")) for _ in range(5)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    calls[0].cancel()  # who asked first need not be who waits last
+    await asyncio.sleep(0)
+    may_answer.set()
+    assert await asyncio.gather(*calls[1:]) == [1, 1, 1, 1]
+    assert asked == [1]
+
+
+async def test_nothing_is_asked_or_loaded_before_the_first_call(loader: WorkerLoader) -> None:
+    asked: list[int] = []
+
+    def source() -> WorkerCode:
+        asked.append(1)
+        return code("1 / 0")()
+
+    stub = loader.get("w", source).get_entrypoint("Anything", props={"a": 1})
+    loader.load(code("1 / 0")()).get_entrypoint()
+    await asyncio.sleep(0)
+    assert asked == []
+    with pytest.raises(WorkerLoadError, match="division by zero"):
+        await stub.anything()
+    assert asked == [1]
+
+
+async def test_what_was_forgotten_is_asked_for_again_and_no_old_isolate_answers() -> None:
+    asked: list[int] = []
+
+    def source() -> WorkerCode:
+        asked.append(1)
+        return code(f"def f(): return {len(asked)}")()
+
+    async with ProcessLoader(workers=1) as small:
+        for _ in range(3):
+            assert await small.get("w", source).get_entrypoint().f() == 1
+        assert await small.get("other", code("def f(): return 0")).get_entrypoint().f() == 0
+        # The same id should be the same code. Where it is not, the new one runs, and never a mixture.
+        assert await small.get("w", source).get_entrypoint().f() == 2
+    assert asked == [1, 1]
+
+
+async def test_a_worker_without_an_id_is_nobody_elses(loader: WorkerLoader) -> None:
+    made = code("def f(): return 1")()
+    assert await loader.load(made).get_entrypoint().f() == 1
+
+    def other() -> WorkerCode:
+        return code("def f(): return 'by its id'")()
+
+    assert await loader.get("loaded:1", other).get_entrypoint().f() == "by its id"
+
+
+async def test_packages_have_their_own_init_and_relative_imports(loader: WorkerLoader) -> None:
+    modules = {
+        "app/index.py": "from pkg import name, deep\nfrom pkg.sub.leaf import value\n"
+        "def all(): return [name, deep.value, value]",
+        "app/pkg/__init__.py": "from .names import name",
+        "app/pkg/names.py": "name = __name__.rpartition('.')[2]",
+        "app/pkg/deep.py": "from .names import name\nvalue = 'deep ' + name",
+        "app/pkg/sub/leaf.py": "from ..deep import value as above\nvalue = 'leaf of ' + above",
+    }
+    stub = loader.get("w", lambda: WorkerCode("app/index.py", modules)).get_entrypoint()
+    assert await stub.all() == ["names", "deep names", "leaf of deep names"]
+
+
+async def test_an_error_below_says_the_tenants_own_file_and_line(loader: WorkerLoader) -> None:
+    modules = {"index.py": "import json\nimport helper", "helper.py": "\n\nraise RuntimeError('not today')"}
+    worker = loader.load(WorkerCode("index.py", modules))
+    with pytest.raises(WorkerLoadError) as caught:
+        await worker.get_entrypoint().fetch()
+    error = caught.value
+    assert (error.file, error.line, error.message) == ("helper.py", 3, "RuntimeError: not today")
+
+
 class Notes(Capability):
     """A capability that tells who called."""
 

@@ -227,3 +227,27 @@ async def test_requests_count_as_calls_of_bindings(confined: ProcessLoader) -> N
     )
     with pytest.raises(IsolateLimitError, match="more than 1 calls of bindings"):
         await confined.load(code).get_entrypoint().call("get", "http://example.org/moved")
+
+
+async def test_bodies_have_the_size_of_a_message(loader: WorkerLoader) -> None:
+    class Mirror:
+        async def fetch(self, request: HttpRequest) -> HttpResponse:
+            more = int(request.headers.get("More", 0))
+            return HttpResponse(200, {}, request.body + b"x" * more)
+
+    source = """
+from dynflow.workflow import fetch as http
+async def send(size, more=0):
+    try:
+        answer = await http("http://a/", method="POST", body=bytes(size), headers={"More": str(more)})
+    except ValueError as error:
+        return [type(error).__name__, str(error)]
+    return len(answer.body)
+"""
+    stub = stub_of(loader, source, Mirror())
+    assert await stub.send(6_000_000) == 6_000_000
+    for size, more in ((7_000_000, 0), (4_000_000, 4_000_000)):
+        name, told = await stub.send(size, more)
+        assert name == "ValueTooLargeError"
+        assert "the limit is 8,388,608 bytes" in told
+    assert await stub.send(1) == 1

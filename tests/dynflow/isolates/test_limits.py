@@ -14,6 +14,7 @@ import pytest
 
 from dynflow.errors import InstanceFailedError, IsolateCrashedError, IsolateLimitError, ValueTooLargeError
 from dynflow.isolates import CallLimits, Capability, IsolateLimits, ProcessLoader, WorkerCode
+from dynflow.isolates.confinement import WALLS
 from tests.dynflow.isolates.support import hostile
 
 MEBIBYTE = 1024 * 1024
@@ -161,6 +162,20 @@ async def test_memory_has_an_end(loader: ProcessLoader, attack: str) -> None:
         await hostile(loader, memory=64 * MEBIBYTE).get_entrypoint().call(attack, {})
 
 
+@pytest.mark.parametrize("walls", [set(WALLS), set(WALLS) - {"cgroup"}])
+async def test_the_limit_of_memory_is_named_with_its_value(walls: set[str]) -> None:
+    source = "def take(): return len(b'x' * (1 << 30))\ndef little(): return len(b'x' * (8 << 20))"
+    code = WorkerCode("index.py", {"index.py": source}, limits=IsolateLimits(memory=64 * MEBIBYTE))
+    async with ProcessLoader(ready=0, walls=walls) as loader:
+        stub = loader.load(code).get_entrypoint()
+        assert await stub.little() == 8 * MEBIBYTE
+        with pytest.raises(IsolateLimitError) as caught:
+            await stub.take()
+        assert (caught.value.limit, caught.value.value) == ("memory", 64 * MEBIBYTE)
+        assert loader.isolates == 0
+        assert await stub.little() == 8 * MEBIBYTE
+
+
 async def test_a_tenant_that_hides_its_memory_errors_gets_no_more_memory(loader: ProcessLoader) -> None:
     taken = await hostile(loader, memory=64 * MEBIBYTE).get_entrypoint().take_memory_and_hide_it({})
     assert 16 <= taken <= 80
@@ -185,8 +200,9 @@ async def test_what_is_printed_reaches_the_host_with_who_printed_it() -> None:
 async def test_a_giant_answer_is_refused_inside_and_cut_off_outside(loader: ProcessLoader) -> None:
     with pytest.raises(ValueTooLargeError, match="the limit is"):
         await hostile(loader).get_entrypoint().answer_with_a_giant({"size": 9 * MEBIBYTE})
-    with pytest.raises(IsolateLimitError, match="a message of"):
+    with pytest.raises(IsolateLimitError, match="a message of") as caught:
         await hostile(loader).get_entrypoint().write_to_the_host({"bytes": struct.pack(">I", 2**31)})
+    assert (caught.value.limit, caught.value.value) == ("message", 8 * MEBIBYTE)
 
 
 async def test_a_message_of_countless_items_is_cut_off(loader: ProcessLoader) -> None:

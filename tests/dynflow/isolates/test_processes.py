@@ -304,6 +304,16 @@ async def test_a_new_zygote_is_started_where_one_has_ended() -> None:
             await until(lambda: all_over(family))  # noqa: B023 - awaited at once
 
 
+async def test_isolates_come_with_frozen_garbage_and_what_tenants_use_is_loaded() -> None:
+    source = """
+import gc, sys
+def look(): return [gc.get_freeze_count() > 10_000, "asyncio" in sys.modules, "dataclasses" in sys.modules]
+"""
+    async with ProcessLoader(ready=0) as loader:
+        code = WorkerCode("index.py", {"index.py": source})
+        assert await loader.load(code).get_entrypoint().look() == [True, True, True]
+
+
 async def test_outside_of_its_context_a_loader_refuses() -> None:
     stub = ProcessLoader().get("w", lambda: WorkerCode("index.py", {"index.py": ""})).get_entrypoint()
     with pytest.raises(IsolateError, match="async with loader"):
