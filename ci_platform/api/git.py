@@ -185,6 +185,7 @@ class GitServer:
         env = await self._environment(connection, repo)
         command = ["upload-pack", "--stateless-rpc", self._path(repo)]
         stream = git_wire.Stream(connection.send, "application/x-git-upload-pack-result", self._stall)
+        wrong: list[PlatformError] = []
         async with self._turn(self._work):
             with anyio.move_on_after(self._limits.within.total_seconds()):
                 async with (
@@ -193,13 +194,20 @@ class GitServer:
                     ) as git,
                     anyio.create_task_group() as tasks,
                 ):
-                    tasks.start_soon(git_wire.feed, connection, git, tasks.cancel_scope, self._stall)
+
+                    async def feed() -> None:
+                        error = await git_wire.feed(connection, git, self._stall)
+                        wrong.extend([error] if error is not None else [])
+                        tasks.cancel_scope.cancel()
+
+                    tasks.start_soon(feed)
                     await self._pass_on(git, stream)
                     tasks.cancel_scope.cancel()
+        if wrong and not stream.begun:
+            raise wrong[0]
 
     async def _pass_on(self, git: anyio.abc.Process, stream: git_wire.Stream) -> None:
         try:
-            await stream.write(b"")
             async for chunk in git_wire.output(git):
                 await stream.write(chunk)
             await stream.end()

@@ -55,19 +55,19 @@ class Stream:
 
     def __init__(self, send: Send, media_type: str, stall: float) -> None:
         self._send, self._media_type, self._stall = send, media_type, stall
-        self._begun = False
+        self.begun = False
 
-    async def write(self, chunk: bytes) -> None:
-        """Send a piece; the headers go before the first."""
+    async def write(self, chunk: bytes, *, more: bool = True) -> None:
+        """Send a piece; the headers go before the first, so that until then the answer can be another one."""
         with anyio.fail_after(self._stall):
-            if not self._begun:
-                self._begun, start = True, headers(self._media_type)
+            if not self.begun:
+                self.begun, start = True, headers(self._media_type)
                 await self._send({"type": "http.response.start", "status": 200, "headers": start})
-            await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
 
     async def end(self) -> None:
         """Say that it is whole. Without that the client takes the answer for cut off."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self.write(b"", more=False)
 
 
 async def body(connection: Connection, limit: int, stall: float) -> AsyncGenerator[bytes]:
@@ -132,22 +132,21 @@ def _write(into: IO[bytes], data: bytes) -> None:
         raise UnavailableError(f"the push cannot be put aside: {error.strerror}; push again later") from error
 
 
-async def feed(
-    connection: Connection, git: anyio.abc.Process, running: anyio.CancelScope, stall: float
-) -> None:
-    """Give git the request; then wait for the client to go away, which ends the work for it."""
+async def feed(connection: Connection, git: anyio.abc.Process, stall: float) -> PlatformError | None:
+    """Give git the request, then wait for the client to go away. Returns early with what is wrong with the request."""
     assert git.stdin is not None  # noqa: S101 - asked for by the caller
     try:
         async with aclosing(body(connection, _REQUEST_BYTES, stall)) as chunks:
             async for chunk in chunks:
                 await git.stdin.send(chunk)
         await git.stdin.aclose()
-    except (PlatformError, anyio.BrokenResourceError):
-        running.cancel()
-        return
+    except PlatformError as error:
+        return error
+    except anyio.BrokenResourceError:
+        pass  # git has seen enough, and answers why
     while (await connection.receive())["type"] != "http.disconnect":
         pass
-    running.cancel()
+    return None
 
 
 async def output(git: anyio.abc.Process) -> AsyncIterator[bytes]:
