@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ci_platform.cancellation import with_shields
+from ci_platform.cones import Cone
 from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError
 from ci_platform.execution import Execution
 from ci_platform.reports import Reports
@@ -64,11 +65,13 @@ class ArtifactsCapability(Capability):
     def __init__(self, workspaces: Workspaces) -> None:
         self._workspaces = workspaces
 
-    async def fork(self, repo: Any, sha: Any = None) -> Workspace:
+    async def fork(
+        self, repo: Any, sha: Any = None, *, submodules: Any = False, lfs: Any = False, sparse: Any = None
+    ) -> Workspace:
         """Fork a copy-on-write workspace of this run's repository at `sha` (default: the run's commit).
 
-        Repeating it in the same step gives the same workspace. A run of a fork's pull request reaches only its
-        own commit.
+        `sparse` is a list of folders: these alone, and the files above them, are on disk. Repeating a call in
+        the same step gives the same workspace. A run of a fork's pull request reaches only its own commit.
         """
         identity, caller = _identity()
         step = _in_step(caller, "ARTIFACTS.fork")
@@ -81,8 +84,24 @@ class ArtifactsCapability(Capability):
             )
         if commit != identity.sha and not identity.trusted:
             raise ForbiddenError(f"a pull request from a fork may read its own commit {identity.sha} only")
+        _refuse_to_fetch(submodules=submodules, lfs=lfs)
+        cone = None if sparse is None else Cone.of(sparse)
         workspace_id = f"{identity.run_id}.{_slug(step)}"
-        return await with_shields(lambda: self._workspaces.fork(workspace_id, identity.repo, commit))
+        return await with_shields(
+            lambda: self._workspaces.fork(
+                workspace_id, identity.repo, commit, cone=cone, alone=not identity.trusted
+            )
+        )
+
+
+def _refuse_to_fetch(**options: Any) -> None:
+    """Say what of a fork this platform cannot do: the folders of submodules are empty, LFS files are pointers."""
+    for name, value in options.items():
+        if value is not False:
+            raise FailedError(
+                f"ARTIFACTS.fork({name}={value!r:.20}) is not supported: leave it out, and fetch what it names "
+                "by a command with network=True"
+            )
 
 
 class SandboxCapability(Capability):

@@ -96,6 +96,22 @@ def _files(
                 yield f"{name}/{inner}", found
 
 
+def parts(objects: Objects, tree: bytes, limit: int) -> Iterator[bytes]:
+    """Yield the ids of a tree, its folders and its files, each once; LimitExceededError above `limit`."""
+    seen, folders = {tree}, [tree]
+    yield tree
+    while folders:
+        for item in items(objects.read(folders.pop())):
+            if item.oid in seen or item.mode == _SUBMODULE:
+                continue
+            seen.add(item.oid)
+            if len(seen) > limit:
+                raise LimitExceededError(f"the commit has more than {limit:,} files and folders")
+            if item.is_tree:
+                folders.append(item.oid)
+            yield item.oid
+
+
 def write_tree(objects: Objects, oid: bytes, writer: TreeWriter) -> None:
     """Write all of a tree. Deep trees are refused by the writer before they exhaust the stack."""
     for item in items(objects.read(oid)):
@@ -103,37 +119,69 @@ def write_tree(objects: Objects, oid: bytes, writer: TreeWriter) -> None:
 
 
 def _write(objects: Objects, item: Item, writer: TreeWriter) -> None:
+    executable = bool(item.mode & 0o100)
     if item.is_tree:
-        writer.enter(item.name)
+        writer.enter(item.name, item.oid)
         write_tree(objects, item.oid, writer)
         writer.leave()
     elif item.mode == _SUBMODULE:
-        writer.enter(item.name)
-        writer.leave()
+        writer.submodule(item.name, item.oid)
+    elif writer.is_outside:
+        mode = _SYMLINK if item.mode == _SYMLINK else 0o100755 if executable else 0o100644
+        writer.leave_out(item.name, mode, item.oid)
     elif item.mode == _SYMLINK:
-        writer.symlink(item.name, objects.read(item.oid))
+        writer.symlink(item.name, objects.read(item.oid), item.oid)
     else:
-        writer.file(item.name, objects.read(item.oid), executable=bool(item.mode & 0o100))
+        writer.file(item.name, objects.read(item.oid), item.oid, executable=executable)
 
 
-def write_delta(objects: Objects, old: bytes, new: bytes, writer: TreeWriter, *, limit: int) -> None:
-    """Write the layer that turns one tree into another; TooDifferentError above `limit` paths.
+def distance(objects: Objects, old: bytes, new: bytes, *, limit: int) -> int:
+    """Return how many paths a delta from one tree to another has; TooDifferentError above `limit`.
 
     Compares ids, so it reads only directories that differ: libgit2's own comparison takes ten times as long
     on a large repository.
     """
     before = {item.name: item for item in items(objects.read(old))}
+    found = 0
     for item in items(objects.read(new)):
         was = before.pop(item.name, None)
         if was == item:
             continue
-        if writer.files > limit:
-            raise TooDifferentError
+        found += 1
         if was is not None and was.is_tree and item.is_tree:
-            writer.enter(item.name)
-            write_delta(objects, was.oid, item.oid, writer, limit=limit)
+            found += distance(objects, was.oid, item.oid, limit=limit - found)
+        elif item.is_tree:
+            found += _count(objects, item.oid, limit - found)
+        if found > limit:
+            raise TooDifferentError
+    if found + len(before) > limit:
+        raise TooDifferentError
+    return found + len(before)
+
+
+def _count(objects: Objects, tree: bytes, limit: int) -> int:
+    found = 0
+    for item in items(objects.read(tree)):
+        found += 1 + (_count(objects, item.oid, limit - found) if item.is_tree else 0)
+        if found > limit:
+            raise TooDifferentError
+    return found
+
+
+def write_delta(objects: Objects, old: bytes, new: bytes, writer: TreeWriter) -> None:
+    """Write the layer that turns one tree into another."""
+    before = {item.name: item for item in items(objects.read(old))}
+    for item in items(objects.read(new)):
+        was = before.pop(item.name, None)
+        if was == item:
+            continue
+        if was is not None and was.is_tree and item.is_tree:
+            writer.enter(item.name, item.oid)
+            write_delta(objects, was.oid, item.oid, writer)
             writer.leave()
         else:
+            if was is not None and (was.is_tree or item.is_tree):
+                writer.replace(item.name)
             _write(objects, item, writer)
     for name in before:
         writer.hide(name)

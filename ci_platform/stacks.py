@@ -7,9 +7,10 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ci_platform import layer_copies, layers
 from ci_platform.errors import NotFoundError
@@ -64,7 +65,7 @@ class Stack:
         """Whether the workspace has been made."""
         return (self.folder / "workspace.json").exists()
 
-    def create(self, scratch: Path, described: dict[str, str], *, durable: bool) -> None:
+    def create(self, scratch: Path, described: Mapping[str, Any], *, durable: bool) -> None:
         """Make the folder beside and rename it into place; somebody else's is left alone."""
         for name in ("layers", "pending"):
             (scratch / name).mkdir(parents=True)
@@ -78,10 +79,10 @@ class Stack:
         if durable:
             flush(self.folder, self.folder.parent)
 
-    def describe(self) -> dict[str, str]:
-        """Return repository and commit; NotFoundError where there is no workspace."""
+    def describe(self) -> dict[str, Any]:
+        """Return what `create` was given; NotFoundError where there is no workspace."""
         try:
-            found: dict[str, str] = json.loads((self.folder / "workspace.json").read_bytes())
+            found: dict[str, Any] = json.loads((self.folder / "workspace.json").read_bytes())
         except FileNotFoundError:
             raise NotFoundError(f"there is no workspace {self.folder.name!r}") from None
         return found

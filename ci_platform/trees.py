@@ -1,29 +1,20 @@
-"""Trees of commits on disk: written once, atomically, kept for the next run, evicted by age.
-
-A tree is a folder `<root>/<repo>/<key>` with the files under `tree`. A base holds a whole commit; a delta is
-a layer (see `ci_platform.layers`) that turns a base into a nearby commit. Neither changes once it has its
-name. A tree counts only until the machine restarts: nothing is flushed while it is written, so after a power
-cut its files could be empty.
-"""
+"""Write the files of a commit below one folder, whatever the commit says, and take down git's index of them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
-import secrets
-import time
-from collections.abc import Callable, Collection, Iterator
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from ci_platform import layers
+from ci_platform.cones import Cone
 from ci_platform.errors import FailedError, LimitExceededError
-
-_EVICT_NOT_BEFORE = 600.0
-"""Seconds after its last use in which a tree is safe: whoever asked for it has pinned it long before."""
+from ci_platform.git_index import GITLINK, Changes, Recorder
 
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -51,14 +42,23 @@ class TreeLimits:
 
 @dataclass(slots=True)
 class TreeWriter:
-    """Writes one tree depth first. Refuses names and duplicates by which a commit could leave its tree."""
+    """Writes one tree depth first. Refuses names and duplicates by which a commit could leave its tree.
+
+    What it writes is taken down in `index`. Of a folder outside of `cone` it takes down the entries alone. Files
+    get the time `modified_at` (in ns), where it is given.
+    """
 
     root: Path
     owner: Owner
     limits: TreeLimits
+    index: Recorder | Changes
+    cone: Cone | None = None
+    modified_at: int | None = None
     files: int = 0
     size: int = 0
     _stack: list[int] = field(default_factory=list)
+    _path: list[bytes] = field(default_factory=list)
+    _outside: int = 0
 
     def __enter__(self) -> Self:
         self._stack.append(layers.open_directory(self.root))
@@ -69,12 +69,26 @@ class TreeWriter:
         while self._stack:
             os.close(self._stack.pop())
 
-    def enter(self, name: bytes) -> None:
+    @property
+    def is_outside(self) -> bool:
+        """Whether the folder that is being written is not to be on disk."""
+        return self._outside > 0
+
+    def enter(self, name: bytes, oid: bytes) -> None:
         """Make a directory and go into it."""
-        parent, path = self._stack[-1], _checked(name)
-        if len(self._stack) > layers.MAX_DEPTH:
+        path = _checked(name)
+        if len(self._path) >= layers.MAX_DEPTH:
             raise LimitExceededError(f"directories of the commit are nested deeper than {layers.MAX_DEPTH}")
         self._count(0)
+        self.index.enter(name, oid)
+        self._path.append(name)
+        if self.is_outside or (self.cone is not None and not self.cone.holds(b"/".join(self._path))):
+            self._outside += 1
+        else:
+            self._make(path)
+
+    def _make(self, path: str) -> None:
+        parent = self._stack[-1]
         with _naming(path):
             os.mkdir(path, dir_fd=parent)
         self._stack.append(layers.open_directory(path, parent))
@@ -82,23 +96,32 @@ class TreeWriter:
 
     def leave(self) -> None:
         """Go back to the parent directory."""
-        os.close(self._stack.pop())
+        self.index.leave()
+        self._path.pop()
+        if self.is_outside:
+            self._outside -= 1
+        else:
+            os.close(self._stack.pop())
 
-    def file(self, name: bytes, content: bytes, *, executable: bool) -> None:
+    def file(self, name: bytes, content: bytes, oid: bytes, *, executable: bool) -> None:
         """Write a regular file."""
         path = _checked(name)
         self._count(len(content))
+        mode = 0o755 if executable else 0o644
         with _naming(path):
             descriptor = os.open(path, _FILE, 0o600, dir_fd=self._stack[-1])
         try:
             view = memoryview(content)
             while view:
                 view = view[os.write(descriptor, view) :]
-            self._give(descriptor, 0o755 if executable else 0o644)
+            self._give(descriptor, mode)
+            if self.modified_at is not None:
+                os.utime(descriptor, ns=(self.modified_at, self.modified_at))
+            self._record(name, stat.S_IFREG | mode, oid, os.fstat(descriptor))
         finally:
             os.close(descriptor)
 
-    def symlink(self, name: bytes, target: bytes) -> None:
+    def symlink(self, name: bytes, target: bytes, oid: bytes) -> None:
         """Write a symbolic link, to wherever it says: only tenants follow it."""
         path, parent = _checked(name), self._stack[-1]
         self._count(len(target))
@@ -108,20 +131,52 @@ class TreeWriter:
             os.symlink(target, path, dir_fd=parent)
         if os.geteuid() == 0:
             os.chown(path, self.owner.uid, self.owner.gid, dir_fd=parent, follow_symlinks=False)
+        if self.modified_at is not None:
+            times = (self.modified_at, self.modified_at)
+            os.utime(path, ns=times, dir_fd=parent, follow_symlinks=False)
+        self._record(name, stat.S_IFLNK, oid, os.stat(path, dir_fd=parent, follow_symlinks=False))
+
+    def submodule(self, name: bytes, oid: bytes) -> None:
+        """Make the empty folder of a submodule."""
+        path = _checked(name)
+        self._count(0)
+        if not self.is_outside:
+            self._make(path)
+            os.close(self._stack.pop())
+        self._record(name, GITLINK, oid, None)
+
+    def leave_out(self, name: bytes, mode: int, oid: bytes) -> None:
+        """Take a file down that is outside of the cone."""
+        _checked(name)
+        self._count(0)
+        self._record(name, mode, oid, None)
 
     def hide(self, name: bytes) -> None:
         """Record in a delta that the base's path is gone."""
         path = _checked(name)
         self._count(0)
-        with _naming(path):
-            layers.make_whiteout(self._stack[-1], path)
+        self.index.remove(self._full(name))
+        if not self.is_outside:
+            with _naming(path):
+                layers.make_whiteout(self._stack[-1], path)
+
+    def replace(self, name: bytes) -> None:
+        """Record in a delta that what comes next under a name has nothing of what the base has there."""
+        self.index.remove(self._full(name))
+
+    def _full(self, name: bytes) -> bytes:
+        return b"/".join([*self._path, name])
+
+    def _record(self, name: bytes, mode: int, oid: bytes, found: os.stat_result | None) -> None:
+        self.index.add(self._full(name), mode, oid, found)
 
     def _count(self, size: int) -> None:
         self.files += 1
         self.size += size
-        if self.files > self.limits.files or self.size > self.limits.size:
-            limit = f"{self.limits.files} files or {self.limits.size} bytes"
-            raise LimitExceededError(f"the commit has more than {limit}")
+        if self.files > self.limits.files:
+            raise LimitExceededError(f"the commit has more than {self.limits.files:,} files and folders")
+        if self.size > self.limits.size:
+            raise LimitExceededError(f"the commit has more than {self.limits.size:,} bytes in its files")
 
     def _give(self, descriptor: int, mode: int) -> None:
         if os.geteuid() == 0:
@@ -145,128 +200,3 @@ def _checked(name: bytes) -> str:
     if name in {b"", b".", b".."} or b"/" in name or b"\0" in name or name.lower() == b".git":
         raise FailedError(f"the commit has an entry named {name!r}, which no tree may have")
     return os.fsdecode(name)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTree:
-    """A tree on disk. `base` is the key of the tree below a delta, `used_at` in seconds since the epoch."""
-
-    key: str
-    folder: Path
-    base: str | None
-    size: int
-    used_at: float
-
-    @property
-    def path(self) -> Path:
-        """Where the files are."""
-        return self.folder / "tree"
-
-
-class TreeStore:
-    """Trees by repository and key. Safe for threads; two that build the same key agree on the first."""
-
-    def __init__(self, root: Path, owner: Owner, limits: TreeLimits) -> None:
-        self._root, self._owner, self._limits = root, owner, limits
-        self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        for name in (".building", ".trash"):
-            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-        root.chmod(0o700)
-
-    def find(self, repo: str, key: str) -> StoredTree | None:
-        """Return a tree and note that it is in use; None where it has to be built."""
-        folder = self._root / repo / key
-        found = self._read(folder)
-        if found is not None:
-            os.utime(folder)
-        return found
-
-    def _read(self, folder: Path) -> StoredTree | None:
-        try:
-            record = json.loads((folder / "tree.json").read_bytes())
-            used_at = folder.stat().st_mtime
-        except FileNotFoundError:
-            return None
-        if (record["boot"], record["owner"]) != (self._boot, self._owner.uid):
-            return None
-        return StoredTree(folder.name, folder, record["base"], record["size"], used_at)
-
-    def build(
-        self, repo: str, key: str, fill: Callable[[TreeWriter], None], *, base: str | None = None
-    ) -> StoredTree:
-        """Write a tree by `fill` under a name that nobody sees, then rename it into place."""
-        scratch = self._root / ".building" / secrets.token_hex(8)
-        try:
-            (scratch / "tree").mkdir(parents=True)
-            with TreeWriter(scratch / "tree", self._owner, self._limits) as writer:
-                fill(writer)
-            record = {"boot": self._boot, "owner": self._owner.uid, "base": base, "size": writer.size}
-            (scratch / "tree.json").write_text(json.dumps(record), encoding="utf-8")
-            self._publish(scratch, self._root / repo / key)
-        finally:
-            layers.remove_tree(scratch)
-        found = self.find(repo, key)
-        if found is None:
-            raise FileNotFoundError(self._root / repo / key)
-        return found
-
-    def _publish(self, scratch: Path, folder: Path) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and self._read(folder) is None:
-            self._discard(folder)
-        # Renaming onto a folder that is not empty fails: somebody was faster, with the same content.
-        try:
-            scratch.rename(folder)
-        except OSError as error:
-            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-                raise
-
-    def bases(self, repo: str) -> list[StoredTree]:
-        """Return the repository's whole trees, last used first."""
-        return [tree for tree in self._all(self._root / repo) if tree.base is None]
-
-    def _all(self, *folders: Path) -> list[StoredTree]:
-        found = (self._read(path) for folder in folders if folder.is_dir() for path in folder.iterdir())
-        return sorted((tree for tree in found if tree), key=lambda tree: tree.used_at, reverse=True)
-
-    def evict(self, budget: int, keep: Collection[Path]) -> int:
-        """Remove trees, longest unused first, until `budget` bytes are left; returns the bytes freed.
-
-        Trees whose files are in `keep`, bases of those that stay and whatever was used in the last ten
-        minutes stay.
-        """
-        repositories = [path for owner in self._root.glob("[!.]*") for path in owner.iterdir()]
-        trees = self._all(*repositories)
-        oldest = time.time() - _EVICT_NOT_BEFORE
-        pinned = {tree.folder for tree in trees if tree.path in keep or tree.used_at > oldest}
-        pinned |= {tree.folder.parent / tree.base for tree in trees if tree.base and tree.folder in pinned}
-        total, freed = sum(tree.size for tree in trees), 0
-        for tree in reversed(trees):
-            if total - freed > budget and tree.folder not in pinned and tree.folder.exists():
-                freed += tree.size + self._evict_on(tree, trees)
-        return freed
-
-    def _evict_on(self, base: StoredTree, trees: Collection[StoredTree]) -> int:
-        """Remove a tree after the deltas that stand on it; returns the bytes of those."""
-        deltas = [
-            tree for tree in trees if tree.folder.parent == base.folder.parent and tree.base == base.key
-        ]
-        for tree in [*deltas, base]:
-            if tree.folder.exists():
-                self._discard(tree.folder)
-        return sum(tree.size for tree in deltas)
-
-    def _discard(self, folder: Path) -> None:
-        trash = self._root / ".trash" / secrets.token_hex(8)
-        with contextlib.suppress(FileNotFoundError):
-            folder.rename(trash)
-        layers.remove_tree(trash)
-
-    def sweep(self) -> None:
-        """Remove what a killed process left half built or half removed, and trees of before a restart."""
-        for name in (".building", ".trash"):
-            for path in (self._root / name).iterdir():
-                layers.remove_tree(path)
-        for path in self._root.glob("[!.]*/*/*"):
-            if self._read(path) is None:
-                self._discard(path)

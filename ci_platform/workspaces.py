@@ -11,19 +11,21 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 
 from ci_platform import copy_on_write, layer_conflicts, layers, sealing
+from ci_platform.cones import Cone
 from ci_platform.copy_on_write import Method
 from ci_platform.errors import ConflictError, InvalidInputError, LimitExceededError, NotFoundError
+from ci_platform.origins import Origin
 from ci_platform.sandboxes import SANDBOX_UID, Tree
-from ci_platform.source import Source, check_repo, check_sha
+from ci_platform.source import Checkout, GitFolder, Source, check_repo, check_sha
 from ci_platform.stacks import Layer, LayerAuthor, Stack
 from ci_platform.trees import Owner
 from pipelines.contract import Workspace
@@ -113,22 +115,36 @@ class Workspaces:
             raise InvalidInputError(f"a workspace id has letters, digits and _.-, got {workspace_id[:140]!r}")
         return Stack(self._root / workspace_id)
 
-    async def fork(self, workspace_id: str, repo: str, sha: str) -> Workspace:
+    async def fork(
+        self, workspace_id: str, repo: str, sha: str, *, cone: Cone | None = None, alone: bool = False
+    ) -> Workspace:
         """Make a workspace of a commit that `source` has; a millisecond or two where its tree is on disk.
 
-        Forking again with the same commit changes nothing; with another one it is a ConflictError.
+        Of a `cone`, its folders alone are on disk. Its `.git` reaches the whole repository; with `alone`, this
+        commit. Forking again in the same way changes nothing; in another way it is a ConflictError.
         """
-        stack, wanted = self._stack(workspace_id), {"repo": check_repo(repo), "sha": check_sha(sha)}
+        stack = self._stack(workspace_id)
+        wanted = Origin(check_repo(repo), check_sha(sha), cone, alone)
         if not await self._thread(stack.exists):
-            await self._source.materialise(repo, sha)
-            await self._thread(lambda: self._create(stack, wanted))
-        found = await self._thread(stack.describe)
-        if found != wanted:
+            checkout = await self._checkout(wanted)
+            record = wanted.as_json() | {"git": checkout.git}
+            await self._thread(lambda: self._create(stack, record))
+        found = Origin.from_json(await self._thread(stack.describe))
+        if replace(found, git=None) != wanted:
             raise ConflictError(f"the workspace {workspace_id!r} is of {found}, not of {wanted}")
         return Workspace(workspace_id, repo, sha)
 
-    def _create(self, stack: Stack, wanted: dict[str, str]) -> None:
-        stack.create(self._root / ".new" / secrets.token_hex(8), wanted, durable=self._durable)
+    def _create(self, stack: Stack, record: Mapping[str, Any]) -> None:
+        stack.create(self._root / ".new" / secrets.token_hex(8), record, durable=self._durable)
+
+    async def _checkout(self, origin: Origin) -> Checkout:
+        folder = GitFolder(origin.sha, origin.cone, alone=origin.alone, copied=not self._method.mounts)
+        return await self._source.checkout(origin.repo, folder, origin.git)
+
+    async def _base(self, stack: Stack) -> tuple[Path, ...]:
+        """Return the layers that all of a workspace's own stand on."""
+        record = await self._thread(stack.describe)
+        return (await self._checkout(Origin.from_json(record))).lowers
 
     async def prepare(self, workspace_id: str, author: LayerAuthor) -> Tree:
         """Return a tree for one command: the workspace as it stands, with changes going to a layer of its own.
@@ -138,8 +154,7 @@ class Workspaces:
         """
         stack, state = self._stack(workspace_id), self._state(workspace_id)
         async with state.lock:
-            commit = await self._thread(stack.describe)
-            base = await self._source.materialise(commit["repo"], commit["sha"])
+            base = await self._base(stack)
             first, in_use = author not in state.started, self._in_use()
             # Shielded: a folder that nobody knows of would stay until the next start.
             with anyio.CancelScope(shield=True):
@@ -289,9 +304,8 @@ class Workspaces:
     async def read(self, workspace_id: str, path: str, *, limit: int = 1 << 20) -> bytes | None:
         """Return a regular file as the workspace stands, None where there is none or it is a link."""
         stack = self._stack(workspace_id)
-        commit = await self._thread(stack.describe)
         async with self._state(workspace_id).lock:
-            base = await self._source.materialise(commit["repo"], commit["sha"])
+            base = await self._base(stack)
             return await self._thread(lambda: _read((*stack.live_trees(), *base), path, limit))
 
     async def delete(self, workspace_id: str) -> None:

@@ -26,13 +26,26 @@ from ci_platform.errors import (
 from ci_platform.fetching import Fetch, Remote
 from ci_platform.mirroring import DAMAGED, Mirror, damage
 from ci_platform.sandboxes import SANDBOX_UID
-from ci_platform.source import folders, objects, on_disk
+from ci_platform.source import folders, objects
+from ci_platform.source.checkouts import Checkout, Checkouts
 from ci_platform.source.names import check_repo
 from ci_platform.source.objects import Commit, CommitInfo, TreeEntry, check_sha
 from ci_platform.source.places import Places
-from ci_platform.trees import Owner, TreeLimits, TreeStore
+from ci_platform.tree_store import TreeStore
+from ci_platform.trees import Owner, TreeLimits
+from ci_platform.workspace_git import GitFolder
 
-__all__ = ["Commit", "CommitInfo", "Remote", "Source", "TreeEntry", "check_repo", "check_sha"]
+__all__ = [
+    "Checkout",
+    "Commit",
+    "CommitInfo",
+    "GitFolder",
+    "Remote",
+    "Source",
+    "TreeEntry",
+    "check_repo",
+    "check_sha",
+]
 
 T = TypeVar("T")
 
@@ -65,7 +78,9 @@ class Source(Places):
     ) -> None:
         super().__init__(root, within=fetch_within, threads=threads)
         self._allow_file, self._remote_of = allow_file, remote_of or _nowhere
-        self._trees = TreeStore(root / "trees", Owner.of_sandboxes(SANDBOX_UID), limits or TreeLimits())
+        owner = Owner.of_sandboxes(SANDBOX_UID)
+        self._trees = TreeStore(root / "trees", owner)
+        self._checkouts = Checkouts(self._trees, owner, limits or TreeLimits())
 
     async def environment(self, repo: str, settings: Mapping[str, str]) -> dict[str, str]:
         """Return the environment in which git serves a repository of our own.
@@ -255,7 +270,18 @@ class Source(Places):
         """
         check_sha(sha)
         async with self._builds(repo):
-            return await self._read(repo, sha, partial(on_disk.materialise, self._trees, repo, sha))
+            return await self._read(repo, sha, lambda opened: self._checkouts.materialise(repo, opened, sha))
+
+    async def checkout(self, repo: str, folder: GitFolder, git: str | None = None) -> Checkout:
+        """Return the commit's files as `materialise` does, and on top of them a `.git`.
+
+        `git` is that of an earlier checkout of the same commit, which is taken as long as it is here.
+        """
+        check_sha(folder.sha)
+        async with self._builds(repo):
+            return await self._read(
+                repo, folder.sha, lambda opened: self._checkouts.with_git(repo, opened, folder, git)
+            )
 
     async def evict(self, budget: int, keep: Collection[Path]) -> int:
         """Remove trees, longest unused first, down to `budget` bytes, sparing `keep`; returns bytes freed."""

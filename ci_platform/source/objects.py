@@ -144,6 +144,15 @@ def own_refs(opened: pygit2.Repository) -> dict[bytes, str]:
     }
 
 
+def named_refs(opened: pygit2.Repository) -> dict[bytes, str]:
+    """Return every ref but symbolic ones, with the object that each names, where that is here."""
+    return {
+        reference.raw_name: str(reference.target)
+        for reference in opened.references.iterator()
+        if isinstance(reference.target, pygit2.Oid) and reference.target in opened
+    }
+
+
 def _peeled(reference: pygit2.Reference) -> str:
     """Return the commit behind a ref; of a tag of something else, what it names itself."""
     try:

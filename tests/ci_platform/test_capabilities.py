@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 
 from ci_platform import copy_on_write
 from ci_platform.capabilities import ArtifactsCapability, RunIdentity, SandboxCapability
-from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError
+from ci_platform.errors import ConflictError, FailedError, ForbiddenError, InvalidInputError, NotFoundError
 from ci_platform.execution import Execution
 from ci_platform.logs import Logs
 from ci_platform.sandboxes.isolate import IsolateSandbox
@@ -61,8 +61,10 @@ def called_by(
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "platform")
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    made = World(tmp_path / "platform")
+    yield made
+    await made.sandbox.close()
 
 
 @pytest.fixture
@@ -111,6 +113,41 @@ async def test_a_forks_pull_request_reads_its_own_commit_alone(
             await world.artifacts.fork(REPO, sha=first)
 
 
+async def test_a_forks_pull_request_finds_no_other_commit_in_its_git(
+    world: World, commits: tuple[str, str]
+) -> None:
+    first, second = commits
+    look = ("git", "cat-file", "-e", first)
+    for trusted in (True, False):
+        with called_by(run_of(second, run_id=str(int(trusted)) * 32, trusted=trusted)):
+            workspace = await world.artifacts.fork(REPO)
+            result = await world.commands.run(Command(workspace, look))
+            assert (result.exit_code == 0) == trusted
+            assert (await world.commands.run(Command(workspace, ("git", "status", "-s")))).output == ""
+
+
+async def test_a_sparse_fork_shows_its_folders_alone(world: World, commits: tuple[str, str]) -> None:
+    with called_by(run_of(commits[0])):
+        workspace = await world.artifacts.fork(REPO, sparse=["src"])
+        assert "app.py" in (await world.commands.run(Command(workspace, ("ls", "src")))).output
+        assert (await world.commands.run(Command(workspace, ("ls", ".dynflow")))).exit_code == 2
+        with pytest.raises(ConflictError, match="sparse"):
+            await world.artifacts.fork(REPO)
+        with pytest.raises(InvalidInputError, match=r"\.\./x"):
+            await world.artifacts.fork(REPO, sparse=["../x"])
+
+
+@pytest.mark.parametrize("option", ["submodules", "lfs"])
+async def test_what_a_fork_cannot_fetch_is_named(world: World, commits: tuple[str, str], option: str) -> None:
+    with called_by(run_of(commits[0])), pytest.raises(FailedError, match=f"{option}=True"):
+        await world.artifacts.fork(REPO, **{option: True})
+
+
+async def test_a_commit_that_is_not_there_is_named(world: World, commits: tuple[str, str]) -> None:
+    with called_by(run_of(commits[0])), pytest.raises(NotFoundError, match="2" * 40):
+        await world.artifacts.fork(REPO, sha="2" * 40)
+
+
 @pytest.mark.parametrize("sha", ["main", "", 5, "0" * 39, "../../x"])
 async def test_a_commit_is_named_in_full(world: World, commits: tuple[str, str], sha: Any) -> None:
     with called_by(run_of(commits[0])), pytest.raises(InvalidInputError, match="full commit id"):
@@ -134,7 +171,6 @@ async def test_a_command_runs_in_a_workspace_of_its_own_run_only(
         pytest.raises(ForbiddenError, match="not belong to this run"),
     ):
         await world.commands.run(Command(workspace, ("cat", "src/app.py")))
-    await world.sandbox.close()
 
 
 @pytest.mark.parametrize("argument", [None, "rm -rf", {"argv": ["true"]}, 5])

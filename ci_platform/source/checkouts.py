@@ -1,0 +1,189 @@
+"""Commits on disk: the nearest tree that is here already and a delta, or a whole tree; and a `.git` for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pygit2
+
+from ci_platform import commit_trees, workspace_git
+from ci_platform.cones import Cone
+from ci_platform.errors import FailedError
+from ci_platform.git_index import Changes, Index, Recorder
+from ci_platform.source import objects
+from ci_platform.source.objects import Objects
+from ci_platform.tree_store import StoredTree, TreeStore
+from ci_platform.trees import Owner, TreeLimits, TreeWriter
+from ci_platform.workspace_git import GitFolder
+
+_DELTA_LIMIT = 1000
+"""Paths above which a new base costs less than a delta (measured: 1,000 paths take about 250 ms)."""
+
+_MOST_DELTAS = 4
+"""Deltas upon each other: each costs a mount and a look into folders a little."""
+
+_TRIED = 6
+"""Trees, last used first, of which the nearest is taken."""
+
+_BEFORE = 2_000_000_000
+"""Nanoseconds by which a base's files are older than its index: git looks again at files that may be younger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A commit on disk: layers, topmost first. `git` is the key of the one with its `.git`."""
+
+    lowers: tuple[Path, ...]
+    git: str
+
+
+class Checkouts:
+    """What is on disk of all repositories' commits. One caller at a time for each repository; blocks."""
+
+    def __init__(self, store: TreeStore, owner: Owner, limits: TreeLimits) -> None:
+        self._store, self._owner, self._limits = store, owner, limits
+
+    def materialise(self, repo: str, opened: pygit2.Repository, sha: str) -> tuple[Path, ...]:
+        """Return the commit's files: layers, topmost first, the last one a whole tree."""
+        oid = objects.commit(opened, repo, sha).tree_id
+        return tuple(tree.path for tree in self.tree(repo, opened, oid, None))
+
+    def with_git(
+        self, repo: str, opened: pygit2.Repository, folder: GitFolder, key: str | None = None
+    ) -> Checkout:
+        """Return a commit's tree with a `.git`: that of an earlier checkout by its key, while it is here."""
+        commit = objects.commit(opened, repo, folder.sha)
+        trees = self.tree(repo, opened, commit.tree_id, folder.cone)
+        git = self._store.find(repo, key) if key else None
+        git = git or self._git(repo, opened, folder, trees[0])
+        return Checkout((git.path, *(tree.path for tree in trees)), git.key)
+
+    def _git(self, repo: str, opened: pygit2.Repository, folder: GitFolder, top: StoredTree) -> StoredTree:
+        repository = Path(opened.path)
+        key = folder.key(repository)
+
+        def fill(scratch: Path) -> int:
+            tree = scratch / "tree"
+            # Refs first: what is pushed meanwhile is among the objects then, and what refs lead to always is.
+            refs = {} if folder.alone else objects.named_refs(opened)
+            folder.write(tree, repository, top.folder / "index", refs, objects.head(opened))
+            if folder.alone:
+                workspace_git.pack_objects(repository, tree, self._parts(opened, repo, folder.sha))
+            else:
+                workspace_git.link_objects(repository, tree)
+            workspace_git.hand_over(tree, self._owner)
+            return sum(path.stat().st_size for path in tree.rglob("*") if path.stat().st_nlink == 1)
+
+        return self._store.find(repo, key) or self._store.build(repo, key, fill, cheap=not folder.alone)
+
+    def _parts(self, opened: pygit2.Repository, repo: str, sha: str) -> Iterator[bytes]:
+        commit = objects.commit(opened, repo, sha)
+        yield commit.id.raw
+        yield from commit_trees.parts(Objects(opened), commit.tree_id.raw, self._limits.files)
+
+    def tree(
+        self, repo: str, opened: pygit2.Repository, oid: pygit2.Oid, cone: Cone | None
+    ) -> list[StoredTree]:
+        """Return a tree's files, topmost layer first."""
+        view = "" if cone is None else f".{cone.name}"
+        if found := self._here(repo, str(oid), view):
+            return found
+        nearest = self._nearest(repo, Objects(opened), oid, view)
+        if nearest is None:
+            return [self._base(repo, Objects(opened), oid, cone, view)]
+        return self._delta(repo, Objects(opened), oid, cone, view, nearest)
+
+    def _here(self, repo: str, oid: str, view: str) -> list[StoredTree]:
+        if found := self._store.chain(repo, f"base{view}-{oid}"):
+            return found
+        for key in self._store.keys(repo):
+            if (
+                key.startswith(f"delta{view}-")
+                and key.endswith(f"-{oid}")
+                and (found := self._store.chain(repo, key))
+            ):
+                return found
+        return []
+
+    def _nearest(self, repo: str, found: Objects, oid: pygit2.Oid, view: str) -> list[StoredTree] | None:
+        """Return the tree from which the fewest paths change, with those below it."""
+        best, limit, tried = None, _DELTA_LIMIT, 0
+        for key in self._store.keys(repo):
+            if not key.startswith((f"base{view}-", f"delta{view}-")):
+                continue
+            if not (chain := self._store.chain(repo, key)):
+                continue
+            tried += 1
+            # Too many deltas already: what they stand on may be near as well.
+            chain = chain if len(chain) <= _MOST_DELTAS else chain[-1:]
+            paths = _distance(found, chain, oid, limit)
+            if paths is not None:
+                best, limit = chain, paths - 1
+            if tried == _TRIED or limit < 0:
+                break
+        return best
+
+    def _base(self, repo: str, found: Objects, oid: pygit2.Oid, cone: Cone | None, view: str) -> StoredTree:
+        def fill(scratch: Path) -> int:
+            recorder, modified_at = Recorder(oid.raw), time.time_ns() - _BEFORE
+            tree = scratch / "tree"
+            with TreeWriter(tree, self._owner, self._limits, recorder, cone, modified_at) as writer:
+                commit_trees.write_tree(found, oid.raw, writer)
+            index = recorder.finish()
+            (scratch / "offsets").write_bytes(index.offsets.tobytes())
+            return writer.size + self._write_index(index, scratch)
+
+        return self._store.build(repo, f"base{view}-{oid}", fill)
+
+    def _delta(
+        self,
+        repo: str,
+        found: Objects,
+        oid: pygit2.Oid,
+        cone: Cone | None,
+        view: str,
+        below: list[StoredTree],
+    ) -> list[StoredTree]:
+        old, base = _oid(below[0]), below[-1]
+
+        def fill(scratch: Path) -> int:
+            changes = Changes()
+            with TreeWriter(scratch / "tree", self._owner, self._limits, changes, cone) as writer:
+                commit_trees.write_delta(found, old, oid.raw, writer)
+            if len(below) > 1:
+                changes = changes.after(_changes(below[0]))
+            (scratch / "changes.json").write_text(json.dumps(changes.as_json()), encoding="ascii")
+            index = Index.read(base.folder / "index", (base.folder / "offsets").read_bytes())
+            return writer.size + self._write_index(index.changed(changes), scratch)
+
+        key = f"delta{view}-{old.hex()}-{oid}"
+        return [self._store.build(repo, key, fill, base=below[0].key), *below]
+
+    def _write_index(self, index: Index, scratch: Path) -> int:
+        size = index.write(scratch / "index")
+        if os.geteuid() == 0:
+            os.chown(scratch / "index", self._owner.uid, self._owner.gid)
+        (scratch / "index").chmod(0o644)
+        return size
+
+
+def _distance(found: Objects, chain: list[StoredTree], oid: pygit2.Oid, limit: int) -> int | None:
+    try:
+        return commit_trees.distance(found, _oid(chain[0]), oid.raw, limit=limit)
+    except (commit_trees.TooDifferentError, FailedError):
+        # Not every tree's objects need still be here; whether the commit is at fault, a base will tell.
+        return None
+
+
+def _oid(tree: StoredTree) -> bytes:
+    return bytes.fromhex(tree.key.rpartition("-")[2])
+
+
+def _changes(tree: StoredTree) -> Changes:
+    """Return all that differs from the whole tree at the bottom."""
+    return Changes.from_json(**json.loads((tree.folder / "changes.json").read_bytes()))

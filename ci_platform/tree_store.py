@@ -1,0 +1,195 @@
+"""Trees of commits on disk: built once, atomically, kept for the next run, evicted by age.
+
+A tree is a folder `<root>/<repo>/<key>` with the files under `tree`. A base holds a whole commit; a delta is
+a layer (see `ci_platform.layers`) that turns the tree below into a nearby commit's. Neither changes once it has
+its name. A tree counts only until the machine restarts: nothing is flushed while it is written, so after a power
+cut its files could be empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ci_platform import layers
+from ci_platform.trees import Owner
+
+_EVICT_NOT_BEFORE = 600.0
+"""Seconds after its last use in which a tree is safe: whoever asked for it has pinned it long before."""
+
+_CHEAP_FOR = 3600.0
+"""Seconds after its last use in which a tree stays that costs next to nothing to build again (`cheap`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTree:
+    """A tree on disk. `base` is the key of the tree below a delta, `used_at` in seconds since the epoch."""
+
+    key: str
+    folder: Path
+    base: str | None
+    size: int
+    used_at: float
+    cheap: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Where the files are."""
+        return self.folder / "tree"
+
+
+class TreeStore:
+    """Trees by repository and key. Safe for threads; two that build the same key agree on the first."""
+
+    def __init__(self, root: Path, owner: Owner) -> None:
+        self._root, self._owner = root, owner
+        self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        for name in (".building", ".trash"):
+            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.chmod(0o700)
+
+    def find(self, repo: str, key: str) -> StoredTree | None:
+        """Return a tree and note that it is in use; None where it has to be built."""
+        found = self._read(self._root / repo / key)
+        if found is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(found.folder)
+        return found
+
+    def chain(self, repo: str, key: str) -> list[StoredTree]:
+        """Return a tree and those below it, topmost first, and note that they are in use; empty where one is gone."""
+        found = list[StoredTree]()
+        wanted: str | None = key
+        while wanted is not None:
+            tree = self.find(repo, wanted)
+            if tree is None:
+                return []
+            found.append(tree)
+            wanted = tree.base
+        return found
+
+    def keys(self, repo: str) -> list[str]:
+        """Return the keys of a repository's trees, last used first. Some may be of before a restart."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._root / repo) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((entry.stat().st_mtime_ns, entry.name))
+        return [name for _, name in sorted(found, reverse=True)]
+
+    def _read(self, folder: Path) -> StoredTree | None:
+        try:
+            record = json.loads((folder / "tree.json").read_bytes())
+            used_at = folder.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        if (record["boot"], record["owner"]) != (self._boot, self._owner.uid):
+            return None
+        cheap = bool(record.get("cheap"))
+        return StoredTree(folder.name, folder, record["base"], record["size"], used_at, cheap=cheap)
+
+    def build(
+        self,
+        repo: str,
+        key: str,
+        fill: Callable[[Path], int],
+        *,
+        base: str | None = None,
+        cheap: bool = False,
+    ) -> StoredTree:
+        """Write a tree under a name that nobody sees, then rename it into place.
+
+        `fill` gets the folder, in which there is an empty `tree`; it returns the bytes that it wrote.
+        """
+        scratch = self._root / ".building" / secrets.token_hex(8)
+        try:
+            (scratch / "tree").mkdir(parents=True)
+            size = fill(scratch)
+            record = {
+                "boot": self._boot,
+                "owner": self._owner.uid,
+                "base": base,
+                "size": size,
+                "cheap": cheap,
+            }
+            (scratch / "tree.json").write_text(json.dumps(record), encoding="utf-8")
+            self._publish(scratch, self._root / repo / key)
+        finally:
+            layers.remove_tree(scratch)
+        found = self.find(repo, key)
+        if found is None:
+            raise FileNotFoundError(self._root / repo / key)
+        return found
+
+    def _publish(self, scratch: Path, folder: Path) -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and self._read(folder) is None:
+            self._discard(folder)
+        # Renaming onto a folder that is not empty fails: somebody was faster, with the same content.
+        try:
+            scratch.rename(folder)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+
+    def _all(self, *folders: Path) -> list[StoredTree]:
+        found = (self._read(path) for folder in folders if folder.is_dir() for path in folder.iterdir())
+        return sorted((tree for tree in found if tree), key=lambda tree: tree.used_at, reverse=True)
+
+    def evict(self, budget: int, keep: Collection[Path]) -> int:
+        """Remove trees, longest unused first, until `budget` bytes are left; returns the bytes freed.
+
+        Trees whose files are in `keep`, those below one that stays and whatever was used in the last ten
+        minutes stay. Cheap ones go when they were not used for an hour.
+        """
+        repositories = [path for owner in self._root.glob("[!.]*") for path in owner.iterdir()]
+        trees = self._all(*repositories)
+        pinned = self._pinned(trees, keep)
+        now, total, freed = time.time(), sum(tree.size for tree in trees), 0
+        for tree in reversed(trees):
+            unused = tree.cheap and tree.used_at < now - _CHEAP_FOR
+            if (unused or total - freed > budget) and tree.folder not in pinned and tree.folder.exists():
+                freed += self._evict_with_deltas(tree, trees)
+        return freed
+
+    def _pinned(self, trees: Collection[StoredTree], keep: Collection[Path]) -> set[Path]:
+        oldest, kept = time.time() - _EVICT_NOT_BEFORE, set(keep)
+        by_folder = {tree.folder: tree for tree in trees}
+        pinned = set[Path]()
+        for tree in trees:
+            wanted: StoredTree | None = tree if tree.path in kept or tree.used_at > oldest else None
+            while wanted is not None and wanted.folder not in pinned:
+                pinned.add(wanted.folder)
+                wanted = by_folder.get(wanted.folder.parent / wanted.base) if wanted.base else None
+        return pinned
+
+    def _evict_with_deltas(self, base: StoredTree, trees: Collection[StoredTree]) -> int:
+        """Remove a tree after those that stand on it; returns the bytes of all."""
+        freed = 0
+        for tree in trees:
+            if tree.folder.parent == base.folder.parent and tree.base == base.key and tree.folder.exists():
+                freed += self._evict_with_deltas(tree, trees)
+        self._discard(base.folder)
+        return freed + base.size
+
+    def _discard(self, folder: Path) -> None:
+        trash = self._root / ".trash" / secrets.token_hex(8)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(trash)
+        layers.remove_tree(trash)
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half built or half removed, and trees of before a restart."""
+        for name in (".building", ".trash"):
+            for path in (self._root / name).iterdir():
+                layers.remove_tree(path)
+        for path in self._root.glob("[!.]*/*/*"):
+            if self._read(path) is None:
+                self._discard(path)
