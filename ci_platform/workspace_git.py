@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ci_platform import git_commands
 from ci_platform.cones import Cone
-from ci_platform.errors import UnavailableError
+from ci_platform.errors import MissingObjectError, UnavailableError
 from ci_platform.trees import Owner
 
 _CONFIG = """\

@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from ci_platform.cones import Cone
-from ci_platform.errors import InvalidInputError
+from ci_platform.errors import InvalidInputError, MissingObjectError
 from ci_platform.sandboxes import SANDBOX_UID
 from ci_platform.source import Remote
 from tests.ci_platform.git_repositories import Content, Link, Script
@@ -301,3 +301,24 @@ async def test_packing_the_repository_takes_nothing_from_forks(desk: Desk) -> No
     assert await desk.run("git status --porcelain; git fsck --no-dangling", "run1.mirror") == ""
     await desk.workspaces.fork("run2.mirror", "ada/mirror", shas[1])
     assert await desk.run(f"git show {shas[24]}:f", "run2.mirror") == "24"
+
+
+async def test_a_commit_that_lacks_an_object_is_refused_and_leaves_nothing(desk: Desk) -> None:
+    sha = desk.remote.commit(FILES)
+    await desk.fork(sha)
+    for path in (desk.source.path(REPO) / "objects").glob("??/*"):
+        path.unlink()
+    for path in (desk.source.path(REPO) / "objects").glob("pack/*"):
+        path.unlink()
+    desk.remote.git("repack", "-adq")
+    blob = desk.remote.git("rev-parse", f"{sha}:README.md")
+    listed = desk.remote.git("rev-list", "--objects", "--no-object-names", sha).split()
+    kept = "\n".join(oid for oid in listed if oid != blob)
+    await anyio.run_process(
+        ["git", "pack-objects", "-q", str(desk.source.path(REPO) / "objects" / "pack" / "pack")],
+        input=kept.encode(),
+        cwd=desk.remote.path,
+    )
+    with pytest.raises(MissingObjectError):
+        await desk.fork(sha, "run2.build", alone=True)
+    assert list((desk.root / "source" / "trees" / ".building").iterdir()) == []
