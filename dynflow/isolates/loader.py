@@ -28,7 +28,7 @@ from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
 from dynflow.isolates.cgroup import machine_memory
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from dynflow.isolates.places import Places
-from dynflow.isolates.pool import IsolatePool, describe_walls
+from dynflow.isolates.pool import IsolatePool, IsolateProcess, describe_walls
 from dynflow.isolates.process import Isolate, OnOutput
 from dynflow.isolates.session import Session, error_of, load_error_of
 from dynflow.isolates.tails import Tails, last_words
@@ -77,7 +77,7 @@ class ProcessLoader(WorkerLoader):
         memory = machine_memory() * 3 // 4 if total_memory is None else total_memory
         self._pool_options = (tuple(walls), tuple(preload), ready, memory)
         self._allow_unconfined = allow_unconfined
-        self._pool: IsolatePool | None = None
+        self._pool: IsolatePool[Isolate] | None = None
         self._on_output = on_output or _log_output
         self._capacity = workers
         self._workers: OrderedDict[str, _Worker] = OrderedDict()
@@ -90,7 +90,7 @@ class ProcessLoader(WorkerLoader):
         """Tasks in which tails hear of something."""
 
     async def __aenter__(self) -> Self:
-        pool = IsolatePool(*self._pool_options)
+        pool = IsolatePool(*self._pool_options, self._connect)
         try:
             await pool.start()
         except IsolateError:
@@ -100,7 +100,7 @@ class ProcessLoader(WorkerLoader):
             walls, preload, ready, memory = self._pool_options
             found = await asyncio.to_thread(describe_walls)
             standing = tuple(name for name in walls if found[name].startswith("up"))
-            pool = IsolatePool(standing, preload, ready, memory)
+            pool = IsolatePool(standing, preload, ready, memory, self._connect)
             await pool.start()
         self._pool = pool
         return self
@@ -126,6 +126,9 @@ class ProcessLoader(WorkerLoader):
     def isolates(self) -> int:
         """How many isolates of tenants there are: at work, and kept for their next call."""
         return len(self._keeper.live)
+
+    async def _connect(self, process: IsolateProcess) -> Isolate:
+        return await Isolate.start(process, self._on_output)
 
     def get(self, worker_id: str, code: CodeSource) -> WorkerStub:
         """Return the worker `worker_id`."""
@@ -159,7 +162,7 @@ class ProcessLoader(WorkerLoader):
             return warm
         if self._pool is None:
             raise IsolateError("the loader is closed: use it inside `async with loader`")
-        isolate = await Isolate.start(await self._pool.take(), self._on_output)
+        isolate = await self._pool.take()
         self._keeper.started(isolate)
         code = loaded.code
         answer = isolate.load(

@@ -13,9 +13,9 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from dynflow.errors import IsolateCrashedError, IsolateError
 from dynflow.isolates.cgroup import IsolateGroup, machine_memory
@@ -299,14 +299,39 @@ def _import_path(packages: Collection[str]) -> list[str]:
     return list(found)
 
 
-class IsolatePool:
-    """Keeps `size` forked children ready, all from one zygote; starts another where it ends."""
+class Connected(Protocol):
+    """What the pool's user makes of a child."""
 
-    def __init__(self, walls: Collection[str], preload: Collection[str], size: int, memory: int) -> None:
+    def kill(self) -> None:
+        """Stop it at once."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether nothing has gone wrong."""
+
+
+_Made = TypeVar("_Made", bound=Connected)
+
+
+class IsolatePool(Generic[_Made]):
+    """Keeps `size` forked children ready, all from one zygote; starts another where it ends.
+
+    `connect` is called for each of them ahead of its use, too.
+    """
+
+    def __init__(
+        self,
+        walls: Collection[str],
+        preload: Collection[str],
+        size: int,
+        memory: int,
+        connect: Callable[[IsolateProcess], Awaitable[_Made]],
+    ) -> None:
         self._walls, self._preload, self._size, self._memory = walls, preload, size, memory
+        self._connect = connect
         self._zygote: Zygote | None = None
         self._starting = asyncio.Lock()
-        self._ready: deque[asyncio.Task[IsolateProcess]] = deque()
+        self._ready: deque[asyncio.Task[_Made]] = deque()
         self._filling: asyncio.TimerHandle | None = None
         self.walls: list[str] = []
 
@@ -315,8 +340,8 @@ class IsolatePool:
         await self._live_zygote()
         self._fill()
 
-    async def take(self) -> IsolateProcess:
-        """Return a fresh child."""
+    async def take(self) -> _Made:
+        """Return a fresh child, connected."""
         while self._ready:
             task = self._ready.popleft()
             self._fill_later()
@@ -324,9 +349,9 @@ class IsolatePool:
                 child = await task
             except IsolateError:
                 continue
-            if not child.gone.is_set():
+            if child.is_usable:
                 return child
-        return await (await self._live_zygote()).fork()
+        return await self._connect(await (await self._live_zygote()).fork())
 
     async def close(self) -> None:
         """End everything."""
@@ -334,7 +359,9 @@ class IsolatePool:
             self._filling.cancel()
         for task in self._ready:
             task.cancel()
-        await asyncio.gather(*self._ready, return_exceptions=True)
+        for made in await asyncio.gather(*self._ready, return_exceptions=True):
+            if not isinstance(made, BaseException):
+                made.kill()
         self._ready.clear()
         if self._zygote is not None:
             await self._zygote.close()
@@ -349,7 +376,10 @@ class IsolatePool:
         self._filling = None
         zygote = self._zygote
         while zygote is not None and not zygote.ended and len(self._ready) < self._size:
-            self._ready.append(asyncio.get_running_loop().create_task(zygote.fork(ahead=True)))
+            self._ready.append(asyncio.get_running_loop().create_task(self._make_ahead(zygote)))
+
+    async def _make_ahead(self, zygote: Zygote) -> _Made:
+        return await self._connect(await zygote.fork(ahead=True))
 
     async def _live_zygote(self) -> Zygote:
         async with self._starting:

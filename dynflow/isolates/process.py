@@ -75,6 +75,7 @@ class Isolate(asyncio.Protocol):
         except BaseException:
             process.kill()
             raise
+        process.cpu_clock()  # which it finds out once
         return isolate
 
     def load(
@@ -87,6 +88,7 @@ class Isolate(asyncio.Protocol):
         tails: Tails,
     ) -> CallFuture:
         """Send the worker's code; everything called later runs in it."""
+        self.started_at = self._loop.time()
         self._tails = tails
         self.limits = limits
         self.watchdog.load(limits)

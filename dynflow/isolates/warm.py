@@ -66,7 +66,10 @@ class IsolateKeeper:
         self._by_key.setdefault(key, []).append(isolate)
         self._since[isolate] = now
         while len(self._warm) > self._most:
-            self.end(next(iter(self._warm)))
+            # Not before the answer to the call that has ended is on its way.
+            isolate = next(iter(self._warm))
+            self.gone(isolate)
+            asyncio.get_running_loop().call_soon(isolate.kill)
         self._look_later()
 
     def end(self, isolate: Isolate) -> None:
