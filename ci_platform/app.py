@@ -20,7 +20,7 @@ from ci_platform.api.gates import decide_gate, list_gates
 from ci_platform.api.git import git_router
 from ci_platform.api.health import Readiness, healthz, readyz
 from ci_platform.api.imports import get_import, receive_refresh, refresh_import, start_import
-from ci_platform.api.logs import read_log
+from ci_platform.api.logs import list_connections, read_log
 from ci_platform.api.problems import answer
 from ci_platform.api.repos import (
     change_repo,
@@ -113,6 +113,7 @@ _API_HANDLERS = [
     get_run,
     follow_events,
     read_log,
+    list_connections,
     cancel_run,
     rerun_run,
     list_gates,

@@ -340,7 +340,11 @@ def make_loader(settings: Settings) -> ProcessLoader:
 
 def make_sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:
     """Return what runs commands, by the name a pipeline chooses it by."""
-    sandboxes: dict[SandboxKind, Sandbox] = {"isolate": IsolateSandbox(allow_network=settings.allow_network)}
+    sandboxes: dict[SandboxKind, Sandbox] = {
+        "isolate": IsolateSandbox(
+            allow_network=settings.allow_network, inner_hosts=settings.inner_hosts or ()
+        )
+    }
     if settings.allow_containers:
         network = "bridge" if settings.allow_network else None
         sandboxes["container"] = ContainerSandbox(

@@ -137,7 +137,7 @@ class SandboxCapability(Capability):
             why = (
                 "for pull requests from forks" if self._settings.allow_network else "(setting allow_network)"
             )
-            raise ForbiddenError(f"network=True is not allowed here {why}")
+            raise ForbiddenError(f"network={command.network!r:.100} is not allowed here {why}")
         return command
 
 

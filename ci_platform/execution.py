@@ -14,6 +14,9 @@ from weakref import WeakValueDictionary
 
 import anyio
 
+from ci_platform.connections import ConnectionLog
+from ci_platform.egress import Connection
+from ci_platform.egress.policy import MOST_RULES, Rule
 from ci_platform.errors import (
     FailedError,
     InvalidInputError,
@@ -33,6 +36,9 @@ KEPT_OUTPUT = 8 * 1024
 
 _LONGEST_ECHO = 4000
 """Characters of a command that its log shows."""
+
+_SHOWN_CONNECTIONS = 500
+"""Of one command, in its log: a package manager makes some hundreds."""
 
 _OF_ONE_RUN = 16
 _AT_ONCE = max(64, 8 * (os.cpu_count() or 1))
@@ -101,7 +107,8 @@ class Execution:
         limits: SandboxLimits,
         redact: Collection[str],
     ) -> CommandResult:
-        printer = _Printer(self._logs.writer(LogKey(run_id, author.step, author.count)), redact)
+        key = LogKey(run_id, author.step, author.count)
+        printer = _Printer(self._logs.writer(key), redact, self._logs.connections(key))
         with printer.report_failure():
             printer.say("command", _cut(shlex.join(command.argv)))
             image = await self._image(command, sandbox, run_id, printer)
@@ -137,6 +144,7 @@ class Execution:
             limits=replace(limits, timeout=timeout),
             scope=run_id,
             say=printer.notice,
+            connected=printer.connected,
         )
 
     async def _conclude(
@@ -154,8 +162,9 @@ class Execution:
 class _Printer:
     """Redacts what a command prints, logs it and remembers its end."""
 
-    def __init__(self, log: LogWriter, secrets: Collection[str]) -> None:
-        self._log, self._secrets = log, secrets
+    def __init__(self, log: LogWriter, secrets: Collection[str], connections: ConnectionLog) -> None:
+        self._log, self._secrets, self._connections = log, secrets, connections
+        self._shown = 0
         self._redactor = Redactor(secrets)
         self._end = bytearray()
 
@@ -185,6 +194,15 @@ class _Printer:
     def notice(self, text: str) -> None:
         """Log a line of the platform's own that is no part of the result."""
         self.say("notice", text)
+
+    def connected(self, connection: Connection) -> None:
+        """Record a connection that the command made or was refused, and show the first ones in its log."""
+        self._connections.append(connection)
+        self._shown += 1
+        if self._shown <= _SHOWN_CONNECTIONS:
+            self.say("notice", str(connection))
+        elif self._shown == _SHOWN_CONNECTIONS + 1:
+            self.say("notice", "network: more connections are in the step's list of them")
 
     @contextmanager
     def report_failure(self) -> Iterator[None]:
@@ -258,5 +276,24 @@ def _check(command: Command) -> None:
         raise InvalidInputError(f"argv and env together are larger than {_LARGEST_ARGUMENTS // MEBIBYTE} MiB")
     if any(not name or "=" in name for name in env):
         raise InvalidInputError("names in env must not be empty nor contain '='")
+    _check_network(command.network, command.sandbox)
     if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta()):
         raise InvalidInputError(f"timeout must be longer than zero, not {timeout!r:.100}")
+
+
+def _check_network(network: Any, sandbox: str) -> None:
+    if isinstance(network, bool):
+        return
+    if not isinstance(network, tuple) or len(network) > MOST_RULES:
+        raise InvalidInputError(
+            f"network must be True, False or at most {MOST_RULES} hosts, not {network!r:.100}"
+        )
+    if sandbox != "isolate" and network:
+        raise InvalidInputError('a list of hosts in network= holds in sandbox="isolate" alone')
+    for text in network:
+        if not isinstance(text, str):
+            raise InvalidInputError(f"network: {text!r:.100} is no text")
+        try:
+            Rule.parse(text)
+        except ValueError as error:
+            raise InvalidInputError(f"network: {error}") from None

@@ -18,6 +18,7 @@ import anyio
 import anyio.to_thread
 
 from ci_platform import log_files
+from ci_platform.connections import ConnectionLog
 from ci_platform.errors import InvalidInputError
 from ci_platform.log_files import LONGEST_LINE, MEBIBYTE, LineKind, LogChunk, LogFile, LogLine, closed_mark
 from dynflow.clock import Clock, SystemClock, TimerHandle, to_microseconds
@@ -61,6 +62,10 @@ class Logs:
         file.users += 1
         file.ending = False
         return LogWriter(file, self._clock)
+
+    def connections(self, key: LogKey) -> ConnectionLog:
+        """Return the list of a step's connections; it is kept and deleted with its log."""
+        return ConnectionLog(self._path(key).with_suffix(".connections"))
 
     def close(self, key: LogKey) -> None:
         """Say that the step is over: followers come to their end."""

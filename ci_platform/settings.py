@@ -25,6 +25,7 @@ from pydantic import (
     field_validator,
 )
 
+from ci_platform.egress.policy import Rule
 from ci_platform.errors import InvalidInputError
 from dynflow.durations import parse_duration
 
@@ -47,7 +48,15 @@ def _parse_size(value: object) -> object:
     return value
 
 
+def _parse_hosts(value: object) -> object:
+    texts = [text.strip() for text in value.split(",") if text.strip()] if isinstance(value, str) else value
+    for text in texts if isinstance(texts, list | tuple) else ():
+        Rule.parse(str(text))
+    return texts
+
+
 Duration = Annotated[timedelta, BeforeValidator(_parse_duration)]
+Hosts = Annotated[tuple[str, ...], BeforeValidator(_parse_hosts)]
 Size = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
 
 
@@ -146,7 +155,12 @@ class Settings(BaseModel):
     allow_network: bool = Field(
         default=True,
         description="Whether commands of trusted runs that ask for a network get one. "
-        "In the isolate sandbox it is the host's own, with all that listens on its loopback.",
+        "In the isolate sandbox a gateway lets them out to public addresses, and says in the log whereto.",
+    )
+    inner_hosts: Hosts | None = Field(
+        None,
+        description="Hosts of your own network that commands of trusted runs may reach although their addresses are "
+        "not public, such as a mirror of packages: name:port, *.domain:port, with commas between them.",
     )
     allow_forks: bool = Field(
         default=True,

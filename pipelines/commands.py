@@ -20,15 +20,22 @@ async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; al
     env: Mapping[str, str] | None = None,
     cwd: str = ".",
     timeout: Any = None,  # noqa: ASYNC109 - the platform enforces it, where the process is
-    network: bool = False,
+    network: bool | Sequence[str] = False,
 ) -> CommandResult:
     """Run `argv` in a sandbox over `workspace` and return how it ended.
 
     What it changed in the workspace is kept if it exits with 0. Otherwise raises CommandFailedError, or
     returns the result too if `check` is false. Call it inside a step.
+
+    `network`: False for none, True for the internet, or the hosts that the command may reach, such as
+    `["pypi.org", "*.pythonhosted.org", "git.example.org:22"]`; a host without a port means 80 and 443.
     """
     if isinstance(argv, str) or not all(isinstance(part, str) for part in argv) or not argv:
         raise TypeError(f'argv must be a list of strings, such as ["make", "test"], not {argv!r}')
+    if isinstance(network, str):
+        raise TypeError(
+            f"network must be True, False or a list of hosts, such as [{network!r}], not {network!r}"
+        )
     if image is not None and sandbox != "container":
         raise ValueError(f'image={image!r} needs sandbox="container"')
     command = Command(
@@ -39,7 +46,7 @@ async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; al
         env=dict(env or {}),
         cwd=cwd,
         timeout=None if timeout is None else parse_duration(timeout),
-        network=network,
+        network=network if isinstance(network, bool) else tuple(network),
     )
     result: CommandResult = await current_env.get().SANDBOX.run(command)
     if check and not result.ok:

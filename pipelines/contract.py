@@ -26,8 +26,9 @@ class Workspace:
 class Command:
     """One command to run in a sandbox over a workspace.
 
-    `timeout` None means the step's own. `network` asks for one; the platform decides. `cwd` is relative to
-    the workspace. `image` names a container image and is for `sandbox="container"`.
+    `timeout` None means the step's own. `network` asks for one, True for all of the internet or a tuple of hosts
+    for these alone; the platform decides. `cwd` is relative to the workspace. `image` names a container image and
+    is for `sandbox="container"`.
     """
 
     workspace: Workspace
@@ -37,7 +38,7 @@ class Command:
     env: dict[str, str] = field(default_factory=dict)
     cwd: str = "."
     timeout: timedelta | None = None
-    network: bool = False
+    network: bool | tuple[str, ...] = False
 
 
 @register

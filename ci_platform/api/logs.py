@@ -13,6 +13,7 @@ from litestar.response.sse import ServerSentEventMessage
 
 from ci_platform.api.streams import Stopping, event_stream, last_event_id
 from ci_platform.api.views import as_json
+from ci_platform.egress import Connection
 from ci_platform.errors import NotFoundError
 from ci_platform.logs import LogChunk, LogKey, LogLine, Logs
 from ci_platform.runs import Runs
@@ -53,6 +54,26 @@ async def read_log(  # noqa: PLR0913 - the address's parts and parameters
         chunks = whole(logs, key, offset) if over else logs.follow(key, offset)
         return event_stream(_events(chunks), stopping)
     return Stream(_text(logs, key, timestamps=timestamps), media_type="text/plain")
+
+
+@get(
+    "/runs/{run_id:str}/steps/{step:str}/connections",
+    opt={"scope": "read"},
+    tags=["runs"],
+    summary="List a step's connections",
+)
+async def list_connections(
+    *,
+    run_id: FromPath[str],
+    step: FromPath[str],
+    runs: NamedDependency[Runs],
+    logs: NamedDependency[Logs],
+    count: Annotated[int, QueryParameter(ge=1, le=10_000)] = 1,
+) -> list[Connection]:
+    """Return each connection that the step's commands made or were refused: host, port, why not, bytes, seconds."""
+    key = LogKey(run_id, step, count)
+    await is_over(runs, key)
+    return list(logs.connections(key).read())
 
 
 async def is_over(runs: Runs, key: LogKey) -> bool:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+from ci_platform.egress import Connection
 from ci_platform.errors import ImageNotFoundError
 
 MEBIBYTE = 1024 * 1024
@@ -49,9 +50,16 @@ class SandboxLimits:
 Say = Callable[[str], None]
 """Called on the event loop with a line of the sandbox's own, for the job's log."""
 
+Connected = Callable[[Connection], None]
+"""Called on the event loop with each connection that a command has made or was refused, when it is over."""
+
 
 def say_nothing(line: str) -> None:
     """Take a line and drop it."""
+
+
+def _ignore(_: Connection) -> None:
+    return
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,7 @@ class SandboxJob:
     """One command. `id` is unique while it runs; `cwd` is relative to the tree, which is mounted at /workspace.
 
     `scope` is the run that it is part of: jobs of one scope may share what a sandbox keeps between two of them.
+    `network`: none, an open one, or rules of the hosts that may be reached (`egress.policy.Rule`).
     """
 
     id: str
@@ -67,10 +76,11 @@ class SandboxJob:
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str = "."
     image: str | None = None
-    network: bool = False
+    network: bool | tuple[str, ...] = False
     limits: SandboxLimits = SandboxLimits()
     scope: str = ""
     say: Say = say_nothing
+    connected: Connected = field(default=_ignore, compare=False, repr=False)
 
 
 StopReason = Literal["exited", "timeout", "memory", "output"]

@@ -16,23 +16,22 @@ from typing import Any
 
 import anyio
 
+from ci_platform.egress import proxy_variables
+from ci_platform.egress.policy import Policy
+from ci_platform.egress.records import WayOut
 from ci_platform.errors import FailedError, UnavailableError
 from ci_platform.sandboxes import (
     SANDBOX_UID,
     Output,
     Sandbox,
     SandboxJob,
-    SandboxLimits,
     SandboxOutcome,
-    StopReason,
     cgroups,
     messages,
     rootfs,
     seccomp,
 )
-
-_PIECE = 32 * 1024
-"""Bytes read at a time: what is done with them keeps the event loop busy, 10 ms if they are empty lines."""
+from ci_platform.sandboxes.berths import Berth, StaleError, Stream, follow
 
 _ANSWER_WITHIN = 30.0
 """Seconds for the launcher to take a message: it is idle or forks, so only a stopped machine needs longer."""
@@ -48,8 +47,9 @@ class IsolateSandbox(Sandbox):
     """Runs commands in namespaces of their own, over an overlay of the job's tree, without privileges.
 
     `toolchains` are folders shown read-only at their own paths, their `bin` first on PATH; the Python that
-    runs the platform is one of them. `allow_network` lets jobs that ask for it use the host's network, which
-    includes the host's own loopback. `ready` sandboxes are kept prepared. `python` boots the launcher.
+    runs the platform is one of them. `allow_network` lets jobs that ask for it out, through a gateway of their own
+    that leads to public addresses and to the `inner_hosts` (`egress.policy.Rule`). `ready` sandboxes are kept
+    prepared. `python` boots the launcher.
     """
 
     def __init__(
@@ -57,30 +57,31 @@ class IsolateSandbox(Sandbox):
         *,
         toolchains: Sequence[Path] = (),
         allow_network: bool = False,
+        inner_hosts: Sequence[str] = (),
         ready: int = 2,
         python: str = sys.executable,
     ) -> None:
         own = [] if sys.base_prefix == "/usr" else [sys.base_prefix]
         self._toolchains = [*own, *(str(path.resolve()) for path in toolchains)]
         self._allow_network, self._ready, self._python = allow_network, ready, python
+        self._inner_hosts = tuple(inner_hosts)
         self._groups: cgroups.Parents | None = None
         self._launcher: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
-        self._berths: deque[_Berth] = deque()
+        self._berths: deque[Berth] = deque()
 
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
         """Run one command to its end."""
-        if job.network and not self._allow_network:
-            raise FailedError(f"{job.argv[0]!r} asks for network=True, which isolate sandboxes have not here")
+        self._check_network(job)
         message = self._message(job)
         try:
             return await self._run(job, message, output)
-        except _StaleError:
+        except StaleError:
             # Nothing has run yet, and a berth made now sees the tree.
             self._drop_berths()
         try:
             return await self._run(job, message, output)
-        except _StaleError as error:
+        except StaleError as error:
             raise UnavailableError(f"isolate sandbox: {error}") from None
 
     async def sweep(self) -> int:
@@ -121,28 +122,57 @@ class IsolateSandbox(Sandbox):
             "memory": version or f"sampled five times a second, and RLIMIT_DATA per process; {hint}",
             "processes": version
             or ("NOT limited" if as_root else "RLIMIT_NPROC in the user namespace") * (not groups),
-            "network": "none, or the host's where a job asks for it" if self._allow_network else "none",
+            "network": "none, or through a gateway where a job asks for it"
+            if self._allow_network
+            else "none",
             "toolchains": ", ".join(self._toolchains) or "the host's /usr",
         }
 
     async def _run(self, job: SandboxJob, message: dict[str, Any], output: Output) -> SandboxOutcome:
-        berth = await self._take(network=job.network)
-        try:
+        berth = await self._take()
+        with contextlib.ExitStack() as stack:
+            stack.callback(berth.close)
+            way_out = self._way_out(job, berth, stack)
             started = time.monotonic()
-            stream = _Stream(berth.start(message), job.limits.output, output)
+            stream = Stream(berth.start(message, way_out), job.limits.output, _telling(output, way_out))
             self._refill()
             try:
-                reason = await _follow(berth, stream, job.limits)
+                reason = await follow(berth, stream, job.limits)
             finally:
                 berth.kill()
                 verdict = await berth.end()
                 stream.finish()
-        finally:
-            berth.close()
+                if way_out is not None:
+                    way_out.tell_new()
         if "refused" in verdict:
             raise FailedError(verdict["refused"])
         duration = timedelta(seconds=time.monotonic() - started)
         return SandboxOutcome(verdict["exited"], verdict.get("reason", reason), duration)
+
+    def _check_network(self, job: SandboxJob) -> None:
+        if job.network and not self._allow_network:
+            raise FailedError(
+                f"{job.argv[0]!r} asks for network={job.network!r}, which isolate sandboxes have not here"
+            )
+        try:
+            Policy(job.network if isinstance(job.network, tuple) else None)
+        except ValueError as error:
+            raise FailedError(f"network: {error}") from None
+
+    def _way_out(self, job: SandboxJob, berth: Berth, stack: contextlib.ExitStack) -> WayOut | None:
+        """Have a gateway started for a job that may use a network."""
+        if not job.network:
+            return None
+        rules = job.network if isinstance(job.network, tuple) else None
+        way_out = stack.enter_context(WayOut(rules, self._inner_hosts, job.connected))
+        order = {"gateway": way_out.order, "uid": SANDBOX_UID, "filter": seccomp.supported()}
+        files = [berth.listener, way_out.gateways_end.fileno(), way_out.file]
+        assert self._channel is not None  # noqa: S101 - the berth came through it
+        try:
+            messages.send(self._channel, order, files)
+        except OSError as error:
+            raise StaleError(f"its launcher ended before its gateway was there: {error}") from error
+        return way_out
 
     def _message(self, job: SandboxJob) -> dict[str, Any]:
         if PurePosixPath(job.cwd).is_absolute() or ".." in PurePosixPath(job.cwd).parts:
@@ -154,6 +184,7 @@ class IsolateSandbox(Sandbox):
             "LANG": "C.UTF-8",
             "CI": "true",
             "DYNFLOW": "true",
+            **(proxy_variables() if job.network else {}),
             **job.env,
         }
         if any("\0" in text for text in (*job.argv, *env, *env.values())) or any("=" in key for key in env):
@@ -187,14 +218,14 @@ class IsolateSandbox(Sandbox):
                 limits["RLIMIT_NPROC"] = job.limits.processes
         return limits
 
-    async def _take(self, *, network: bool) -> _Berth:
+    async def _take(self) -> Berth:
         """Return a prepared sandbox, a fresh one where those in stock died with their launcher."""
-        while self._berths and not network:
+        while self._berths:
             berth = self._berths.popleft()
             if await berth.prepared():
                 return berth
             berth.close()
-        berth = self._new_berth(network=network)
+        berth = self._new_berth()
         try:
             if await berth.prepared():
                 return berth
@@ -206,19 +237,14 @@ class IsolateSandbox(Sandbox):
 
     def _refill(self) -> None:
         while len(self._berths) < self._ready:
-            self._berths.append(self._new_berth(network=False))
+            self._berths.append(self._new_berth())
 
     def _drop_berths(self) -> None:
         while self._berths:
             self._berths.popleft().close()
 
-    def _new_berth(self, *, network: bool) -> _Berth:
-        config = {
-            "uid": SANDBOX_UID,
-            "toolchains": self._toolchains,
-            "network": network,
-            "filter": seccomp.supported(),
-        }
+    def _new_berth(self) -> Berth:
+        config = {"uid": SANDBOX_UID, "toolchains": self._toolchains, "filter": seccomp.supported()}
         ours, theirs = socket.socketpair()
         ours.settimeout(_ANSWER_WITHIN)
         with theirs:
@@ -227,7 +253,7 @@ class IsolateSandbox(Sandbox):
             except OSError:
                 self._restart()
                 self._order(config, theirs)
-        return _Berth(ours)
+        return Berth(ours)
 
     def _order(self, config: dict[str, Any], theirs: socket.socket) -> None:
         if self._channel is None:
@@ -261,112 +287,13 @@ class IsolateSandbox(Sandbox):
         self._start()
 
 
-class _StaleError(Exception):
-    """The berth is older than a mount that the job's tree is on, or died with its launcher."""
+def _telling(output: Output, way_out: WayOut | None) -> Output:
+    """Return `output`, with a command's connections told among what it prints."""
+    if way_out is None:
+        return output
 
+    def tell(piece: bytes) -> None:
+        way_out.tell_new()
+        output(piece)
 
-class _Berth:
-    """The platform's end of one prepared sandbox."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
-        self._prepared = False
-        self._killed = False
-
-    async def prepared(self) -> bool:
-        """Wait until it is ready for a job. False: it is gone. UnavailableError: the host does not let us."""
-        if not self._prepared:
-            answer = await self._answer()
-            if answer is not None and "error" in answer:
-                raise UnavailableError(f"isolate sandbox: cannot prepare one: {answer['error']}")
-            self._prepared = answer is not None
-        return self._prepared
-
-    def start(self, message: dict[str, Any]) -> int:
-        """Send the job; returns the reading end of what its command prints, which does not block."""
-        reading, writing = os.pipe()
-        try:
-            if os.geteuid() == 0:
-                # So that the command may open /dev/stdout and /dev/stderr by name.
-                os.fchown(writing, SANDBOX_UID, SANDBOX_UID)
-            messages.send(self._channel, message, [writing])
-        except OSError as error:
-            os.close(reading)
-            raise _StaleError(f"it ended before its job came: {error}") from error
-        finally:
-            os.close(writing)
-        os.set_blocking(reading, False)
-        return reading
-
-    def kill(self) -> None:
-        """Have the supervisor kill what still runs; its answer comes as usual."""
-        # OSError: it has ended by itself.
-        with contextlib.suppress(OSError):
-            self._channel.shutdown(socket.SHUT_WR)
-
-    async def ended(self) -> None:
-        """Wait until the supervisor has something to say."""
-        await anyio.wait_readable(self._channel)
-
-    async def end(self) -> dict[str, Any]:
-        """Wait until nothing is left and return how it ended. Not cancellable."""
-        with anyio.CancelScope(shield=True):
-            answer = await self._answer()
-        if answer is None:
-            raise UnavailableError("isolate sandbox: its supervisor ended unexpectedly")
-        if "stale" in answer:
-            raise _StaleError(answer["stale"])
-        if "error" in answer:
-            raise UnavailableError(f"isolate sandbox: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        self._channel.close()
-
-    async def _answer(self) -> dict[str, Any] | None:
-        await anyio.wait_readable(self._channel)
-        received = messages.receive(self._channel)
-        return received and received[0]
-
-
-class _Stream:
-    """What a command prints, passed on up to a limit."""
-
-    def __init__(self, fd: int, limit: int, output: Output) -> None:
-        self._fd, self._left, self._output = fd, limit, output
-
-    async def drain(self) -> bool:
-        """Pass on what comes until the last writer is gone; False where that is more than the limit."""
-        while self._left >= 0:
-            await anyio.wait_readable(self._fd)
-            if self._pass_on():
-                return True
-        return False
-
-    def finish(self) -> None:
-        """Pass on what the ended command left in the pipe, and close it."""
-        while self._left >= 0 and not self._pass_on():
-            pass
-        os.close(self._fd)
-
-    def _pass_on(self) -> bool:
-        """Pass on one piece; returns whether the stream is at its end."""
-        try:
-            piece = os.read(self._fd, _PIECE)
-        except BlockingIOError:
-            return False
-        if piece and self._left > 0:
-            self._output(piece[: self._left])
-        # Below zero: there was more than the limit.
-        self._left -= len(piece)
-        return not piece
-
-
-async def _follow(berth: _Berth, stream: _Stream, limits: SandboxLimits) -> StopReason:
-    with anyio.move_on_after(limits.timeout.total_seconds()):
-        if not await stream.drain():
-            return "output"
-        # A command may close its output and go on.
-        await berth.ended()
-        return "exited"
-    return "timeout"
+    return tell

@@ -77,11 +77,11 @@ _HIDDEN_IN_PROC = (
 )
 
 
-def build(host: str, root: str, toolchains: Sequence[str], uid: int, *, network: bool) -> None:
+def build(host: str, root: str, toolchains: Sequence[str], uid: int) -> None:
     """Lay out `root` (an empty memory file system) from the host's root directory, seen at `host`."""
     for name in _PROGRAMS:
         _take(f"{host}/{name}", f"{root}/{name}")
-    _settings(host, root, uid, network=network)
+    _settings(host, root, uid)
     for path in toolchains:
         if not path.startswith("/usr/"):
             Path(root + path).mkdir(parents=True, exist_ok=True)
@@ -147,10 +147,10 @@ def _mount_point(target: str, *, directory: bool) -> None:
         Path(target).touch()
 
 
-def _settings(host: str, root: str, uid: int, *, network: bool) -> None:
+def _settings(host: str, root: str, uid: int) -> None:
     etc = Path(root, "etc")
     etc.mkdir()
-    for name in (*_SETTINGS, *(("resolv.conf",) if network else ())):
+    for name in _SETTINGS:
         source = _inside(host, f"/etc/{name}")
         if source is not None and os.access(source, os.R_OK):
             _take(source, f"{etc}/{name}")

@@ -191,6 +191,8 @@ async def test_a_forks_pull_request_gets_no_network(world: World, commits: tuple
         workspace = await world.artifacts.fork(REPO)
         with pytest.raises(ForbiddenError, match="from forks"):
             await world.commands.run(Command(workspace, ("true",), network=True))
+        with pytest.raises(ForbiddenError, match="network"):
+            await world.commands.run(Command(workspace, ("true",), network=("example.org",)))
 
 
 async def test_containers_can_be_switched_off(tmp_path: Path) -> None:

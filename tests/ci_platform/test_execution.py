@@ -12,6 +12,8 @@ import anyio
 import pytest
 
 from ci_platform import copy_on_write
+from ci_platform.connections import ConnectionLog
+from ci_platform.egress import Connection
 from ci_platform.errors import FailedError, InvalidInputError, LimitExceededError, UnavailableError
 from ci_platform.execution import KEPT_OUTPUT, Execution
 from ci_platform.logs import LogKey, LogLine, Logs
@@ -216,6 +218,43 @@ async def test_an_unforeseen_error_of_a_sandbox_is_the_platforms_failure(
         await bench.run("true")
 
 
+async def test_connections_are_on_the_record_of_the_step(bench: Bench) -> None:
+    sandbox = IsolateSandbox(allow_network=True)
+    execution = Execution(bench.workspaces, bench.logs, {"isolate": sandbox})
+    program = """
+import socket
+for host in (b"10.0.0.1", b"other.example"):
+    with socket.create_connection(("127.0.0.1", 3128)) as s:
+        s.sendall(b"GET http://%s/path?token=secret HTTP/1.1\\r\\n\\r\\n" % host)
+        s.recv(10)
+"""
+    command = Command(bench.workspace, ("python3", "-c", program), network=("10.0.0.1",))
+    await execution.run(command, run_id="run1", author=AUTHOR)
+    await sandbox.close()
+    told = [line for line in await bench.log("notice") if line.startswith("network: ")]
+    assert sorted(told) == [
+        "network: 10.0.0.1:80 refused: 10.0.0.1 is a private address",
+        "network: other.example:80 refused: it is not on the command's list of hosts",
+    ]
+    stored = list(bench.logs.connections(KEY).read())
+    assert sorted((each.host, each.port) for each in stored) == [("10.0.0.1", 80), ("other.example", 80)]
+    assert "secret" not in str(stored)
+
+
+def test_a_list_of_connections_survives_a_torn_line_and_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = ConnectionLog(tmp_path / "list")
+    assert list(log.read()) == []
+    log.append(Connection("example.org", 443))
+    with (tmp_path / "list").open("ab") as file:
+        file.write(b'{"host": "half\n')
+    monkeypatch.setattr("ci_platform.connections.MOST", 3)
+    for port in range(1, 10):
+        log.append(Connection("more.example", port))
+    assert [each.port for each in ConnectionLog(tmp_path / "list").read()] == [443, 1, 2]
+
+
 BROKEN: list[Callable[[Workspace], Command]] = [
     lambda workspace: Command(workspace, ()),
     lambda workspace: Command(workspace, "ls"),  # type: ignore[arg-type]
@@ -228,6 +267,12 @@ BROKEN: list[Callable[[Workspace], Command]] = [
     lambda workspace: Command(workspace, ("ls",), timeout=timedelta(0)),
     lambda workspace: Command(workspace, ("ls",), timeout=5),  # type: ignore[arg-type]
     lambda workspace: Command(workspace, ("ls", "x" * 2_000_000)),
+    lambda workspace: Command(workspace, ("ls",), network="example.org"),  # type: ignore[arg-type]
+    lambda workspace: Command(workspace, ("ls",), network=["example.org"]),  # type: ignore[arg-type]
+    lambda workspace: Command(workspace, ("ls",), network=(1,)),  # type: ignore[arg-type]
+    lambda workspace: Command(workspace, ("ls",), network=("*.org",)),
+    lambda workspace: Command(workspace, ("ls",), network=("a.test",) * 1000),
+    lambda workspace: Command(workspace, ("ls",), sandbox="container", network=("a.test",)),
 ]
 
 

@@ -49,7 +49,12 @@ def home() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="the suites themselves run without privileges already")
 @pytest.mark.parametrize(
-    "suite", ["tests/contracts/test_sandboxes.py", "tests/ci_platform/test_sandbox_hostile.py"]
+    "suite",
+    [
+        "tests/contracts/test_sandboxes.py",
+        "tests/ci_platform/test_sandbox_hostile.py",
+        "tests/ci_platform/test_egress_clients.py",
+    ],
 )
 def test_the_suite_passes_without_privileges(suite: str, home: Path) -> None:
     probe = as_nobody("-c", "import ci_platform, anyio, pytest, psutil", home=home)

@@ -502,16 +502,6 @@ async def test_containers_of_a_dead_platform_are_swept(tmp_path: Path) -> None:
     await sandbox.close()
 
 
-async def test_a_job_that_may_have_the_hosts_network_gets_it(tmp_path: Path) -> None:
-    sandbox = IsolateSandbox(allow_network=True)
-    run = Run(sandbox, tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        probe = f"bash -c 'exec 3<>/dev/tcp/127.0.0.1/{server.getsockname()[1]}'"
-        assert (await run(probe, network=True)).exit_code == 0, run.text
-        assert (await run(probe)).exit_code != 0
-    await sandbox.close()
-
-
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts on the host")
 async def test_a_file_system_mounted_while_a_sandbox_stood_ready_is_seen(tmp_path: Path) -> None:
