@@ -259,7 +259,7 @@ async def test_more_isolates_than_the_control_socket_can_hold_requests_for() -> 
         {"index.py": "async def fetch(request, env): return await env.MEET.wait()"},
         env={"MEET": Meet()},
     )
-    async with ProcessLoader() as loader:
+    async with ProcessLoader(per_tenant=100) as loader:
         stub = loader.get("w", lambda: code).get_entrypoint()
         await asyncio.gather(*(stub.fetch() for _ in range(100)))
 
