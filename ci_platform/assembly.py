@@ -361,6 +361,7 @@ def _limits(settings: Settings) -> SandboxLimits:
         timeout=settings.command_timeout,
         memory=settings.command_memory,
         processes=settings.command_processes,
+        cpus=settings.command_cpus,
         output=settings.max_log,
     )
 

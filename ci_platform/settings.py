@@ -129,6 +129,11 @@ class Settings(BaseModel):
     )
     command_memory: Size = Field(2048 * _MEBIBYTE, description="Memory that one command may use.")
     command_processes: int = Field(512, ge=1, description="Processes that one command may have at once.")
+    command_cpus: float | None = Field(
+        None,
+        gt=0,
+        description="Processors that one command in a container may use, such as 1.5. Default: all.",
+    )
     max_log: Size = Field(
         64 * _MEBIBYTE, description="What one step may print; the rest is dropped, and said."
     )

@@ -43,6 +43,8 @@ class SandboxLimits:
     timeout: timedelta = timedelta(minutes=60)
     memory: int = 2048 * MEBIBYTE
     processes: int = 512
+    cpus: float | None = None
+    """Processors' worth of time, such as 1.5; None: as much as there is."""
     output: int = 64 * MEBIBYTE
     """Bytes printed; a command that prints more is killed."""
 

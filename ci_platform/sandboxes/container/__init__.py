@@ -94,7 +94,7 @@ class ContainerSandbox(Sandbox):
             "engine": f"Docker {version['Version']}",
             "walls": "namespaces, no capabilities, no new privileges, seccomp (engine's profile), read-only root",
             "user": f"uid {walls.user()}",
-            "limits": "memory and processes, by control groups",
+            "limits": "memory, processors and processes, by control groups",
             "network": self._network or "none",
             "image": self._image
             + ("" if self._image in have else ", which is missing; scripts/build_images makes it"),

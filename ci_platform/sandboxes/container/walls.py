@@ -40,6 +40,7 @@ def create(
         log_config=LogConfig(type=LogConfig.types.NONE),
         mem_limit=limits.memory,
         memswap_limit=limits.memory,
+        nano_cpus=None if limits.cpus is None else int(limits.cpus * 1e9),
         network_mode=network,
         # docker-init is one more.
         pids_limit=limits.processes + 1,
@@ -50,7 +51,13 @@ def create(
     )
     labels = {JOB: job.id, RUN: job.scope, PLATFORM: cgroups.platform_name()}
     made: dict[str, str] = client.api.create_container(
-        image, host_config=host, labels=labels, user=user(), hostname="sandbox", **program
+        image,
+        host_config=host,
+        labels=labels,
+        user=user(),
+        hostname="sandbox",
+        healthcheck={"test": ["NONE"]},  # an image's own would run beside the command
+        **program,
     )
     return made["Id"]
 
