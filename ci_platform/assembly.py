@@ -13,10 +13,10 @@ import anyio.abc
 
 from ci_platform import copy_on_write, data_lock, isolation
 from ci_platform.access import Access
-from ci_platform.capabilities import ArtifactsCapability, ForgeCapability, RunIdentity, SandboxCapability
+from ci_platform.capabilities import ArtifactsCapability, ForgeCapability, SandboxCapability
 from ci_platform.deliveries import Deliveries
 from ci_platform.encryption import Encryption
-from ci_platform.errors import NotFoundError, UnavailableError
+from ci_platform.errors import UnavailableError
 from ci_platform.execution import Execution
 from ci_platform.forges import Forge
 from ci_platform.forges.github import GitHubForge
@@ -26,28 +26,29 @@ from ci_platform.git_store import GitStore
 from ci_platform.images import PinnedImages, read_names
 from ci_platform.imports import Imports
 from ci_platform.logs import LogKey, Logs
-from ci_platform.model import Run
 from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
 from ci_platform.pushes import Pushes
 from ci_platform.refreshing import Refresher
+from ci_platform.releases import Releases
 from ci_platform.remotes import Remotes
 from ci_platform.reports import Reports
 from ci_platform.repositories import Repositories
 from ci_platform.retention import Retention
+from ci_platform.run_instances import RunInstances, StoredIdentities
 from ci_platform.runs import Runs
 from ci_platform.sandboxes import Sandbox, SandboxLimits
 from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.settings import Settings, make_data_folder
 from ci_platform.source import Source
-from ci_platform.store import Store, Transaction, col
+from ci_platform.store import Store
 from ci_platform.workspaces import Workspaces
 from dynflow.clock import Clock, SystemClock
 from dynflow.engines import InstanceRef
 from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.isolates import IsolateLimits, ProcessLoader
-from dynflow.router import DynamicWorkflowBinding, create_dynamic_workflow_entrypoint
+from dynflow.router import create_dynamic_workflow_entrypoint
 from dynflow.types import HistoryEvent
 from pipelines.contract import SandboxKind
 
@@ -69,9 +70,6 @@ _URGENT = frozenset(
 )
 
 _PAUSE_SECONDS = 1.0
-
-# Identities in memory; what a run is never changes.
-_REMEMBERED = 10_000
 
 
 @dataclass(frozen=True)
@@ -95,60 +93,10 @@ class Platform:
     source: Source
     workspaces: Workspaces
     sandboxes: Mapping[SandboxKind, Sandbox]
+    releases: Releases
     engine: EmbeddedEngine
     instances: RunInstances
     forges: Mapping[str, Forge]
-
-
-class RunInstances:
-    """The instances of runs: each is created in the envelope and the scope of its repository."""
-
-    def __init__(self, engine: EmbeddedEngine, identities: StoredIdentities) -> None:
-        self._binding, self._identities = engine.binding(WORKFLOW), identities
-
-    async def create(self, *, id: str, params: Any) -> Any:  # noqa: A002 - the binding's name
-        """Create a run's instance. `params["repo"]` is the tenant that it counts for."""
-        metadata = {"tenant_id": params["repo"], "run_id": id}
-        # From the run's row, as these parameters are: its first isolate need not ask the database again.
-        self._identities.remember(
-            RunIdentity(id, params["repo"], params["sha"], params["pr"], params["trusted"])
-        )
-        return await DynamicWorkflowBinding(self._binding, metadata).create(id=id, params=params)
-
-    async def get(self, id: str) -> Any:  # noqa: A002 - the binding's name
-        """Return a run's instance."""
-        return await self._binding.get(id)
-
-
-class StoredIdentities:
-    """What runs may be taken for, from the rows that their deliveries made."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._known: dict[str, RunIdentity] = {}
-
-    async def identity(self, run_id: str) -> RunIdentity:
-        """Return what the run was started as. Raises NotFoundError."""
-        found = self._known.get(run_id)
-        if found is None:
-            found = await self._read(run_id)
-            self.remember(found)
-        return found
-
-    def remember(self, identity: RunIdentity) -> None:
-        """Keep an identity at hand."""
-        if len(self._known) >= _REMEMBERED:
-            self._known.clear()
-        self._known[identity.run_id] = identity
-
-    async def _read(self, run_id: str) -> RunIdentity:
-        def find(tx: Transaction) -> RunIdentity:
-            run = tx.first(Run, col(Run.id) == run_id)
-            if run is None:
-                raise NotFoundError(f"there is no run {run_id:.100}")
-            return RunIdentity(run.id, run.repo, run.sha, run.pr, run.trusted)
-
-        return await self._store.read(find)
 
 
 @asynccontextmanager
@@ -175,6 +123,7 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
             platform.deliveries.serve,
             platform.reports.serve,
             platform.runs.serve,
+            platform.releases.serve,
             platform.refresher.serve,
         ):
             services.start_soon(_kept_up, serve)
@@ -236,9 +185,11 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     identities = StoredIdentities(store)
     code = PipelineCode(source, loader, identities, env, limits)
     engine.register(WORKFLOW, create_dynamic_workflow_entrypoint(code.load_runner))
-    workflows = RunInstances(engine, identities)
+    workflows = RunInstances(engine.binding(WORKFLOW), identities)
     engine.add_listener(_noticing(notices))
     engine.add_listener(_closing(logs))
+    releases = Releases(sandboxes.values(), WORKFLOW)
+    engine.add_listener(releases.listen)
     runs = Runs(
         store,
         clock,
@@ -288,6 +239,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
                 source=source,
                 workspaces=workspaces,
                 sandboxes=sandboxes,
+                releases=releases,
                 engine=engine,
                 instances=workflows,
                 forges=forges,

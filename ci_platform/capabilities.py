@@ -16,6 +16,7 @@ from ci_platform.cones import Cone
 from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError
 from ci_platform.execution import Execution
 from ci_platform.reports import Reports
+from ci_platform.service_checks import check_services
 from ci_platform.settings import Settings
 from ci_platform.workspaces import LayerAuthor, Workspaces
 from dynflow.isolates import Caller, Capability, current_caller
@@ -130,7 +131,9 @@ class SandboxCapability(Capability):
             raise ForbiddenError(
                 'sandbox="container" is switched off on this platform (setting allow_containers)'
             )
-        if command.image not in (None, self._settings.container_image) and not identity.trusted:
+        check_services(command.services, command.sandbox)
+        images = {command.image, *(service.image for service in command.services)}
+        if images - {None, self._settings.container_image} and not identity.trusted:
             # Any image of the host's engine could be named, also one that was never meant to be read.
             raise ForbiddenError("pull requests from forks run in the platform's own image: leave out image=")
         if command.network and not (self._settings.allow_network and identity.trusted):

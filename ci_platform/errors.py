@@ -96,6 +96,12 @@ class ImageNotFoundError(FailedError):
     code = "image_not_found"
 
 
+class ServiceNotReadyError(FailedError):
+    """A service of a run did not become ready, or ended; the message has its name and its last lines."""
+
+    code = "service_not_ready"
+
+
 class UnavailableError(PlatformError):
     """Something that we depend on does not answer: git remote, forge, Docker, disk.
 

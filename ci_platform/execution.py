@@ -111,22 +111,17 @@ class Execution:
         printer = _Printer(self._logs.writer(key), redact, self._logs.connections(key))
         with printer.report_failure():
             printer.say("command", _cut(shlex.join(command.argv)))
-            image = await self._image(command, sandbox, run_id, printer)
+            if self._images is not None:
+                command = await self._images.pin_all(sandbox, run_id, command, printer.notice)
             tree = await self._workspaces.prepare(command.workspace.id, author)
             try:
-                job = self._job(replace(command, image=image), run_id, tree, limits, printer)
+                job = self._job(command, run_id, tree, limits, printer)
                 outcome = await _guarded(sandbox, job, printer)
                 return await self._conclude(command, job, outcome, printer)
             finally:
                 # Nothing to drop after a commit. Shielded, or a cancelled command would leave its files.
                 with anyio.CancelScope(shield=True):
                     await self._workspaces.drop(tree, keep=True)
-
-    async def _image(self, command: Command, sandbox: Sandbox, run_id: str, printer: _Printer) -> str | None:
-        """Return the exact image of a container, the same for the whole run, before anything is prepared."""
-        if command.sandbox != "container" or self._images is None:
-            return command.image
-        return await self._images.pin(sandbox, run_id, command.image, printer.notice)
 
     def _job(
         self, command: Command, run_id: str, tree: Tree, limits: SandboxLimits, printer: _Printer
@@ -143,6 +138,7 @@ class Execution:
             network=command.network,
             limits=replace(limits, timeout=timeout),
             scope=run_id,
+            services=command.services,
             say=printer.notice,
             connected=printer.connected,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ci_platform.errors import InvalidInputError
@@ -11,6 +12,7 @@ from ci_platform.model import RunImage
 from ci_platform.sandboxes import Sandbox, Say
 from ci_platform.store import Store, Transaction, col
 from dynflow.clock import Clock
+from pipelines.contract import Command
 
 _BESIDE = Path(__file__).resolve().parents[1] / "sandbox_images" / "images.toml"
 
@@ -24,6 +26,17 @@ class PinnedImages:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store, self._clock = store, clock
+
+    async def pin_all(self, sandbox: Sandbox, run_id: str, command: Command, say: Say) -> Command:
+        """Return the command with exact images, its own and those of its services, if it is for containers."""
+        if command.sandbox != "container":
+            return command
+        image = await self.pin(sandbox, run_id, command.image, say)
+        services = [
+            replace(each, name=each.host, image=await self.pin(sandbox, run_id, each.image, say))
+            for each in command.services
+        ]
+        return replace(command, image=image, services=tuple(services))
 
     async def pin(self, sandbox: Sandbox, run_id: str, image: str | None, say: Say) -> str:
         """Return the exact image that `image` (None: the sandbox's own) means in this run."""

@@ -1,6 +1,14 @@
 """What a repository writes its pipeline with."""
 
 from pipelines.commands import run_in_sandbox, summarise
-from pipelines.contract import Command, CommandFailedError, CommandResult, Workspace
+from pipelines.contract import Command, CommandFailedError, CommandResult, Service, Workspace
 
-__all__ = ["Command", "CommandFailedError", "CommandResult", "Workspace", "run_in_sandbox", "summarise"]
+__all__ = [
+    "Command",
+    "CommandFailedError",
+    "CommandResult",
+    "Service",
+    "Workspace",
+    "run_in_sandbox",
+    "summarise",
+]

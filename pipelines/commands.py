@@ -7,7 +7,7 @@ from typing import Any
 
 from dynflow.durations import parse_duration
 from dynflow.workflow import current_env
-from pipelines.contract import Command, CommandFailedError, CommandResult, SandboxKind, Workspace
+from pipelines.contract import Command, CommandFailedError, CommandResult, SandboxKind, Service, Workspace
 
 
 async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; all but two have a default
@@ -21,6 +21,7 @@ async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; al
     cwd: str = ".",
     timeout: Any = None,  # noqa: ASYNC109 - the platform enforces it, where the process is
     network: bool | Sequence[str] = False,
+    services: Sequence[Service] = (),
 ) -> CommandResult:
     """Run `argv` in a sandbox over `workspace` and return how it ended.
 
@@ -38,6 +39,8 @@ async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; al
         )
     if image is not None and sandbox != "container":
         raise ValueError(f'image={image!r} needs sandbox="container"')
+    if services and sandbox != "container":
+        raise ValueError('services= needs sandbox="container"')
     command = Command(
         workspace=workspace,
         argv=tuple(argv),
@@ -47,6 +50,7 @@ async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; al
         cwd=cwd,
         timeout=None if timeout is None else parse_duration(timeout),
         network=network if isinstance(network, bool) else tuple(network),
+        services=tuple(services),
     )
     result: CommandResult = await current_env.get().SANDBOX.run(command)
     if check and not result.ok:

@@ -23,12 +23,38 @@ class Workspace:
 
 @register
 @dataclass(frozen=True, slots=True)
+class Service:
+    """A server in a container of its own, beside the commands of a run that name it: a database, a queue.
+
+    Commands reach it as `name`:`port`; the name is the image's unless one is given (`postgres:16`: postgres).
+    `ready`: None when something listens on the port; a path such as "/health" when that answers with 2xx or 3xx
+    over HTTP; a command when it exits with 0 inside. `command` takes the place of the image's own arguments.
+    Equal services of one run are one container, which lives while the run works.
+    """
+
+    image: str
+    port: int
+    ready: str | tuple[str, ...] | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+    command: tuple[str, ...] = ()
+    timeout: timedelta = timedelta(minutes=1)
+
+    @property
+    def host(self) -> str:
+        """The name that commands reach it by."""
+        return self.name or self.image.rpartition("/")[2].partition("@")[0].partition(":")[0]
+
+
+@register
+@dataclass(frozen=True, slots=True)
 class Command:
     """One command to run in a sandbox over a workspace.
 
     `timeout` None means the step's own. `network` asks for one, True for all of the internet or a tuple of hosts
     for these alone; the platform decides. `cwd` is relative to the workspace. `image` names a container image and
-    is for `sandbox="container"`.
+    is for `sandbox="container"`, as are
+    `services`, which are ready when the command starts.
     """
 
     workspace: Workspace
@@ -39,6 +65,7 @@ class Command:
     cwd: str = "."
     timeout: timedelta | None = None
     network: bool | tuple[str, ...] = False
+    services: tuple[Service, ...] = ()
 
 
 @register

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ci_platform.egress import Connection
 from ci_platform.errors import ImageNotFoundError
+from pipelines.contract import Service
 
 MEBIBYTE = 1024 * 1024
 
@@ -68,7 +69,8 @@ def _ignore(_: Connection) -> None:
 class SandboxJob:
     """One command. `id` is unique while it runs; `cwd` is relative to the tree, which is mounted at /workspace.
 
-    `scope` is the run that it is part of: jobs of one scope may share what a sandbox keeps between two of them.
+    `services` run beside it, and their images are exact names, too. `scope` is the run that it is part of: jobs
+    of one scope may share what a sandbox keeps between two of them.
     `network`: none, an open one, or rules of the hosts that may be reached (`egress.policy.Rule`).
     """
 
@@ -81,6 +83,7 @@ class SandboxJob:
     network: bool | tuple[str, ...] = False
     limits: SandboxLimits = SandboxLimits()
     scope: str = ""
+    services: tuple[Service, ...] = ()
     say: Say = say_nothing
     connected: Connected = field(default=_ignore, compare=False, repr=False)
 
@@ -118,6 +121,10 @@ class Sandbox(ABC):
     @abstractmethod
     async def sweep(self) -> int:
         """Kill and remove what an earlier process of this platform left behind; returns how many."""
+
+    async def release(self, scope: str) -> None:
+        """Let go of what is kept for the jobs of a scope and not in use now: it has ended, or waits."""
+        del scope
 
     async def close(self) -> None:  # noqa: B027 - most sandboxes keep nothing between two jobs
         """Let go of what is kept ready for the next `run`; a later `run` makes it anew."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from ci_platform.source import Remote, Source
 from ci_platform.workspaces import Workspaces
 from dynflow.isolates import Caller, current_caller
 from dynflow.types import StepContext, StepInfo
-from pipelines.contract import Command, Workspace
+from pipelines.contract import Command, Service, Workspace
 from tests.scenarios.pipelines import git, make_repository
 
 REPO = "owner/app"
@@ -231,6 +231,9 @@ async def test_a_forks_pull_request_names_no_image(tmp_path: Path) -> None:
     command = Command(Workspace("1" * 32 + ".x-1", REPO, "0" * 40), ("true",), "container", "private:1")
     with called_by(run_of("0" * 40, trusted=False)), pytest.raises(ForbiddenError, match="image"):
         await world.commands.run(command)
+    beside = replace(command, image=None, services=(Service("private:1", port=1),))
+    with called_by(run_of("0" * 40, trusted=False)), pytest.raises(ForbiddenError, match="image"):
+        await world.commands.run(beside)
     # A trusted run gets past this, to what is not there.
     with called_by(run_of("0" * 40)), pytest.raises(FailedError, match="no sandbox of kind"):
         await world.commands.run(command)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,18 @@ from tests.tiny_image import docker
 
 PLAIN = 'run_in_sandbox(workspace, ["python3", "-m", "unittest", "discover"])'
 INSIDE = "echo made in a container > from-container.txt && ls src && echo inside $(hostname)"
-CONTAINED = f'run_in_sandbox(workspace, ["sh", "-c", "{INSIDE}"], sandbox="container")'
+SERVICE = f"""Service("{IMAGE}", name="db", port=8000, command=("perl", "-e", "use IO::Socket::INET;"
+    "my $s = IO::Socket::INET->new(LocalPort => 8000, Listen => 5); sleep 600"))"""
+CONTAINED = f'run_in_sandbox(workspace, ["bash", "-c", "exec 3<>/dev/tcp/db/8000; {INSIDE}"], \
+sandbox="container", services=[{SERVICE}])'
 
 
 @pytest.mark.docker
 def test_a_step_in_a_container_sees_the_workspace_and_the_others_see_its_files(tmp_path: Path) -> None:
     require_image()
     assert PLAIN in DEMO
-    pipeline = DEMO.replace(PLAIN, CONTAINED).replace(
-        "test -f dist", "cat from-container.txt && test -f dist"
-    )
+    pipeline = DEMO.replace(PLAIN, CONTAINED).replace("import run_in", "import Service, run_in")
+    pipeline = pipeline.replace("test -f dist", "cat from-container.txt && test -f dist")
     bare, sha = make_repository(tmp_path / "repo", pipeline)
     with serve_github() as github:
         settings = {
@@ -41,25 +42,31 @@ def test_a_step_in_a_container_sees_the_workspace_and_the_others_see_its_files(t
             inside = server_log(server, run, "test")
             assert "app.py" in inside
             assert f"inside {socket.gethostname()}" not in inside
+            assert "service db is ready" in inside
+            # A run that waits holds neither container nor network, though it has not ended.
+            server.wait_until(lambda: left(run["id"]) == [], "services to end")
             approve(server, run)
             run = server.wait_for_run(concluded, "the run to conclude")
             assert run["conclusion"] == "success"
             assert run["images"] == {IMAGE: docker("image", "inspect", "--format", "{{.Id}}", IMAGE)}
             assert f"image {IMAGE} is sha256:" in inside
             assert "made in a container" in server_log(server, run, "deploy")
-    left = subprocess.run(
-        ["docker", "ps", "--all", "--quiet", "--filter", f"label=dynflow.job={run['id']}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert left.stdout == ""
+    assert left(run["id"]) == []
+
+
+def left(run: str) -> list[str]:
+    """Return containers and networks of a run."""
+    chosen = ["--filter", f"label=dynflow.run={run}"]
+    return [
+        *docker("ps", "--all", "--quiet", *chosen).split(),
+        *docker("network", "ls", "--quiet", *chosen).split(),
+    ]
 
 
 @pytest.mark.docker
 def test_an_image_that_does_not_exist_fails_the_run_with_its_name(tmp_path: Path) -> None:
     require_image()
-    named = CONTAINED.replace('sandbox="container"', 'sandbox="container", image="dynflow/nothing:9"')
+    named = PLAIN.replace("])", '], sandbox="container", image="dynflow/nothing:9")')
     bare, sha = make_repository(tmp_path / "repo", DEMO.replace(PLAIN, named))
     with serve_github() as github:
         settings = {"github_api_url": github.url, "allow_file_remotes": "true", "container_image": IMAGE}

@@ -15,7 +15,9 @@ from ci_platform.sandboxes import Output, Sandbox, SandboxJob, SandboxOutcome, S
 from ci_platform.sandboxes.container import walls
 from ci_platform.sandboxes.container.engine import PLATFORM, Engine, remove
 from ci_platform.sandboxes.container.images import Images, missing
+from ci_platform.sandboxes.container.networks import sweep_networks
 from ci_platform.sandboxes.container.plain import run_fresh
+from ci_platform.sandboxes.container.services import Services
 
 
 class ContainerSandbox(Sandbox):
@@ -40,26 +42,33 @@ class ContainerSandbox(Sandbox):
         self._image, self._named, self._network = image, named or {}, network
         self._engine = Engine(url)
         self._images = Images(self._engine, pull=pull)
+        self._services = Services(self._engine)
         self._streams = anyio.CapacityLimiter(commands)
 
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
         """Run one command to its end."""
         if job.network and self._network is None:
             raise FailedError(f"{job.argv[0]!r} asks for network=True, which containers have not here")
+        async with self._services.beside(job) as network:
+            return await self._run_over(job, network, output)
+
+    async def _run_over(self, job: SandboxJob, network: str | None, output: Output) -> SandboxOutcome:
         stack = contextlib.ExitStack()
         folder = await self._engine.finish(lambda: stack.enter_context(merged.merged(job.tree)))
         try:
             walls.check_cwd(folder, job.cwd)
-            return await self._run(job, folder, output)
+            return await self._run_in(job, folder, network, output)
         finally:
             await self._engine.finish(stack.close)
 
-    async def _run(self, job: SandboxJob, folder: Path, output: Output) -> SandboxOutcome:
+    async def _run_in(
+        self, job: SandboxJob, folder: Path, network: str | None, output: Output
+    ) -> SandboxOutcome:
         _, image = await self.resolve(job.image, job.say)
-        network = self._network if job.network and self._network else "none"
+        networks = [name for name in (network, self._network if job.network else None) if name]
         try:
             return await run_fresh(
-                self._engine, image, job, folder, output, network=network, streams=self._streams
+                self._engine, image, job, folder, output, networks=networks, streams=self._streams
             )
         except ImageNotFound:
             raise ImageNotFoundError(missing(image)) from None  # it has just been removed
@@ -78,8 +87,14 @@ class ContainerSandbox(Sandbox):
         except UnavailableError:
             return swept
 
+    async def release(self, scope: str) -> None:
+        """End the services of a run that no command uses now."""
+        await self._services.release(scope)
+
     async def close(self) -> None:
-        """Close the connections to the engine."""
+        """End the services that nobody uses, and close the connections to the engine."""
+        with contextlib.suppress(UnavailableError):
+            await self._services.close()
         await self._engine.close()
 
     def describe(self) -> Mapping[str, str]:
@@ -107,4 +122,4 @@ def _sweep(client: docker.DockerClient) -> int:
         if not cgroups.is_alive(container.labels[PLATFORM]):
             remove(client, str(container.id))
             swept += 1
-    return swept
+    return swept + sweep_networks(client)

@@ -17,8 +17,8 @@ from ci_platform.errors import UnavailableError
 
 T = TypeVar("T")
 
-JOB, RUN, PLATFORM = "dynflow.job", "dynflow.run", "dynflow.platform"
-"""Labels of what we make: for which job, for which run, and by which process (`cgroups.platform_name`)."""
+JOB, RUN, SERVICE, PLATFORM = "dynflow.job", "dynflow.run", "dynflow.service", "dynflow.platform"
+"""Labels of what we make: for which job, which run, as which service, by which process (`cgroups.platform_name`)."""
 
 _SOCKET = "unix:///var/run/docker.sock"
 _CALLS = 16

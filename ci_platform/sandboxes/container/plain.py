@@ -10,6 +10,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ async def run_fresh(
     folder: Path,
     output: Output,
     *,
-    network: str,
+    networks: Sequence[str],
     streams: anyio.CapacityLimiter,
 ) -> SandboxOutcome:
     """Run one command over `folder` in a container that ends with it. `streams` bounds the threads that read."""
@@ -44,7 +45,7 @@ async def run_fresh(
     }
     binds = [f"{folder}:{walls.WORKSPACE}:rw"]
     container = await engine.shielded(
-        lambda client: walls.create(client, image, job, binds=binds, network=network, program=program)
+        lambda client: walls.create(client, image, job, binds=binds, networks=networks, program=program)
     )
     try:
         return await _run(engine, container, job, output, streams)

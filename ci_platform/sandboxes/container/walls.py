@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +13,7 @@ from docker.types import LogConfig
 from ci_platform.errors import FailedError
 from ci_platform.sandboxes import SANDBOX_UID, SandboxJob, cgroups
 from ci_platform.sandboxes.container.engine import JOB, PLATFORM, RUN
+from ci_platform.sandboxes.container.networks import NOWHERE
 
 WORKSPACE, HOME = "/workspace", "/home/ci"
 PRIVATE = ("/tmp", "/var/tmp", HOME)  # noqa: S108 - the container's own
@@ -25,10 +26,13 @@ def create(
     job: SandboxJob,
     *,
     binds: list[str],
-    network: str,
+    networks: Sequence[str],
     program: Mapping[str, Any],
 ) -> str:
-    """Make a container with every wall, and return its id. Blocks. `program` says what it runs, and where."""
+    """Make a container with every wall, and return its id. Blocks.
+
+    `networks`: those it is on, none at all if there are none. `program` says what it runs, and where.
+    """
     limits = job.limits
     private = f"size={limits.memory},mode=1777,nosuid,nodev,exec"
     host = client.api.create_host_config(
@@ -41,7 +45,9 @@ def create(
         mem_limit=limits.memory,
         memswap_limit=limits.memory,
         nano_cpus=None if limits.cpus is None else int(limits.cpus * 1e9),
-        network_mode=network,
+        network_mode=networks[0] if networks else "none",
+        # A private network's names are the engine's to know; it must not ask outside for others.
+        dns=None if job.network else [NOWHERE],
         # docker-init is one more.
         pids_limit=limits.processes + 1,
         read_only=True,
@@ -59,6 +65,8 @@ def create(
         healthcheck={"test": ["NONE"]},  # an image's own would run beside the command
         **program,
     )
+    for network in networks[1:]:
+        client.api.connect_container_to_network(made["Id"], network)
     return made["Id"]
 
 
