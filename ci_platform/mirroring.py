@@ -101,7 +101,12 @@ class Mirror:
         values = {**git_commands.verified("fetch"), f"remote.{_REMOTE}.url": url, **(settings or {})}
         if self.is_partial:
             values |= {f"remote.{_REMOTE}.promisor": "true", f"remote.{_REMOTE}.partialclonefilter": _FILTER}
-        return git_commands.environment(values, protocols=self.protocols, url=url, credentials=credentials)
+        env = git_commands.environment(values, protocols=self.protocols, url=url, credentials=credentials)
+        if self.is_partial:
+            # Git serves nothing that it has to fetch first, lest a repository's own settings run a program. These
+            # settings are ours.
+            env["GIT_NO_LAZY_FETCH"] = "0"
+        return env
 
     async def _git(self, command: Sequence[str], stdin: bytes = b"") -> bytes:
         secrets = [self.remote.credentials[1]] if self.remote.credentials else []
@@ -118,15 +123,19 @@ class Mirror:
             raise
 
 
+def promised(path: Path) -> dict[str, str]:
+    """Return the settings by which git does not miss what a partial mirror has not; it cannot fetch it by them."""
+    return {f"remote.{_REMOTE}.promisor": "true"} if (path / PARTIAL).exists() else {}
+
+
 async def damage(path: Path, within: timedelta) -> str | None:
     """Read every object of a repository; return what is wrong with them, None where nothing is.
 
     What a shallow or partial mirror never had is not missed.
     """
-    promisor = {f"remote.{_REMOTE}.promisor": "true"} if (path / PARTIAL).exists() else {}
     command = ["--git-dir", str(path), "fsck", "--full", "--no-dangling", "--no-progress", "--no-reflogs"]
     try:
-        await git_commands.run(command, git_commands.environment(promisor), within=within)
+        await git_commands.run(command, git_commands.environment(promised(path)), within=within)
     except GitError as error:
         return str(error)
     return None

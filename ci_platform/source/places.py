@@ -15,6 +15,7 @@ import pygit2
 
 from ci_platform import git_commands, layers
 from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
+from ci_platform.mirroring import promised
 from ci_platform.named_locks import NamedLocks
 from ci_platform.source import folders, objects
 from ci_platform.source.names import check_repo
@@ -167,7 +168,7 @@ class Places:
             shared = await self._thread(lambda: folders.shared_packs(path))
             command += [f"--keep-pack={name}" for name in shared]
             try:
-                await git_commands.run(command, git_commands.environment(), within=self._within)
+                await git_commands.run(command, git_commands.environment(promised(path)), within=self._within)
             except git_commands.GitError as error:
                 raise UnavailableError(f"{repo!r} cannot be packed: {error}") from None
 

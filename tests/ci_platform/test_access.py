@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import stat
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from ci_platform.access import Access
 from ci_platform.errors import ForbiddenError, InvalidInputError, NotFoundError, UnauthorizedError
-from ci_platform.model import Token
-from ci_platform.store import Store
+from ci_platform.model import Repository, Token
+from ci_platform.store import Store, col
 from dynflow.clock import ManualClock
 
 
@@ -118,3 +118,51 @@ async def test_a_lost_local_token_is_replaced_and_the_old_one_is_void(access: Ac
     await access.authenticate(f"Bearer {second}")
     with pytest.raises(UnauthorizedError):
         await access.authenticate(f"Bearer {first}")
+
+
+async def test_a_token_of_one_repository_opens_nothing_else(access: Access) -> None:
+    view, secret = await access.create("robot", ("write",), repo="o/r")
+    assert view.repo == "o/r"
+    actor = await access.authenticate(basic("git", secret), repo="o/r")
+    assert sorted(actor.scopes) == ["read", "write"]
+    for other in ("o/r2", "O/R", None):
+        with pytest.raises(ForbiddenError, match="o/r alone"):
+            await access.authenticate(basic("git", secret), repo=other)
+    with pytest.raises(UnauthorizedError):
+        await access.resume(view.id)
+
+
+async def test_a_token_of_a_repository_that_is_not_there_is_refused(access: Access, store: Store) -> None:
+    with pytest.raises(NotFoundError):
+        await access.create("robot", repo="no/where")
+    gone = {"deleted_at": datetime(2026, 1, 1, tzinfo=UTC)}
+    await store.write(lambda tx: tx.change(Repository, gone, col(Repository.name) == "o/r"))
+    with pytest.raises(NotFoundError):
+        await access.create("robot", repo="o/r")
+
+
+async def test_an_expired_token_is_refused_and_its_name_is_free(access: Access, clock: ManualClock) -> None:
+    view, secret = await access.create("alice", lifetime=timedelta(days=1))
+    clock.advance(86_399)
+    await access.authenticate(f"Bearer {secret}")
+    clock.advance(1)
+    with pytest.raises(UnauthorizedError, match="expired"):
+        await access.authenticate(f"Bearer {secret}")
+    with pytest.raises(UnauthorizedError):
+        await access.resume(view.id)
+    await access.create("alice")
+
+
+@pytest.mark.parametrize("lifetime", [timedelta(0), timedelta(seconds=-1), timedelta(days=100_000)])
+async def test_a_lifetime_that_cannot_be_meant_is_refused(access: Access, lifetime: timedelta) -> None:
+    with pytest.raises(InvalidInputError):
+        await access.create("alice", lifetime=lifetime)
+
+
+async def test_all_tokens_of_a_repository_are_revoked_and_no_other(access: Access) -> None:
+    _, one = await access.create("one", repo="o/r")
+    _, other = await access.create("other")
+    await access.revoke_all_of("o/r")
+    with pytest.raises(UnauthorizedError):
+        await access.authenticate(f"Bearer {one}", repo="o/r")
+    await access.authenticate(f"Bearer {other}")

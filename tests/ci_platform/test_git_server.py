@@ -73,10 +73,12 @@ def without_protocol_header(served: Served, app: ASGIApp) -> ASGIApp:
 
 
 @asynccontextmanager
-async def serving(root: Path, limits: GitLimits | None = None) -> AsyncIterator[Served]:
+async def serving(
+    root: Path, limits: GitLimits | None = None, source: Source | None = None
+) -> AsyncIterator[Served]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", Source(root))
+        served = Served(f"http://127.0.0.1:{listener.getsockname()[1]}", source or Source(root))
         handler = git_handler(GitServer(served.source, served.authorize, served.on_push, limits=limits))
         app = without_protocol_header(served, Litestar([handler], openapi_config=None))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", ws="none"))

@@ -42,6 +42,7 @@ from ci_platform.store import Store
 from dynflow.clock import ManualClock
 from tests.ci_platform.git_repositories import ENVIRONMENT, WorkingCopy, working_copy
 from tests.ci_platform.harness import Harness
+from tests.ci_platform.test_git_server import git, serving
 
 REPO = "ada/mirror"
 
@@ -195,6 +196,37 @@ async def test_a_partial_import_has_all_of_history_and_no_file(world: World, rem
     assert await world.source.materialise(REPO, shas[2]) == (tree,)
     with pytest.raises(FailedError, match="no repository"):
         await world.source.read_file(REPO, shas[0], "a")
+
+
+async def test_packing_a_partial_import_misses_nothing_and_loses_nothing(
+    world: World, remote: WorkingCopy
+) -> None:
+    remote.git("config", "uploadpack.allowFilter", "true")
+    remote.git("config", "uploadpack.allowAnySHA1InWant", "true")
+    shas = [remote.commit({"a": b"%d" % number}) for number in range(25)]
+    await world.imported(remote, Shape(blobs=False))
+    for sha in shas[:24]:
+        await world.source.read_file(REPO, sha, "a")
+    packs = world.source.path(REPO) / "objects" / "pack"
+    before = len(list(packs.glob("*.pack")))
+    await world.source.maintain()
+    assert len(list(packs.glob("*.pack"))) < min(before, 5)
+    assert await world.source.read_file(REPO, shas[24], "a") == b"24"
+    remote.path.rename(remote.path.with_name("away"))
+    assert await world.source.read_file(REPO, shas[0], "a") == b"0"
+
+
+async def test_a_clone_of_a_partial_import_gets_the_files_from_where_it_comes_from(
+    world: World, remote: WorkingCopy, tmp_path: Path
+) -> None:
+    remote.git("config", "uploadpack.allowFilter", "true")
+    remote.git("config", "uploadpack.allowAnySHA1InWant", "true")
+    await world.imported(remote, Shape(blobs=False))
+    clone = tmp_path / "clone"
+    async with serving(tmp_path / "source", source=world.source) as served:
+        done = await git(remote, "clone", "-q", served.address(repo=REPO), str(clone))
+        assert done.returncode == 0, done.stderr
+    assert (clone / "folder" / "b").read_bytes() == b"2"
 
 
 @pytest.mark.parametrize("harm", ["object", "pack", "commit", "repository"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from pathlib import Path
 
@@ -92,6 +93,40 @@ def test_tokens_are_made_listed_and_revoked(served: Served) -> None:
     assert served.dynflow("runs", DYNFLOW_URL=url, DYNFLOW_TOKEN=secret).returncode == 2
 
 
+def test_repositories_are_made_forked_imported_shown_closed_and_deleted(
+    served: Served, tmp_path: Path
+) -> None:
+    name = f"cli/{uuid.uuid4().hex[:12]}"
+    made = served.dynflow("repo", "create", name)
+    assert (made.returncode, made.stdout) == (0, f"{served.client.url}/git/{name}.git\n")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "a").write_text("1")
+    token = (served.data / "token").read_text().strip()
+    sha = push_folder(
+        tmp_path / "tree", Destination(served.client.url, name, "main", token), "A \x1b[31mchange"
+    )
+    assert served.dynflow("repo", "fork", name, f"{name}-fork").returncode == 0
+    assert f"fork of {name}" in served.dynflow("repo", "list").stdout
+    log = served.dynflow("repo", "log", f"{name}-fork").stdout
+    assert log.startswith(sha[:12])
+    assert "\x1b" not in log
+    url = f"{served.client.url}/git/{name}.git"
+    imported = served.dynflow(
+        "repo", "import", f"{name}-import", url, "--username", "x", DYNFLOW_IMPORT_PASSWORD=token
+    )
+    assert imported.returncode == 0, imported.stderr
+    assert token not in imported.stdout
+    with_deadline = time.monotonic() + 30
+    while "state      ready" not in (shown := served.dynflow("repo", "show", f"{name}-import").stdout):
+        assert time.monotonic() < with_deadline, shown
+    assert "read-only" in shown
+    assert served.dynflow("repo", "refresh", f"{name}-import", "--verify").returncode == 0
+    assert "starts no runs" in served.dynflow("repo", "set", name, "--no-enabled").stdout
+    assert served.dynflow("repo", "delete", name, stdin="n\n").returncode != 0
+    assert served.dynflow("repo", "delete", name, "--yes").returncode == 0
+    assert "is not registered" in served.dynflow("repo", "show", name).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -101,6 +136,11 @@ def test_tokens_are_made_listed_and_revoked(served: Served) -> None:
         (("approve", "f" * 32, "x"), 2, "there is no run"),
         (("runs", "--status", "great"), 2, "there is no status"),
         (("token", "create", "white space"), 2, "cannot be a token's name"),
+        (("token", "create", "a", "--repo", "no/where"), 2, "is not registered here"),
+        (("repo", "import", "a/b", "ssh://host/x"), 2, "clone URLs start with"),
+        (("repo", "fork", "no/where", "a/b"), 2, "is not registered here"),
+        (("repo", "refresh", "no/where"), 2, "is no import"),
+        (("repo", "show", "nonsense"), 2, "there is nothing at this address"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(
