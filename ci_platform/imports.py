@@ -75,7 +75,6 @@ class Imports:
         *,
         credentials: tuple[str, str] | None = None,
         shape: Shape | None = None,
-        read_only: bool = True,
     ) -> tuple[ImportView, str]:
         """Register a repository that is filled from `url`; return it with the secret that its webhook signs with.
 
@@ -88,7 +87,7 @@ class Imports:
         row = self._row(repo, url, credentials, shape or Shape(), hook)
         if not await self.has(repo):
             await self._claim(repo)
-        await self._repositories.register(repo, forge="local", read_only=read_only)
+        await self._repositories.register(repo, forge="local", read_only=True)
         await self._store.write(lambda tx: _put(tx, row))
         self.waker.wake()
         return await self.get(repo), hook

@@ -67,6 +67,8 @@ class Pushes:
 
         For the start, before new pushes are let in.
         """
+        if not touched:
+            return 0
         names = await self._store.read(
             lambda tx: [row.name for row in tx.all(Repository, col(Repository.forge) == _FORGE)]
         )

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -222,11 +222,21 @@ class GitServer:
             sideband = b"side-band-64k" in aside.read(_CHUNK)
             aside.seek(0)
             # The repository first: who waits for another push to it takes no turn from the others.
-            async with self._source.writing(repo), self._turn(self._work):
+            async with self._alone(repo), self._turn(self._work):
                 report, lines = await self._receive(repo, actor, aside, env)
         if sideband and report.endswith(b"0000"):
             report = report[:-4] + b"".join(map(git_wire.remark, lines)) + b"0000"
         await git_wire.respond(connection.send, 200, "application/x-git-receive-pack-result", report)
+
+    @asynccontextmanager
+    async def _alone(self, repo: str) -> AsyncIterator[None]:
+        async with AsyncExitStack() as held:
+            try:
+                with anyio.fail_after(self._limits.within.total_seconds()):
+                    await held.enter_async_context(self._source.writing(repo))
+            except TimeoutError:
+                raise UnavailableError(f"{repo!r} is being written to: push again later") from None
+            yield
 
     async def _take(self, connection: Connection, aside: IO[bytes]) -> None:
         try:
@@ -286,7 +296,8 @@ def git_router(platform: Platform) -> ASGIRouteHandler:
         registered = await platform.repositories.get(repo)
         if registered.forge != "local":
             raise NotFoundError(f"{repo!r} lives at {registered.forge}, not here")
-        if write and registered.read_only:
+        # An import stays closed whatever is set: the next refresh would take back what was pushed.
+        if write and (registered.read_only or await platform.imports.has(repo)):
             raise ForbiddenError(
                 f"{repo!r} is read-only here: push to where it comes from, or to a fork of it"
             )

@@ -19,7 +19,7 @@ class NewImport:
     """`name` is `owner/repository` here, `url` where it comes from, without credentials in it.
 
     `password` is a password or token; it is kept encrypted and never shown. `depth` imports that many commits of
-    each branch; without `blobs`, files come when they are read. `read_only`: nobody pushes here.
+    each branch; without `blobs`, files come when they are read. Nobody pushes to an import: fork it.
     """
 
     name: str
@@ -28,7 +28,6 @@ class NewImport:
     password: str | None = field(default=None, repr=False)
     depth: int | None = None
     blobs: bool = True
-    read_only: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,6 @@ async def start_import(
         data.url,
         credentials=credentials,
         shape=Shape(data.depth, data.blobs),
-        read_only=data.read_only,
     )
     return StartedImport(started, f"{request.app.state.base_url}/webhooks/refresh/{started.repo}", secret)
 

@@ -72,7 +72,6 @@ def repo_create(*, name: str, branch: str) -> None:
 )
 @click.option("--depth", type=click.IntRange(1), help="Import that many commits of each branch.")
 @click.option("--blobs/--no-blobs", default=True, help="Without, files come when they are first read.")
-@click.option("--read-only/--no-read-only", default=True, help="Whether nobody may push to it here.")
 @_AS_JSON
 def repo_import(*, name: str, url: str, username: str | None, as_json: bool, **shape: Any) -> None:
     """Fill the new repository NAME from URL, and keep it like that. The same again gives new credentials."""

@@ -202,6 +202,7 @@ async def test_an_import_is_filled_refreshed_by_its_webhook_and_served(
     assert (
         await git(tmp_path, "clone", "-q", address(world.served, name, world.served.token), str(clone))
     ).returncode == 0
+    await world.http.patch(f"/api/v1/repos/{name}", json={"read_only": False})
     done = await git(clone, "push", address(world.served, name, world.served.token), "main:other")
     assert "read-only" in done.stderr
     refreshed = await world.http.post(f"/api/v1/repos/{name}/refresh", json={"verify": True})
