@@ -706,6 +706,35 @@ async def test_restart_from_a_step_forgets_buffered_events_and_the_end(world: Wo
     assert await instance.result(timeout=DEADLINE) == [1, "new"]
 
 
+@pytest.mark.parametrize("meanwhile", ["time passes", "it is terminated"])
+async def test_restart_from_a_step_gives_earlier_waits_what_came_in_a_pause(
+    world: World, meanwhile: str
+) -> None:
+    """Their events were acknowledged, and their deadlines stood still."""
+
+    async def run(event: Any, step: Any) -> Any:
+        waits = (step.wait_for_event(name, type="go", timeout=60) for name in ("early", "late"))
+        early, _, late = await asyncio.gather(next(waits), step.do("between", lambda: 1), next(waits))
+        return [early.payload, late.payload]
+
+    instance = await world.start(run)
+    await world.parked(instance)
+    await instance.pause()
+    for payload in ("first", "second"):
+        await instance.send_event(type="go", payload=payload)
+    if meanwhile == "it is terminated":
+        await instance.terminate()
+    else:
+        world.advance(3600)
+    await instance.restart(from_step=("between", 1))
+    early, _, late = (await world.parked(instance, 2)).steps
+    assert (early.status, early.output.payload) == ("complete", "first")
+    assert late.status == "waiting"
+    world.advance(59)
+    await instance.send_event(type="go", payload="third")
+    assert await instance.result(timeout=DEADLINE) == ["first", "third"]
+
+
 async def test_restart_from_a_sleep_by_kind(world: World) -> None:
     calls: list[int] = []
 

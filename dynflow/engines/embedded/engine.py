@@ -291,12 +291,12 @@ class EmbeddedEngine(Engine):
         """Start again, keeping what was started before `from_step`."""
         now = self.clock.now_us()
 
-        def write(db: Any) -> tuple[InstanceRow, Happened]:
+        def write(db: Any) -> tuple[InstanceRow, list[Happened]]:
             row = rows.find(db, ref)
             return row, instances.restart(db, row, from_step, now)
 
         row, happened = await self._storage.submit(write)
-        self._telling.tell(row.ref, [happened])
+        self._telling.tell(row.ref, happened)
         await self._scheduler.abort(row.key)
         self._scheduler.pump()
 

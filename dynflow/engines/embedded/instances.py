@@ -22,6 +22,7 @@ from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.history import Happened, error_data, keep_counters, log, log_last, write_out
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import MASK, InstanceRow, row_of, rows_of, status_of
+from dynflow.engines.embedded.steps import deliver_buffered
 from dynflow.errors import InvalidArgumentError
 from dynflow.failure import Failure
 from dynflow.serialization import decode, encode
@@ -141,26 +142,35 @@ def resume(db: Connection, row: InstanceRow, now: int) -> Happened | None:
         db.execute("UPDATE instances SET status = 'running' WHERE key = ?", (row.key,))
         return None
     happened = log(db, row.key, now, "workflow.queued")
-    shift = max(now - (row.paused_at or now), 0)
-    db.execute(
-        "UPDATE steps SET deadline = deadline + ? WHERE step BETWEEN ? AND ? AND state = 'waiting'",
-        (shift, *rows_of(row.key)),
-    )
+    _shift_deadlines(db, row, now)
     requeue(db, row.key)
     if row.started_at is None:
         queue_as_new(db, row)
     return happened
 
 
-def restart(db: Connection, row: InstanceRow, from_step: StepKey | None, now: int) -> Happened:
-    """Forget results, timers and events from `from_step` on (None: all) and queue again."""
+def _shift_deadlines(db: Connection, row: InstanceRow, now: int) -> None:
+    """Make every wait later by the time paused."""
+    db.execute(
+        "UPDATE steps SET deadline = deadline + ? WHERE step BETWEEN ? AND ? AND state = 'waiting'",
+        (max(now - (row.paused_at or now), 0), *rows_of(row.key)),
+    )
+
+
+def restart(db: Connection, row: InstanceRow, from_step: StepKey | None, now: int) -> list[Happened]:
+    """Forget results, timers and events from `from_step` on (None: all) and queue again.
+
+    Waits that began before get what came for them during a pause: it is theirs, though nobody has resumed it.
+    """
     first = 0 if from_step is None else _started_as(db, row, from_step)
-    happened = log(db, row.key, now, "workflow.queued")
+    happened = [log(db, row.key, now, "workflow.queued")]
     keep_counters(db, row.key)
     write_out(db, row.key, first)
     low_high = rows_of(row.key, first)
     db.execute("DELETE FROM attempts WHERE step BETWEEN ? AND ?", low_high)
     db.execute("DELETE FROM steps WHERE step BETWEEN ? AND ?", low_high)
+    _shift_deadlines(db, row, now)
+    happened += [completed for _, completed in deliver_buffered(db, row.key, now)]
     db.execute("DELETE FROM events WHERE instance = ?", (row.key,))
     db.execute(
         "UPDATE instances SET status = 'queued', wake_at = NULL, paused_at = NULL, started_at = NULL,"
