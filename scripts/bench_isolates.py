@@ -21,6 +21,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dynflow.isolates import Capability, ProcessLoader, TrustedLoader, WorkerCode, WorkerLoader
+from scripts.isolate_costs import where
 from scripts.isolate_peers import peers
 from scripts.measuring import percentile, resident_mb, say
 
@@ -326,6 +327,8 @@ async def figures(many: int, calls: int) -> None:
         f"- {small:.2f} MB private memory (USS) of an idle isolate with a small tenant, {large:.2f} MB with the"
     )
     print(f"  hundred lines, medians of 100; their zygote has {zygote:.0f} MB")
+    say("where it goes")
+    await where(fetch, TENANT, 50)
     say("tenants")
     few, median, grown = await tenants(many, calls)
     print(
