@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,18 +24,24 @@ KINDS = {"sleep": "sleep", "late": "wait_for_event", "red": "wait_for_event", "b
 
 
 class Model:
-    """What a program gives depends on its events alone, whatever happened to it in between."""
+    """What a program gives depends on its events alone, whatever happened to it in between.
+
+    Of calls side by side, the one that began first comes first. `begun` names those that have begun, in that order: as
+    they were called, unless storage failed between them.
+    """
 
     def __init__(self, program: Program, *, raises: bool) -> None:
         self.program, self.raises = program, raises
         self.sent: list[Event] = []
         self.terminated = False
 
-    def stages(self) -> list[list[Any]]:
+    def stages(self, begun: Sequence[str] = ()) -> list[list[Any]]:
         """Return what the calls of each stage give that begins; None where an event is missing."""
         left, given = list(self.sent), list[list[Any]]()
-        for stage in self.program:
-            given.append([self._gives(call, left) for call in stage])
+        for number, stage in enumerate(self.program):
+            names = [f"{number}.{index}" for index in range(len(stage))]
+            results = {index: self._gives(stage[index], left) for index in _in_order(names, begun)}
+            given.append([results[index] for index in range(len(stage))])
             if None in given[-1]:
                 break
         return given
@@ -57,12 +64,20 @@ class Model:
             return "waiting"
         return "errored" if self.raises else "complete"
 
-    def restart(self, stage: int, index: int) -> None:
+    def restart(self, stage: int, index: int, begun: Sequence[str] = ()) -> None:
         """Forget the events that were not taken by the calls that began before this one."""
-        given = self.stages()
-        kept = [result for results in given[:stage] for result in results] + given[stage][:index]
+        given = self.stages(begun)
+        names = [f"{stage}.{other}" for other in range(len(self.program[stage]))]
+        order = _in_order(names, begun)
+        before = [given[stage][other] for other in order[: order.index(index)]]
+        kept = [result for results in given[:stage] for result in results] + before
         self.sent = [event for event in self.sent if event in kept]
         self.terminated = False
+
+
+def _in_order(names: list[str], begun: Sequence[str]) -> list[int]:
+    """Return the indices of `names` as these have begun; those that have not come last, as they are called."""
+    return sorted(range(len(names)), key=lambda i: begun.index(names[i]) if names[i] in begun else len(begun))
 
 
 # --- the real thing ------------------------------------------------------------------------------
