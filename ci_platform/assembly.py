@@ -314,6 +314,9 @@ def _limits(settings: Settings) -> SandboxLimits:
         memory=settings.command_memory,
         processes=settings.command_processes,
         cpus=settings.command_cpus,
+        cpu=settings.command_cpu,
+        disk=settings.command_disk,
+        files=settings.command_files,
         output=settings.max_log,
     )
 

@@ -151,8 +151,9 @@ class Execution:
             report = await self._workspaces.commit(job.tree)
             if conflicts := describe(report):
                 printer.say("notice", conflicts)
-        printer.say("result", f"exited with {outcome.exit_code} after {_seconds(outcome.duration)}")
-        return CommandResult(command.argv, outcome.exit_code, printer.tail(), outcome.duration)
+        how = f" ({outcome.ended})" if outcome.ended else ""
+        printer.say("result", f"exited with {outcome.exit_code}{how} after {_seconds(outcome.duration)}")
+        return CommandResult(command.argv, outcome.exit_code, printer.tail(), outcome.duration, outcome.ended)
 
 
 class _Printer:
@@ -230,12 +231,21 @@ async def _guarded(sandbox: Sandbox, job: SandboxJob, printer: _Printer) -> Sand
 
 def _raise_over_limit(job: SandboxJob, outcome: SandboxOutcome) -> None:
     limits = job.limits
+    if outcome.reason == "exited":
+        return
+    processors = _seconds(limits.cpu or limits.timeout)
     over = {
         "timeout": f"timed out: it ran longer than its limit (timeout) of {_seconds(limits.timeout)}",
         "memory": f"ran out of memory: its limit (memory) is {limits.memory // MEBIBYTE} MiB",
         "output": f"printed too much: its limit (output) is {limits.output // MEBIBYTE} MiB",
+        "processes": f"failed for want of processes: its limit (processes) is {limits.processes:,} at once",
+        "cpu": f"computed too long: it took {outcome.used} s of the processors, its limit (cpu) is {processors}",
+        "disk": f"wrote too much: {outcome.used // MEBIBYTE:,} MiB, its limit (disk) is "
+        f"{limits.disk // MEBIBYTE:,} MiB",
+        "files": f"made too many files: {outcome.used:,}, its limit (files) is {limits.files:,}",
+        "depth": f"made folders {outcome.used:,} deep and more, which is too deep to be kept",
     }
-    if outcome.reason != "exited":
+    if outcome.reason in over:
         raise LimitExceededError(f"{shlex.join(job.argv)!r:.200} {over[outcome.reason]}")
 
 

@@ -128,6 +128,16 @@ class Settings(BaseModel):
         timedelta(hours=1), description="Longest time one command may run, whatever its pipeline says."
     )
     command_memory: Size = Field(2048 * _MEBIBYTE, description="Memory that one command may use.")
+    command_cpu: Duration | None = Field(
+        None,
+        description="Time that all processors together may work for one command. Default: its timeout alone.",
+    )
+    command_disk: Size = Field(
+        20 * 1024 * _MEBIBYTE, description="Disk that one command's changes of its workspace may use."
+    )
+    command_files: int = Field(
+        1_000_000, ge=1, description="Files and folders that one command may make or change in its workspace."
+    )
     command_processes: int = Field(512, ge=1, description="Processes that one command may have at once.")
     command_cpus: float | None = Field(
         None,

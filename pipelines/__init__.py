@@ -1,11 +1,21 @@
 """What a repository writes its pipeline with."""
 
 from pipelines.commands import run_in_sandbox, summarise
-from pipelines.contract import Command, CommandFailedError, CommandResult, Service, Workspace
+from pipelines.contract import (
+    Command,
+    CommandFailedError,
+    CommandKilledError,
+    CommandNotStartedError,
+    CommandResult,
+    Service,
+    Workspace,
+)
 
 __all__ = [
     "Command",
     "CommandFailedError",
+    "CommandKilledError",
+    "CommandNotStartedError",
     "CommandResult",
     "Service",
     "Workspace",

@@ -7,7 +7,7 @@ from typing import Any
 
 from dynflow.durations import parse_duration
 from dynflow.workflow import current_env
-from pipelines.contract import Command, CommandFailedError, CommandResult, SandboxKind, Service, Workspace
+from pipelines.contract import Command, CommandResult, SandboxKind, Service, Workspace, failure_of
 
 
 async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; all but two have a default
@@ -25,8 +25,8 @@ async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; al
 ) -> CommandResult:
     """Run `argv` in a sandbox over `workspace` and return how it ended.
 
-    What it changed in the workspace is kept if it exits with 0. Otherwise raises CommandFailedError, or
-    returns the result too if `check` is false. Call it inside a step.
+    What it changed in the workspace is kept if it exits with 0. Otherwise raises CommandFailedError
+    (CommandKilledError, CommandNotStartedError), or returns the result too if `check` is false. Call it inside a step.
 
     `network`: False for none, True for the internet, or the hosts that the command may reach, such as
     `["pypi.org", "*.pythonhosted.org", "git.example.org:22"]`; a host without a port means 80 and 443.
@@ -54,7 +54,7 @@ async def run_in_sandbox(  # noqa: PLR0913 - one command has this many sides; al
     )
     result: CommandResult = await current_env.get().SANDBOX.run(command)
     if check and not result.ok:
-        raise CommandFailedError(result.argv, result.exit_code, result.output)
+        raise failure_of(result)
     return result
 
 

@@ -73,13 +73,15 @@ class Command:
 class CommandResult:
     """How a command ended. `output` is the end of stdout and stderr together, at most 8 KiB, redacted.
 
-    `exit_code` is 128 + n where signal n ended it.
+    `exit_code` is 128 + n where signal n ended it. `ended` says so, "killed by signal 11 (SIGSEGV)", or why it did not
+    begin, "not found"; it is empty where the command ended with an exit code of its own.
     """
 
     argv: tuple[str, ...]
     exit_code: int
     output: str
     duration: timedelta
+    ended: str = ""
 
     @property
     def ok(self) -> bool:
@@ -96,10 +98,35 @@ class CommandFailedError(Exception):
 
     retry = "when_configured"
 
-    def __init__(self, argv: tuple[str, ...], exit_code: int, output: str) -> None:
-        super().__init__(argv, exit_code, output)
-        self.argv, self.exit_code, self.output = argv, exit_code, output
+    def __init__(self, argv: tuple[str, ...], exit_code: int, output: str, ended: str = "") -> None:
+        super().__init__(argv, exit_code, output, ended)
+        self.argv, self.exit_code, self.output, self.ended = argv, exit_code, output, ended
 
     def __str__(self) -> str:
         tail = "\n".join(self.output.rstrip().splitlines()[-20:])
-        return f"{' '.join(self.argv)!r} exited with {self.exit_code}" + (f"\n{tail}" if tail else "")
+        return f"{self._what()}" + (f"\n{tail}" if tail else "")
+
+    def _what(self) -> str:
+        return f"{' '.join(self.argv)!r} exited with {self.exit_code}"
+
+
+class CommandKilledError(CommandFailedError):
+    """A signal ended the command itself: a crash, or somebody's `kill`. `ended` names it."""
+
+    def _what(self) -> str:
+        return f"{' '.join(self.argv)!r} was {self.ended}"
+
+
+class CommandNotStartedError(CommandFailedError):
+    """There is no such program, or it cannot be executed. `ended` says why."""
+
+    def _what(self) -> str:
+        return f"{self.argv[0]!r} could not be started: {self.ended}"
+
+
+def failure_of(result: CommandResult) -> CommandFailedError:
+    """Return the error that says how `result` failed."""
+    kind = CommandFailedError
+    if result.ended:
+        kind = CommandKilledError if result.ended.startswith("killed") else CommandNotStartedError
+    return kind(result.argv, result.exit_code, result.output, result.ended)

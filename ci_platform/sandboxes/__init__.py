@@ -48,6 +48,12 @@ class SandboxLimits:
     """Processors' worth of time, such as 1.5; None: as much as there is."""
     output: int = 64 * MEBIBYTE
     """Bytes printed; a command that prints more is killed."""
+    cpu: timedelta | None = None
+    """Time of processors that all its processes take together; None: as much as they like until `timeout`."""
+    disk: int = 20 * 1024 * MEBIBYTE
+    """Bytes on disk of what it changes in its tree. /tmp and HOME are memory."""
+    files: int = 1_000_000
+    """Files and folders that it changes in its tree."""
 
 
 Say = Callable[[str], None]
@@ -71,6 +77,7 @@ class SandboxJob:
 
     `services` run beside it, and their images are exact names, too. `scope` is the run that it is part of: jobs
     of one scope may share what a sandbox keeps between two of them.
+    `survive` is a folder in which a later process of the platform finds a command that goes on without this one.
     `network`: none, an open one, or rules of the hosts that may be reached (`egress.policy.Rule`).
     """
 
@@ -85,19 +92,27 @@ class SandboxJob:
     scope: str = ""
     services: tuple[Service, ...] = ()
     say: Say = say_nothing
+    survive: Path | None = None
     connected: Connected = field(default=_ignore, compare=False, repr=False)
 
 
-StopReason = Literal["exited", "timeout", "memory", "output"]
+StopReason = Literal["exited", "timeout", "memory", "output", "processes", "cpu", "disk", "files", "depth"]
+"""`depth`: folders below each other, of which nobody needs as many as a limit on files allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxOutcome:
-    """How the command ended. `exit_code` is 128 + n for signal n. `reason` says who ended it."""
+    """How the command ended. `exit_code` is 128 + n for signal n. `reason` says who ended it.
+
+    `used` is what it had used of the limit that ended it, 0 where nobody counted. `ended` says how it ended by itself,
+    where that was neither well nor with an exit code of its own: "killed by signal 11 (SIGSEGV)", "not found".
+    """
 
     exit_code: int
     reason: StopReason
     duration: timedelta
+    used: int = 0
+    ended: str = ""
 
 
 Output = Callable[[bytes], None]

@@ -5,24 +5,53 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from ci_platform.egress.records import WayOut
 from ci_platform.errors import UnavailableError
-from ci_platform.sandboxes import SANDBOX_UID, Output, SandboxLimits, StopReason, messages
+from ci_platform.sandboxes import Output, messages, watch
 
 _PIECE = 32 * 1024
 """Bytes read at a time: what is done with them keeps the event loop busy, 10 ms if they are empty lines."""
+
+_ANSWER_WITHIN = 10.0
+"""Seconds for a supervisor that has been found to say hello: it has little else to do."""
 
 
 class StaleError(Exception):
     """The berth is older than a mount that the job's tree is on, or died with its launcher."""
 
 
+class Spool:
+    """The file of a command's output, which its supervisor writes; passed on in pieces as it grows."""
+
+    def __init__(self, file: int, output: Output) -> None:
+        self._file, self._output, self._offset = file, output, 0
+
+    async def pass_on(self) -> None:
+        """Pass on what is new."""
+        while self._pass_on_piece():
+            await anyio.lowlevel.checkpoint()
+
+    def pass_on_rest(self) -> None:
+        """Pass on what is new, without a moment for others: for the end of a command that is being cancelled."""
+        while self._pass_on_piece():
+            pass
+
+    def _pass_on_piece(self) -> bool:
+        piece = os.pread(self._file, _PIECE, self._offset)
+        if piece:
+            self._offset += len(piece)
+            self._output(piece)
+        return len(piece) == _PIECE
+
+
 class Berth:
-    """The platform's end of one prepared sandbox."""
+    """The platform's end of one prepared sandbox, or of one whose command has been found again."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -40,53 +69,47 @@ class Berth:
             self._prepared = answer is not None
         return self._prepared
 
-    def start(self, message: dict[str, Any], way_out: WayOut | None) -> int:
-        """Send the job; returns the reading end of what its command prints, which does not block.
-
-        From here on, the way out is in the hands of its gateway, if there is one.
-        """
+    def start(self, job: dict[str, Any], files: dict[str, int], way_out: WayOut | None) -> None:
+        """Send the job with its files. From here on, the way out is in the hands of its gateway."""
         self._close_listener()
-        lifeline = [] if way_out is None else [way_out.lifeline.fileno()]
-        reading, writing = os.pipe()
+        if way_out is not None:
+            files = files | {"lifeline": way_out.lifeline.fileno(), "records": way_out.file}
         try:
-            if os.geteuid() == 0:
-                # So that the command may open /dev/stdout and /dev/stderr by name.
-                os.fchown(writing, SANDBOX_UID, SANDBOX_UID)
-            messages.send(self._channel, message, [writing, *lifeline])
+            messages.send(self._channel, job | {"files": list(files)}, list(files.values()))
         except OSError as error:
-            os.close(reading)
             raise StaleError(f"it ended before its job came: {error}") from error
         finally:
-            os.close(writing)
             if way_out is not None:
                 way_out.handed_over()
-        os.set_blocking(reading, False)
-        return reading
 
-    def kill(self) -> None:
-        """Have the supervisor kill what still runs; its answer comes as usual."""
-        # OSError: it has ended by itself.
+    async def follow(self, spool: Spool) -> dict[str, Any]:
+        """Pass on what the command prints until it ends; returns how it did."""
+        while True:
+            answer = await self._answer()
+            if answer is None:
+                raise UnavailableError("isolate sandbox: its supervisor ended unexpectedly")
+            told = answer[0]
+            if "stale" in told:
+                raise StaleError(told["stale"])
+            if "error" in told:
+                raise UnavailableError(f"isolate sandbox: {told['error']}")
+            await spool.pass_on()
+            if told:
+                return told
+
+    async def kill(self, spool: Spool) -> None:
+        """Have the supervisor kill what runs, and wait until nothing is left. Not cancellable."""
+        with anyio.CancelScope(shield=True), contextlib.suppress(UnavailableError, StaleError, OSError):
+            messages.send(self._channel, {"kill": True})
+            await self.follow(spool)
+
+    def heard(self) -> None:
+        """Tell the supervisor that its command's end is taken care of; it need not wait for anybody."""
         with contextlib.suppress(OSError):
-            self._channel.shutdown(socket.SHUT_WR)
-
-    async def ended(self) -> None:
-        """Wait until the supervisor has something to say."""
-        await anyio.wait_readable(self._channel)
-
-    async def end(self) -> dict[str, Any]:
-        """Wait until nothing is left and return how it ended. Not cancellable."""
-        with anyio.CancelScope(shield=True):
-            answer, _ = await self._answer() or (None, [])
-        if answer is None:
-            raise UnavailableError("isolate sandbox: its supervisor ended unexpectedly")
-        if "stale" in answer:
-            raise StaleError(answer["stale"])
-        if "error" in answer:
-            raise UnavailableError(f"isolate sandbox: {answer['error']}")
-        return answer
+            messages.send(self._channel, {"heard": True})
 
     def close(self) -> None:
-        """Let go of it; a supervisor that still runs kills everything and ends."""
+        """Let go of it. Its supervisor kills everything and ends, unless its command may survive us."""
         self._close_listener()
         self._channel.close()
 
@@ -100,45 +123,35 @@ class Berth:
         return messages.receive(self._channel)
 
 
-class Stream:
-    """What a command prints, passed on up to a limit."""
-
-    def __init__(self, fd: int, limit: int, output: Output) -> None:
-        self._fd, self._left, self._output = fd, limit, output
-
-    async def drain(self) -> bool:
-        """Pass on what comes until the last writer is gone; False where that is more than the limit."""
-        while self._left >= 0:
-            await anyio.wait_readable(self._fd)
-            if self._pass_on():
-                return True
-        return False
-
-    def finish(self) -> None:
-        """Pass on what the ended command left in the pipe, and close it."""
-        while self._left >= 0 and not self._pass_on():
-            pass
-        os.close(self._fd)
-
-    def _pass_on(self) -> bool:
-        """Pass on one piece; returns whether the stream is at its end."""
-        try:
-            piece = os.read(self._fd, _PIECE)
-        except BlockingIOError:
-            return False
-        if piece and self._left > 0:
-            self._output(piece[: self._left])
-        # Below zero: there was more than the limit.
-        self._left -= len(piece)
-        return not piece
+def listen(folder: Path) -> socket.socket:
+    """Return the socket in `folder` at which a supervisor will be found."""
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener = socket.socket(socket.AF_UNIX)
+        # By way of the descriptor: the address of such a socket is at most 107 bytes long.
+        listener.bind(f"/proc/self/fd/{place}/supervisor")
+        listener.listen(2)
+        return listener
+    finally:
+        os.close(place)
 
 
-async def follow(berth: Berth, stream: Stream, limits: SandboxLimits) -> StopReason:
-    """Pass on what a command prints until it ends; returns what its end is due to."""
-    with anyio.move_on_after(limits.timeout.total_seconds()):
-        if not await stream.drain():
-            return "output"
-        # A command may close its output and go on.
-        await berth.ended()
-        return "exited"
-    return "timeout"
+def find(folder: Path) -> tuple[Berth, list[int]] | None:
+    """Return the end of a supervisor that an earlier process has left in `folder`, and its files. Blocks a moment."""
+    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    channel = socket.socket(socket.AF_UNIX)
+    channel.settimeout(_ANSWER_WITHIN)
+    try:
+        channel.connect(f"/proc/self/fd/{place}/supervisor")
+        received = messages.receive(channel)
+        if received is not None and received[0].get("hello") == watch.VERSION:
+            return Berth(channel), received[1]
+    except OSError:
+        pass
+    finally:
+        os.close(place)
+    with contextlib.suppress(OSError):
+        messages.send(channel, {"kill": True})
+        messages.send(channel, {"heard": True})
+    channel.close()
+    return None

@@ -17,6 +17,8 @@ from pathlib import Path
 _PREFIX = "dynflow-"
 _REMOVAL_TRIES = 500
 _CONTROLLERS = ("memory", "pids")
+_COUNTERS = ("cpuacct",)
+"""Of version 1, used where they are there. Version 2 counts in every group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ def sweep() -> int:
 def _remove_all(folder: Path) -> int:
     groups = [group for group in folder.iterdir() if group.is_dir()]
     for group in groups:
+        if is_alive(group.name):
+            continue  # its command has survived its platform, or its supervisor is just removing it
         for pid in (group / "cgroup.procs").read_text().split():
             with contextlib.suppress(OSError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -111,14 +115,15 @@ def _homes_v2() -> tuple[str, ...]:
 
 
 def _homes_v1() -> tuple[str, ...]:
-    homes = []
-    for controller in _CONTROLLERS:
+    homes: list[tuple[str, str]] = []
+    for controller in (*_CONTROLLERS, *_COUNTERS):
         for mount_point, root, kind, options in _mounts():
             if kind == "cgroup" and controller in options:
                 home = _below(mount_point, root, _own_path(controller))
                 if os.access(home, os.W_OK):
-                    homes.append(home)
-    return tuple(homes) if len(homes) == len(_CONTROLLERS) else ()
+                    homes.append((controller, home))
+    needed = sum(controller in _CONTROLLERS for controller, _ in homes)
+    return tuple(dict.fromkeys(home for _, home in homes)) if needed == len(_CONTROLLERS) else ()
 
 
 def _mounts() -> list[tuple[str, str, str, list[str]]]:
@@ -187,6 +192,22 @@ class Group:
                     if int(counts.get("oom_kill", 0)) > 0:
                         return True
         return False
+
+    def out_of_processes(self) -> bool:
+        """Whether the kernel refused a process in here."""
+        for folder in self._folders:
+            with contextlib.suppress(FileNotFoundError):
+                return int(_read(folder, "pids.events").split()[1]) > 0
+        return False
+
+    def processor_seconds(self) -> float | None:
+        """Return the processors' time of all that ran in here; None where it is not counted."""
+        for folder in self._folders:
+            with contextlib.suppress(FileNotFoundError):
+                return int(_read(folder, "cpuacct.usage")) / 1e9
+            with contextlib.suppress(FileNotFoundError):
+                return int(dict(map(str.split, _read(folder, "cpu.stat").splitlines()))["usage_usec"]) / 1e6
+        return None
 
     def remove(self) -> None:
         """Remove the group; nothing may run in it any more."""

@@ -75,11 +75,11 @@ class Inside:
             os.write(finished, str(error).encode())
             return 70
         os.write(finished, b"ok")
-        os.close(finished)
         os.close(ready)
         while True:
             pid, status = os.wait()
             if pid == command:
+                os.write(finished, str(status).encode())
                 code = os.waitstatus_to_exitcode(status)
                 return code if code >= 0 else 128 - code
 
@@ -102,7 +102,23 @@ class Inside:
         except OSError as error:
             messages.send(self.relay, {"refused": str(error)})
             return 70
-        return _become(job["argv"], {os.fsencode(k): os.fsencode(v) for k, v in job["env"].items()})
+        return self._become(job["argv"], {os.fsencode(k): os.fsencode(v) for k, v in job["env"].items()})
+
+    def _become(self, argv: list[str], env: dict[bytes, bytes]) -> int:
+        for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            os.execvpe(argv[0], argv, env)  # noqa: S606 - no shell is the point
+        except FileNotFoundError:
+            return self._say_why_not(argv[0], "not found", _NOT_FOUND)
+        except OSError as error:
+            return self._say_why_not(argv[0], str(error.strerror), _NOT_EXECUTABLE)
+
+    def _say_why_not(self, program: str, why: str, code: int) -> int:
+        """Say it to people, as a shell does, and to the platform."""
+        os.write(2, f"{program}: {why}\n".encode(errors="replace"))
+        messages.send(self.relay, {"ended": why})
+        return code
 
 
 def _stand_apart() -> None:
@@ -133,16 +149,3 @@ def _set_limits(job: dict[str, Any]) -> None:
         resource.setrlimit(number, (limit, limit))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, hard), hard))
-
-
-def _become(argv: list[str], env: dict[bytes, bytes]) -> int:
-    for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        os.execvpe(argv[0], argv, env)  # noqa: S606 - no shell is the point
-    except FileNotFoundError:
-        os.write(2, f"{argv[0]}: not found\n".encode(errors="replace"))
-        return _NOT_FOUND
-    except OSError as error:
-        os.write(2, f"{argv[0]}: {error.strerror}\n".encode(errors="replace"))
-        return _NOT_EXECUTABLE

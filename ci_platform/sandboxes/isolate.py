@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -26,15 +26,19 @@ from ci_platform.sandboxes import (
     Sandbox,
     SandboxJob,
     SandboxOutcome,
+    berths,
     cgroups,
     messages,
     rootfs,
     seccomp,
 )
-from ci_platform.sandboxes.berths import Berth, StaleError, Stream, follow
+from ci_platform.sandboxes.berths import Berth, Spool, StaleError
 
 _ANSWER_WITHIN = 30.0
 """Seconds for the launcher to take a message: it is idle or forks, so only a stopped machine needs longer."""
+
+_KEPT = timedelta(hours=1)
+"""How long a command that has ended while no platform was there waits for one to hear of it."""
 
 _CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -69,6 +73,7 @@ class IsolateSandbox(Sandbox):
         self._launcher: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._berths: deque[Berth] = deque()
+        self._leaving = False
 
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
         """Run one command to its end."""
@@ -133,21 +138,40 @@ class IsolateSandbox(Sandbox):
         with contextlib.ExitStack() as stack:
             stack.callback(berth.close)
             way_out = self._way_out(job, berth, stack)
-            started = time.monotonic()
-            stream = Stream(berth.start(message, way_out), job.limits.output, _telling(output, way_out))
+            # Without a name: it is gone with the last process that has it open.
+            file = stack.enter_context(tempfile.TemporaryFile(buffering=0, dir=job.survive))
+            files = {"output": file.fileno()}
+            if job.survive is not None:
+                files["control"] = stack.enter_context(berths.listen(job.survive)).fileno()
+            berth.start(message, files, way_out)
             self._refill()
-            try:
-                reason = await follow(berth, stream, job.limits)
-            finally:
-                berth.kill()
-                verdict = await berth.end()
-                stream.finish()
-                if way_out is not None:
-                    way_out.tell_new()
+            return await self._see_through(
+                berth, Spool(file.fileno(), _telling(output, way_out)), job, way_out
+            )
+
+    async def _see_through(
+        self, berth: Berth, spool: Spool, job: SandboxJob, way_out: WayOut | None
+    ) -> SandboxOutcome:
+        """Follow a command to its end. Cancelled, it is killed, or left alone where it may survive and we leave."""
+        try:
+            verdict = await berth.follow(spool)
+        except BaseException:
+            if not (self._leaving and job.survive is not None):
+                await berth.kill(spool)
+            raise
+        finally:
+            spool.pass_on_rest()
+            if way_out is not None:
+                way_out.tell_new()
         if "refused" in verdict:
             raise FailedError(verdict["refused"])
-        duration = timedelta(seconds=time.monotonic() - started)
-        return SandboxOutcome(verdict["exited"], verdict.get("reason", reason), duration)
+        return SandboxOutcome(
+            verdict["exited"],
+            verdict.get("reason", "exited"),
+            timedelta(seconds=verdict["seconds"]),
+            verdict.get("used", 0),
+            verdict.get("ended", ""),
+        )
 
     def _check_network(self, job: SandboxJob) -> None:
         if job.network and not self._allow_network:
@@ -195,8 +219,7 @@ class IsolateSandbox(Sandbox):
             "argv": list(job.argv),
             "env": env,
             "cwd": job.cwd,
-            "memory": job.limits.memory,
-            "processes": job.limits.processes,
+            **_limits(job),
             "rlimits": self._rlimits(job),
             "tree": {
                 "upper": str(tree.upper.resolve()),
@@ -211,7 +234,7 @@ class IsolateSandbox(Sandbox):
 
         RLIMIT_DATA and not RLIMIT_AS: what Go, Java and V8 only reserve is no memory.
         """
-        limits = {"RLIMIT_CORE": 0}
+        limits = {"RLIMIT_CORE": 0, "RLIMIT_FSIZE": max(job.limits.disk, job.limits.memory)}
         if self._groups is None:
             limits["RLIMIT_DATA"] = job.limits.memory
             if os.geteuid() != 0:
@@ -297,3 +320,18 @@ def _telling(output: Output, way_out: WayOut | None) -> Output:
         output(piece)
 
     return tell
+
+
+def _limits(job: SandboxJob) -> dict[str, Any]:
+    """Return what the supervisor holds a job to, in seconds and bytes."""
+    limits = job.limits
+    return {
+        "memory": limits.memory,
+        "processes": limits.processes,
+        "timeout": limits.timeout.total_seconds(),
+        "output": limits.output,
+        "cpu": None if limits.cpu is None else limits.cpu.total_seconds(),
+        "disk": limits.disk,
+        "inodes": limits.files,
+        "kept": _KEPT.total_seconds(),
+    }

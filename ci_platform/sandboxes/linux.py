@@ -183,6 +183,11 @@ def die_with_parent() -> None:
     _check("prctl", _libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0))
 
 
+def live_on() -> None:
+    """Take `die_with_parent` back."""
+    _check("prctl", _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0))
+
+
 def hide_memory() -> None:
     """Keep other processes of this user out of this process's memory and /proc entries."""
     _check("prctl", _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))

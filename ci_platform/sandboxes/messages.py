@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Sequence
@@ -18,6 +19,12 @@ def send(channel: socket.socket, message: dict[str, Any], files: Sequence[int] =
     sent = socket.send_fds(channel, [data], list(files))
     if sent < len(data):
         channel.sendall(data[sent:])
+
+
+def nudge(channel: socket.socket) -> None:
+    """Send an empty message, or none where the receiver has many to read or is gone."""
+    with contextlib.suppress(OSError):
+        channel.send(b"\0\0\0\2{}", socket.MSG_DONTWAIT)
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:

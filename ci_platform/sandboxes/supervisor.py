@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 from pathlib import Path
 from typing import Any
 
 from ci_platform.egress import ADDRESS, PORT
-from ci_platform.sandboxes import cgroups, linux, messages, rootfs
+from ci_platform.sandboxes import cgroups, gauges, linux, messages, rootfs
 from ci_platform.sandboxes.inside import HOST, ROOT, Inside, run_to_exit
-
-_WATCH_EVERY = 200
-"""Milliseconds between two looks at the memory of a job that no control group limits."""
-
-_GATEWAY_ENDS_WITHIN = 5.0
-"""Seconds that a gateway is waited for when its command is over, so that its last records are there."""
+from ci_platform.sandboxes.watch import Watch
 
 
 class _StaleError(Exception):
@@ -43,15 +37,16 @@ class Berth:
         self.uid: int = config["uid"]
         self.as_root = os.geteuid() == 0
         self.relay, self.command_end = socket.socketpair()
-        self.init = 0
+        self.init, self.told_by_init = 0, -1
+        self.watch: Watch | None = None
         self.group: cgroups.Group | None = None
 
     def serve(self) -> None:
         """Prepare, take one job, see it through, report."""
         linux.die_with_parent()
         os.setsid()
-        # BrokenPipeError: nobody waits for the report any more.
-        with contextlib.suppress(BrokenPipeError):
+        # OSError: nobody waits for the report any more.
+        with contextlib.suppress(OSError):
             try:
                 self._serve()
             except _StaleError as error:
@@ -70,25 +65,49 @@ class Berth:
         received = messages.receive(self.channel)
         if received is None:
             return
-        job, (output, *lifeline) = received
-        self._furnish(job)
-        messages.send(self.relay, job, [output])
-        os.close(output)
-        verdict = self._watch(job)
-        for fd in lifeline:
-            _end_gateway(socket.socket(fileno=fd))
-        # Nothing runs in there any more, so this waits for the overlay to be really gone.
+        job, fds = received
+        files = dict(zip(job["files"], fds, strict=True))
+        if "control" in files:
+            # From here on it does without the platform, and without the launcher.
+            linux.live_on()
+        changes = self._furnish(job)
+        printed = self._hand_on(job)
+        self.watch = Watch(
+            job,
+            files,
+            self.channel,
+            relay=self.relay,
+            init=self.init,
+            told_by_init=self.told_by_init,
+            printed=printed,
+            group=self.group,
+            disk=gauges.Disk(changes, job["disk"], job["inodes"], fresh=bool(job["tree"]["lowers"])),
+            settle=lambda: self._settle(changes),
+        )
+        self.init = 0
+        self.watch.run()
+
+    def _hand_on(self, job: dict[str, Any]) -> int:
+        """Give the job to the process that becomes the command; returns where what it prints comes out."""
+        printed, printing = os.pipe()
+        if self.as_root:
+            # So that the command may open /dev/stdout and /dev/stderr by name.
+            os.fchown(printing, self.uid, self.uid)
+        messages.send(self.relay, job, [printing])
+        os.close(printing)
+        return printed
+
+    def _settle(self, changes: int) -> None:
+        """Let go of what the ended command held. Nothing runs in there, so the overlay is really gone afterwards."""
+        os.close(changes)
         with contextlib.suppress(OSError):
             linux.unmount(rootfs.WORKSPACE)
         if self.group is not None:
-            if verdict["exited"] and self.group.out_of_memory():
-                verdict.setdefault("reason", "memory")
             self.group.remove()
-        messages.send(self.channel, verdict)
 
     def _prepare(self) -> None:
         if self.parents is not None:
-            self.group = cgroups.Group(self.parents, str(os.getpid()))
+            self.group = cgroups.Group(self.parents, cgroups.platform_name())
         self._enter_namespaces()
         ready, go = os.pipe()
         done, finished = os.pipe()
@@ -109,7 +128,7 @@ class Berth:
         os.write(go, b".")
         os.close(go)
         problem = os.read(done, 4096)
-        os.close(done)
+        self.told_by_init = done
         if problem != b"ok":
             raise OSError(problem.decode(errors="replace") or "init ended early")
         rootfs.close(ROOT)
@@ -156,12 +175,13 @@ class Berth:
         with socket.create_server((ADDRESS, PORT), backlog=128) as listener:
             messages.send(self.channel, {"ready": self.init}, [listener.fileno()])
 
-    def _furnish(self, job: dict[str, Any]) -> None:
-        """Mount the workspace and leave the host's tree for good."""
+    def _furnish(self, job: dict[str, Any]) -> int:
+        """Mount the workspace and leave the host's tree for good; returns the folder of the command's changes, open."""
         tree = job["tree"]
         upper = HOST + tree["upper"]
         if _identity(upper) != tree["identity"]:
             raise _StaleError(f"{tree['upper']} is on a file system that was mounted later")
+        changes = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         target = ROOT + rootfs.WORKSPACE
         if tree["lowers"]:
             lowers = [HOST + lower for lower in tree["lowers"]]
@@ -175,62 +195,12 @@ class Berth:
         linux.pivot_root(".", ".")
         linux.unmount(".", linux.MNT_DETACH)
         os.chdir("/")
-
-    def _watch(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Wait until the command is over; kill it when the platform says so, is gone, or memory runs out."""
-        poll = select.poll()
-        poll.register(self.channel, select.POLLRDHUP)
-        poll.register(self.relay, select.POLLIN)
-        pidfd = os.pidfd_open(self.init)
-        poll.register(pidfd, select.POLLIN)
-        verdict: dict[str, Any] = {}
-        while True:
-            events = {fd for fd, _ in poll.poll(None if self.group is not None else _WATCH_EVERY)}
-            if self.relay.fileno() in events:
-                poll.unregister(self.relay)
-                if (refusal := messages.receive(self.relay)) is not None:
-                    verdict = refusal[0]
-            if pidfd in events:
-                _, status = os.waitpid(self.init, 0)
-                self.init = 0
-                code = os.waitstatus_to_exitcode(status)
-                return {"exited": code if code >= 0 else 128 - code} | verdict
-            if self.channel.fileno() in events:
-                poll.unregister(self.channel)
-                os.kill(self.init, signal.SIGKILL)
-            elif self.group is None and not verdict and _memory_used() > job["memory"]:
-                verdict = {"reason": "memory"}
-                os.kill(self.init, signal.SIGKILL)
+        return changes
 
     def _kill(self) -> None:
+        if self.watch is not None:
+            self.watch.kill()
         if self.init:
             os.kill(self.init, signal.SIGKILL)
             os.waitpid(self.init, 0)
             self.init = 0
-
-
-def _end_gateway(lifeline: socket.socket) -> None:
-    """Have the command's gateway end, and wait until it has written what it knows."""
-    with lifeline:
-        lifeline.settimeout(_GATEWAY_ENDS_WITHIN)
-        with contextlib.suppress(OSError):
-            lifeline.shutdown(socket.SHUT_WR)
-            while lifeline.recv(4096):
-                pass
-
-
-def _memory_used() -> int:
-    """Return the bytes that all processes of this sandbox hold, its private files included."""
-    private = os.statvfs(rootfs.SCRATCH)
-    used = (private.f_blocks - private.f_bfree) * private.f_frsize
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            used += _proportional_size(process)
-    return used
-
-
-def _proportional_size(process: Path) -> int:
-    for line in (process / "smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0

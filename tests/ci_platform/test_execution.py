@@ -158,12 +158,24 @@ LIMITS: dict[str, tuple[str, SandboxLimits, str]] = {
         "(output) is 1 MiB",
     ),
     "memory": ("tail /dev/zero", SandboxLimits(memory=64 * MEBIBYTE), "(memory) is 64 MiB"),
+    "cpu": ("while :; do :; done", SandboxLimits(cpu=timedelta(seconds=0.5)), "(cpu) is 0.5 s"),
+    "disk": (
+        "head -c 100000000 /dev/zero >big; sleep 600",
+        SandboxLimits(disk=9 * MEBIBYTE),
+        "(disk) is 9 MiB",
+    ),
+    "files": ("for n in $(seq 300); do mkdir d$n; done; sleep 600", SandboxLimits(files=99), "(files) is 99"),
+    "processes": (
+        "for n in $(seq 99); do sleep 600 & done; wait",
+        SandboxLimits(processes=9),
+        "(processes) is 9",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", LIMITS)
 async def test_going_over_a_limit_fails_and_names_it(bench: Bench, name: str) -> None:
-    if name == "memory" and os.geteuid() != 0:
+    if name in {"memory", "processes"} and os.geteuid() != 0:
         pytest.skip("without control groups a command that asks for too much is told so and ends by itself")
     script, limits, told = LIMITS[name]
     with pytest.raises(LimitExceededError) as caught:

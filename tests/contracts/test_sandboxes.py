@@ -17,6 +17,7 @@ import anyio
 import psutil
 import pytest
 
+from ci_platform import layers
 from ci_platform.errors import FailedError, UnavailableError
 from ci_platform.sandboxes import (
     MEBIBYTE,
@@ -26,6 +27,7 @@ from ci_platform.sandboxes import (
     SandboxLimits,
     SandboxOutcome,
     Tree,
+    cgroups,
 )
 from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.sandboxes.isolate import IsolateSandbox
@@ -134,6 +136,23 @@ async def test_an_exit_code_is_passed_on(run: Run, code: int) -> None:
 async def test_a_command_ended_by_a_signal_exits_with_128_and_its_number(run: Run, number: int) -> None:
     outcome = await run(f"kill -{number} $$; sleep 60")
     assert (outcome.exit_code, outcome.reason) == (128 + number, "exited")
+
+
+async def test_what_a_command_was_killed_by_is_said_and_cannot_be_pretended(run: Run, kind: str) -> None:
+    if kind == "container":
+        pytest.skip("a container's engine tells the exit code alone")
+    assert (await run("kill -11 $$; sleep 60")).ended == "killed by signal 11 (SIGSEGV)"
+    assert (await run("exit 139")).ended == ""
+    assert (await run("sh -c 'kill -9 $$'; exit $?")).ended == ""
+
+
+async def test_why_a_program_does_not_start_is_said(run: Run, kind: str) -> None:
+    if kind == "container":
+        pytest.skip("a container's engine tells the exit code alone")
+    assert (await run(("no-such-program",))).ended == "not found"
+    tree = run.tree(run.layer("data", {"data": "x"}))
+    assert (await run(("/workspace/data",), tree)).ended == "Permission denied"
+    assert (await run("no-such-program")).ended == ""
 
 
 async def test_a_program_that_is_not_there_exits_with_127_and_is_named(run: Run) -> None:
@@ -394,6 +413,75 @@ async def test_private_files_count_as_memory(run: Run) -> None:
     assert outcome.exit_code != 0
 
 
+async def test_a_command_that_takes_too_much_of_the_processors_is_killed(run: Run, kind: str) -> None:
+    if kind == "container":
+        pytest.skip("time of processors is not limited in containers")
+    spin = "(while :; do :; done) & (while :; do :; done) & while :; do :; done"
+    outcome = await run(spin, limits=limits(cpu=timedelta(seconds=1), timeout=timedelta(minutes=1)))
+    assert (outcome.reason, outcome.exit_code) == ("cpu", 137)
+    assert outcome.used >= 1
+
+
+async def test_time_of_ended_children_counts(run: Run, kind: str) -> None:
+    if kind == "container":
+        pytest.skip("time of processors is not limited in containers")
+    burn = "python3 -c 'while True: pass' & sleep 0.5; kill $!; wait $!"
+    script = f"while :; do {burn}; done"
+    outcome = await run(script, limits=limits(cpu=timedelta(seconds=1), timeout=timedelta(minutes=1)))
+    assert outcome.reason == "cpu"
+
+
+FILL = {
+    "one large file": ("head -c 100000000 /dev/zero >big; sleep 600", "disk"),
+    "many files": ("for n in $(seq 1000); do mkdir d$n; echo x >d$n/f; done; sleep 600", "files"),
+    "a file without a name": ("exec 3>big; rm big; head -c 100000000 /dev/zero >&3; sleep 600", "disk"),
+    "a hidden folder": ("mkdir -m 700 .x; head -c 100000000 /dev/zero >.x/y; chmod 0 .x; sleep 600", "disk"),
+    "at the last moment": ("head -c 100000000 /dev/zero >big", "disk"),
+}
+
+
+@pytest.mark.parametrize("way", FILL)
+async def test_a_command_that_fills_the_disk_is_killed(run: Run, kind: str, way: str) -> None:
+    if kind == "container":
+        pytest.skip("the disk is not limited in containers")
+    script, reason = FILL[way]
+    # A place of the disk's own: what others write meanwhile is looked at, but not counted.
+    outcome = await run(script, limits=limits(disk=20_000_000, files=1000, timeout=timedelta(minutes=1)))
+    assert outcome.reason == reason
+    assert outcome.used > {"disk": 20_000_000, "files": 1000}[reason]
+    assert sleepers() == []
+
+
+async def test_what_stays_within_the_limit_of_disk_is_no_matter(run: Run) -> None:
+    base = run.layer("base", {"large": "x" * 10_000_000, "small": "y"})
+    script = """
+        for n in 1 2 3 4 5; do head -c 3000000 /dev/zero >f; rm f; done
+        for n in $(seq 20); do ln small link$n; done
+        echo z >>small
+        head -c 3000000 /dev/zero >g; ln g h; ln g i; sleep 0.5
+    """
+    outcome = await run(script, run.tree(base), limits=limits(disk=5_000_000, files=100))
+    assert (outcome.reason, outcome.exit_code) == ("exited", 0), run.text
+
+
+async def test_folders_below_each_other_without_end_are_stopped(run: Run, kind: str) -> None:
+    if kind == "container":
+        pytest.skip("the disk is not limited in containers")
+    dig = "import os\nfor n in range(3000): os.mkdir('d'); os.chdir('d')\nprint(n)"
+    tree = run.tree()
+    outcome = await run(("python3", "-c", dig), tree, limits=limits(files=600))
+    layers.remove_tree(tree.upper)  # deeper than pytest removes
+    assert outcome.reason == "depth"
+
+
+async def test_a_command_that_may_have_no_more_processes_fails_by_that(run: Run, kind: str) -> None:
+    if kind == "container" or os.geteuid() != 0:
+        pytest.skip("told by control groups alone")
+    script = "for n in 1 2 3 4 5 6 7 8 9; do sleep 60 & done; wait"
+    outcome = await run(script, limits=limits(processes=5))
+    assert (outcome.reason, outcome.exit_code != 0) == ("processes", True), run.text
+
+
 async def test_a_fork_bomb_stays_within_its_limit(run: Run) -> None:
     bomb = "b() { b | b & }; b; sleep 2; echo alive"
     outcome = await run(bomb, limits=limits(processes=40, timeout=timedelta(seconds=4)))
@@ -411,8 +499,8 @@ async def test_nothing_is_left_of_a_command(run: Run) -> None:
         assert sleepers() == []
         assert mounts(run.home) == []
         assert containers() == []
-    # Two sandboxes stand ready for the next command, each with a group for memory and one for processes.
-    await eventually(lambda: len(control_groups()) <= 4)
+    # Two sandboxes stand ready for the next command, each with three groups: memory, processes, time.
+    await eventually(lambda: len(control_groups()) <= 6)
 
 
 async def test_a_tree_can_be_removed_when_the_command_is_over(run: Run) -> None:
@@ -565,4 +653,6 @@ def containers() -> list[str]:
 
 
 def control_groups() -> list[Path]:
-    return [path for path in Path("/sys/fs/cgroup").glob(f"**/dynflow-{os.getpid()}-*/*") if path.is_dir()]
+    homes = (*cgroups._homes_v2(), *cgroups._homes_v1())
+    found = [path for home in homes for path in Path(home).glob(f"dynflow-{os.getpid()}-*/*")]
+    return [path for path in found if path.is_dir()]
