@@ -9,6 +9,7 @@ from __future__ import annotations
 from ci_platform.access import Access
 from ci_platform.errors import InvalidInputError
 from ci_platform.imports import Imports
+from ci_platform.named_locks import NamedLocks
 from ci_platform.pushes import Pushes
 from ci_platform.repositories import Repositories, RepositoryView
 from ci_platform.source import Source
@@ -22,6 +23,7 @@ class GitStore:
     ) -> None:
         self._repositories, self._source = repositories, source
         self._imports, self._pushes, self._access = imports, pushes, access
+        self._names = NamedLocks()
 
     async def fork(self, parent: str, name: str) -> RepositoryView:
         """Make `name` a repository of its own with the branches, tags and commits that `parent` has now.
@@ -31,22 +33,25 @@ class GitStore:
         of = await self._repositories.get(parent)
         if of.forge != "local":
             raise InvalidInputError(f"{parent!r} lives at {of.forge}: fork it there, or import it first")
-        await self._repositories.claim(name)
-        await self._source.delete(name)
-        if await self._source.exists(parent):
-            await self._source.fork(parent, name)
-            await self._pushes.adopt(name, await self._source.ref_snapshot(name))
-        return await self._repositories.register(
-            name, forge="local", default_branch=of.default_branch, parent=parent
-        )
+        # One at a time for a name: what is claimed and not yet registered is anybody's to claim again.
+        async with self._names(name.lower()):
+            await self._repositories.claim(name)
+            await self._source.delete(name)
+            if await self._source.exists(parent):
+                await self._source.fork(parent, name)
+                await self._pushes.adopt(name, await self._source.ref_snapshot(name))
+            return await self._repositories.register(
+                name, forge="local", default_branch=of.default_branch, parent=parent
+            )
 
     async def delete(self, name: str) -> None:
         """Delete a repository with its tokens. Forks of it stay whole, and so do the pages of its runs.
 
         Raises NotFoundError, and ConflictError while a run of it has not ended.
         """
-        await self._repositories.forget(name)
-        await self._clear(name)
+        async with self._names(name.lower()):
+            await self._repositories.forget(name)
+            await self._clear(name)
 
     async def _clear(self, name: str) -> None:
         await self._access.revoke_all_of(name)

@@ -434,6 +434,25 @@ async def test_a_fork_starts_nothing_and_its_first_push_does(world: World, remot
         await world.git_store.fork("no/where", "bob/other")
 
 
+async def test_of_two_forks_to_one_name_one_is_made_and_whole(world: World, remote: WorkingCopy) -> None:
+    await world.imported(remote)
+    await world.repositories.register("eve/empty", forge="local")
+    refused: list[str] = []
+
+    async def fork(parent: str) -> None:
+        try:
+            await world.git_store.fork(parent, "bob/fork")
+        except ConflictError:
+            refused.append(parent)
+
+    async with anyio.create_task_group() as tasks:
+        for parent in (REPO, "eve/empty", REPO, "eve/empty"):
+            tasks.start_soon(fork, parent)
+    assert len(refused) == 3
+    made = await world.repositories.get("bob/fork")
+    assert await world.source.exists("bob/fork") == (made.parent == REPO), "the content is its parent's"
+
+
 async def test_a_deleted_import_is_gone_with_its_secrets_and_its_name_is_free(
     world: World, remote: WorkingCopy
 ) -> None:
