@@ -54,11 +54,12 @@ class Trees:
         return Tree(self.folder(f"upper{self.count}"), self.folder(f"work{self.count}"), (self.lower,))
 
 
-def sandboxed(sandbox: Sandbox, trees: Trees) -> Way:
-    """Return a way that runs `true` in a sandbox over an overlay."""
+def sandboxed(sandbox: Sandbox, trees: Trees, scope: str = "") -> Way:
+    """Return a way that runs `true` in a sandbox over an overlay, as part of the run `scope`."""
 
     async def run() -> None:
-        outcome = await sandbox.run(SandboxJob("bench", ("true",), trees.tree()), lambda _: None)
+        job = SandboxJob("bench", ("true",), trees.tree(), scope=scope)
+        outcome = await sandbox.run(job, lambda _: None)
         assert outcome.exit_code == 0
 
     return run
@@ -103,6 +104,7 @@ async def main() -> None:
     ways = {
         "subprocess": plain("true"),
         "isolate sandbox": sandboxed(isolate, trees),
+        "warm container": sandboxed(container, trees, "run"),
         "docker sandbox": sandboxed(container, trees),
         "docker run": plain(*docker),
     }

@@ -12,10 +12,19 @@ from pathlib import Path
 PROGRAMS = ("sh", "cat", "sleep", "true", "ls", "id", "hostname")
 
 
-def make_image(tag: str, files: dict[str, str] | None = None, *, programs: tuple[str, ...] = PROGRAMS) -> str:
-    """Make an image with `programs` and `files` (path to text) under `tag`; returns its id, `sha256:…`."""
+def make_image(
+    tag: str,
+    files: dict[str, str] | None = None,
+    *,
+    programs: tuple[str, ...] = PROGRAMS,
+    links: dict[str, str] | None = None,
+) -> str:
+    """Make an image with `programs`, `files` (path to text) and `links` under `tag`; returns its id, `sha256:…`."""
     done = subprocess.run(
-        ["docker", "import", "-", tag], input=_root(files or {}, programs), capture_output=True, check=True
+        ["docker", "import", "-", tag],
+        input=_root(files or {}, programs, links or {}),
+        capture_output=True,
+        check=True,
     )
     return done.stdout.decode().strip()
 
@@ -32,11 +41,16 @@ def forget_image(*names: str) -> None:
     subprocess.run(["docker", "rmi", "--force", *names], capture_output=True, check=False)
 
 
-def _root(files: dict[str, str], programs: tuple[str, ...]) -> bytes:
+def _root(files: dict[str, str], programs: tuple[str, ...], links: dict[str, str]) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for folder in ("tmp", "var/tmp", "home/ci", "workspace", "proc", "dev", "sys", "etc"):
-            _add(archive, folder, None)
+            if folder.partition("/")[0] not in links:
+                _add(archive, folder, None)
+        for name, target in links.items():
+            item = tarfile.TarInfo(name)
+            item.type, item.linkname = tarfile.SYMTYPE, target
+            archive.addfile(item)
         paths = {Path("/bin", program): shutil.which(program) for program in programs}
         assert all(paths.values()), paths
         for path, found in paths.items():

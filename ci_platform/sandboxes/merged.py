@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from ci_platform import copy_on_write
 from ci_platform.errors import UnavailableError
-from ci_platform.sandboxes import Tree
+from ci_platform.sandboxes import Tree, linux
 
-_PREFIX, _TREE = "dynflow-tree-", "tree"
-_PACKAGE_HOME = str(Path(__file__).resolve().parents[2])
-_MOUNT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from ci_platform.sandboxes import linux; "
-    "linux.mount_overlay(sys.argv[5:], sys.argv[3], sys.argv[4], sys.argv[2], as_root=True)"
-)
+TREE = "tree"
+_PREFIX = "dynflow-tree-"
+_CLONE_FS = 0x200
 
 
 @contextlib.contextmanager
@@ -34,33 +31,69 @@ def merged(tree: Tree) -> Iterator[Path]:
     if not tree.lowers:
         yield tree.upper
         return
-    # Nobody else may enter: the tree inside has the modes that its commands gave it.
-    place = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    place = make_place()
     try:
-        with (_mounted if os.geteuid() == 0 else _copied)(tree, place / _TREE) as folder:
+        with (_mounted if os.geteuid() == 0 else _copied)(tree, place / TREE) as folder:
             yield folder
     finally:
         with contextlib.suppress(OSError):
             place.rmdir()
 
 
-@contextlib.contextmanager
-def _mounted(tree: Tree, place: Path) -> Iterator[Path]:
-    # In a process of its own: the call changes the current folder, which threads share.
-    place.mkdir()
-    lowers = [str(lower) for lower in tree.lowers]
-    command = [sys.executable, "-I", "-S", "-c", _MOUNT, _PACKAGE_HOME]
-    command += [str(place), str(tree.upper), str(tree.work), *lowers]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={})
-    if done.returncode != 0:
-        place.rmdir()
-        raise UnavailableError(f"container sandbox: cannot mount the workspace: {done.stderr.strip()[-300:]}")
+def make_place() -> Path:
+    """Make a folder for trees, which the next platform sweeps if this one is killed."""
+    # Nobody else may enter: the trees inside have the modes that their commands gave them.
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+
+
+def mount(tree: Tree, target: Path) -> None:
+    """Mount a tree over the folder `target`. Blocks for a millisecond; needs root. Raises UnavailableError."""
+    problems: list[OSError] = []
+
+    def work() -> None:
+        try:
+            # The call changes the current folder: from here on that is this thread's alone.
+            linux.unshare(_CLONE_FS)
+            linux.mount_overlay(
+                [str(lower) for lower in tree.lowers],
+                str(tree.upper),
+                str(tree.work),
+                str(target),
+                as_root=True,
+            )
+        except OSError as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if problems:
+        raise UnavailableError(f"container sandbox: cannot mount the workspace: {problems[0]}")
+
+
+def unmount(target: Path) -> bool:
+    """Unmount what is mounted at `target`; returns False where something is open in it, and it goes when that does."""
     try:
-        yield place
-    finally:
-        _unmount(place)
+        linux.unmount(str(target))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            return error.errno == errno.EINVAL  # nothing is mounted there
         with contextlib.suppress(OSError):
-            place.rmdir()
+            linux.unmount(str(target), linux.MNT_DETACH)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _mounted(tree: Tree, target: Path) -> Iterator[Path]:
+    target.mkdir()
+    try:
+        mount(tree, target)
+        yield target
+    finally:
+        unmount(target)
+        with contextlib.suppress(OSError):
+            target.rmdir()
 
 
 @contextlib.contextmanager
@@ -80,20 +113,21 @@ def sweep() -> int:
     for place in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         pid = place.name.removeprefix(_PREFIX).partition("-")[0]
         if _is_ours(place) and not Path("/proc", pid).exists():
-            _unmount(place / _TREE)
-            if not (place / _TREE).is_mount():  # else it would be a workspace that is emptied
-                shutil.rmtree(place, ignore_errors=True)
-                swept += 1
+            remove_place(place)
+            swept += not place.exists()
     return swept
+
+
+def remove_place(place: Path) -> None:
+    """Unmount and remove a place of `make_place` and what is in it, unless something stays mounted there."""
+    for target in (place / TREE, place):
+        if target.is_mount():
+            unmount(target)
+    if not (place / TREE).is_mount() and not place.is_mount():  # else it would be a workspace that is emptied
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _is_ours(place: Path) -> bool:
     """Return whether we made it. Anybody may make links in a folder for temporary files, to mounts of the host's."""
     found = place.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-
-
-def _unmount(place: Path) -> None:
-    # Lazily where something is still open in it: a container that is being removed lets go a moment later.
-    if place.is_mount() and subprocess.run(["umount", place], capture_output=True, check=False).returncode:
-        subprocess.run(["umount", "--lazy", place], capture_output=True, check=False)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anyio
 import docker
 from docker.errors import DockerException, ImageNotFound
 
+from ci_platform import layers
 from ci_platform.errors import FailedError, ImageNotFoundError, UnavailableError
 from ci_platform.sandboxes import Output, Sandbox, SandboxJob, SandboxOutcome, Say, cgroups, merged
 from ci_platform.sandboxes.container import walls
@@ -18,6 +20,7 @@ from ci_platform.sandboxes.container.images import Images, missing
 from ci_platform.sandboxes.container.networks import sweep_networks
 from ci_platform.sandboxes.container.plain import run_fresh
 from ci_platform.sandboxes.container.services import Services
+from ci_platform.sandboxes.container.warm import ColdError, WarmContainers
 
 
 class ContainerSandbox(Sandbox):
@@ -26,7 +29,8 @@ class ContainerSandbox(Sandbox):
     `image` is taken where a job names none; `named` are short names of images and what they stand for; `pull`
     allows fetching images that are not there. `network` is the engine's network of jobs that ask for one, None
     where they may not. `url` None: as the docker command finds the engine. `commands` bounds how many run at a
-    time: each holds a thread for its output.
+    time: each holds a thread for its output. `warm` keeps containers for the next command of the same run (as root:
+    a workspace is mounted into a container that runs).
     """
 
     def __init__(
@@ -38,12 +42,15 @@ class ContainerSandbox(Sandbox):
         network: str | None = None,
         url: str | None = None,
         commands: int = 64,
+        warm: bool = True,
     ) -> None:
         self._image, self._named, self._network = image, named or {}, network
         self._engine = Engine(url)
         self._images = Images(self._engine, pull=pull)
         self._services = Services(self._engine)
+        self._warm = warm and os.geteuid() == 0
         self._streams = anyio.CapacityLimiter(commands)
+        self._waiting = WarmContainers(self._engine, self._streams)
 
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
         """Run one command to its end."""
@@ -53,25 +60,38 @@ class ContainerSandbox(Sandbox):
             return await self._run_over(job, network, output)
 
     async def _run_over(self, job: SandboxJob, network: str | None, output: Output) -> SandboxOutcome:
+        networks = [name for name in (network, self._network if job.network else None) if name]
+        if self._warm and job.scope and job.tree.lowers:
+            _, image = await self.resolve(job.image, job.say)
+            try:
+                return await self._waiting.run(image, job, networks, output)
+            except ImageNotFound:
+                raise self._gone(image) from None
+            except ColdError:
+                # Nothing has run. An overlay that was mounted `volatile` is mounted again without its marks alone.
+                await self._engine.finish(lambda: layers.remove_tree(job.tree.work / "work"))
         stack = contextlib.ExitStack()
         folder = await self._engine.finish(lambda: stack.enter_context(merged.merged(job.tree)))
         try:
             walls.check_cwd(folder, job.cwd)
-            return await self._run_in(job, folder, network, output)
+            return await self._run_in(job, folder, networks, output)
         finally:
             await self._engine.finish(stack.close)
 
     async def _run_in(
-        self, job: SandboxJob, folder: Path, network: str | None, output: Output
+        self, job: SandboxJob, folder: Path, networks: Sequence[str], output: Output
     ) -> SandboxOutcome:
         _, image = await self.resolve(job.image, job.say)
-        networks = [name for name in (network, self._network if job.network else None) if name]
         try:
             return await run_fresh(
                 self._engine, image, job, folder, output, networks=networks, streams=self._streams
             )
         except ImageNotFound:
-            raise ImageNotFoundError(missing(image)) from None  # it has just been removed
+            raise self._gone(image) from None
+
+    def _gone(self, image: str) -> ImageNotFoundError:
+        self._images.forget(image)
+        return ImageNotFoundError(missing(image))
 
     async def resolve(self, image: str | None, say: Say) -> tuple[str, str]:
         """Return the name of an image as it was asked for (None: this sandbox's own) and its exact name."""
@@ -88,12 +108,14 @@ class ContainerSandbox(Sandbox):
             return swept
 
     async def release(self, scope: str) -> None:
-        """End the services of a run that no command uses now."""
+        """Remove the warm containers and the services of a run that no command uses now."""
+        await self._waiting.release(scope)
         await self._services.release(scope)
 
     async def close(self) -> None:
-        """End the services that nobody uses, and close the connections to the engine."""
+        """Remove warm containers and services that nobody uses, and close the connections to the engine."""
         with contextlib.suppress(UnavailableError):
+            await self._waiting.release(None)
             await self._services.close()
         await self._engine.close()
 

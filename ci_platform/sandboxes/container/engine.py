@@ -49,6 +49,12 @@ class Engine:
                     raise DockerException(f"no engine at {url}: {error.strerror}") from None
         return docker.DockerClient(self._url) if self._url else docker.from_env()
 
+    def opened(self) -> docker.DockerClient:
+        """Return the connection that an earlier call has made."""
+        if self._opened is None:
+            raise UnavailableError("container sandbox: the connection to Docker is closed")
+        return self._opened
+
     async def call(self, function: Callable[[docker.DockerClient], T], *, abandon: bool = False) -> T:
         """Make a blocking call in a thread: to its end once it has begun, or with `abandon` not."""
         if self._opened is None:

@@ -50,6 +50,11 @@ class Images:
     def __init__(self, engine: Engine, *, pull: bool, every: float = _EVERY) -> None:
         self._engine, self._pull, self._every = engine, pull, every
         self._pulling = NamedLocks()
+        self._seen: set[str] = set()
+
+    def forget(self, exact: str) -> None:
+        """Take note that an image that was here is not any more."""
+        self._seen.discard(exact)
 
     async def resolve(self, name: str, say: Say) -> str:
         """Return the exact name of an image: `name@sha256:…` of a registry's, `sha256:…` of one made here.
@@ -58,9 +63,12 @@ class Images:
         """
         if len(name) > _LONGEST or not _REFERENCE.fullmatch(name):
             raise ImageNotFoundError(f"{name!r:.200} cannot be the name of an image")
+        if name in self._seen:
+            return name
         async with self._pulling(name):  # who comes second finds it
             found = await self._engine.call(lambda client: _look_up(client, name))
             if found is not None:
+                self._seen.add(found)
                 return found
             if not self._pull or name.startswith(OURS):
                 raise ImageNotFoundError(missing(name))

@@ -28,10 +28,12 @@ def create(
     binds: list[str],
     networks: Sequence[str],
     program: Mapping[str, Any],
+    keepers: int = 0,
 ) -> str:
     """Make a container with every wall, and return its id. Blocks.
 
-    `networks`: those it is on, none at all if there are none. `program` says what it runs, and where.
+    `networks`: those it is on, none at all if there are none. `program` says what it runs, and where;
+    `keepers` of its processes do not count.
     """
     limits = job.limits
     private = f"size={limits.memory},mode=1777,nosuid,nodev,exec"
@@ -49,7 +51,7 @@ def create(
         # A private network's names are the engine's to know; it must not ask outside for others.
         dns=None if job.network else [NOWHERE],
         # docker-init is one more.
-        pids_limit=limits.processes + 1,
+        pids_limit=limits.processes + 1 + keepers,
         read_only=True,
         security_opt=["no-new-privileges"],
         shm_size=limits.memory,

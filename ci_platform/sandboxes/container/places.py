@@ -1,0 +1,163 @@
+"""Where a warm container meets the host: a folder that its workspaces come and go in, and what its commands print.
+
+A place is a small file system in memory, whose mounts reach the container (`rslave`): an overlay that is mounted at
+`tree` on the host is the container's /workspace a moment later. Output comes through a named pipe, which commands may
+open by name, and is kept beside it until the command is over: it outlives a platform that is killed, touches no disk,
+and has an end. As root only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import sys
+import termios
+from pathlib import Path
+
+from ci_platform import layers
+from ci_platform.errors import UnavailableError
+from ci_platform.sandboxes import MEBIBYTE, SANDBOX_UID, Tree, linux, merged
+from ci_platform.sandboxes.container.walls import PRIVATE, WORKSPACE
+
+OUTPUT = "/.dynflow"
+"""Where the output of commands is, inside."""
+
+_SHARED = 1 << 20
+_SPLICE_F_NONBLOCK = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.splice.restype = ctypes.c_ssize_t
+_SLACK = MEBIBYTE
+_EMPTIED = (*PRIVATE, "/dev/shm")  # noqa: S108 - the container's own
+
+
+class Place:
+    """One such folder. Every method blocks for about a millisecond."""
+
+    def __init__(self, output: int) -> None:
+        self.path = merged.make_place()
+        try:
+            linux.mount("dynflow", str(self.path), "tmpfs", 0, f"mode=700,size={output + _SLACK}")
+            linux.mount("none", str(self.path), None, _SHARED)
+            self.tree, self.output = self.path / merged.TREE, self.path / "output"
+            self.tree.mkdir()
+            self.output.mkdir(mode=0o711)
+        except OSError as error:
+            self.remove()
+            raise UnavailableError(f"container sandbox: cannot prepare a place: {error}") from error
+
+    @property
+    def binds(self) -> list[str]:
+        """What a container has to be given of it."""
+        return [f"{self.tree}:{WORKSPACE}:rw,rslave", f"{self.output}:{OUTPUT}:rw"]
+
+    def show(self, tree: Tree) -> None:
+        """Mount a job's tree as the workspace."""
+        merged.mount(tree, self.tree)
+
+    def hide(self) -> bool:
+        """Take the workspace away; returns False where something is still open in it, and it goes when that does."""
+        return merged.unmount(self.tree)
+
+    def remove(self) -> None:
+        """Unmount and remove it, with what is in it."""
+        merged.remove_place(self.path)
+
+
+class Pipe:
+    """The output of one command: `reader` becomes readable when there is more."""
+
+    def __init__(self, place: Place, name: str) -> None:
+        self._pipe, self._kept = place.output / name, place.path / f"{name}.out"
+        os.mkfifo(self._pipe, 0o600)
+        os.chown(self._pipe, SANDBOX_UID, SANDBOX_UID, follow_symlinks=False)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        self.reader = os.open(self._pipe, flags | os.O_NONBLOCK)
+        self._file = os.open(self._kept, flags | os.O_CREAT, 0o600)
+        self._size = 0
+
+    def pending(self) -> bool:
+        """Whether there is something to take."""
+        return bool(int.from_bytes(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4)), sys.byteorder))
+
+    def take(self, most: int) -> bytes:
+        """Return what has come, at most so many bytes; b"" if nothing has. What is returned is kept, too.
+
+        The kernel moves it from pipe to file in one call: a platform that is killed has done so or has not.
+        """
+        moved = _libc.splice(
+            self.reader,
+            None,
+            self._file,
+            ctypes.byref(ctypes.c_int64(self._size)),
+            ctypes.c_size_t(most),
+            _SPLICE_F_NONBLOCK,
+        )
+        if moved < 0:
+            if ctypes.get_errno() in {errno.EAGAIN, errno.EINTR}:
+                return b""
+            raise OSError(ctypes.get_errno(), f"splice: {os.strerror(ctypes.get_errno())}")
+        piece = os.pread(self._file, moved, self._size)
+        self._size += moved
+        return piece
+
+    def close(self) -> None:
+        """Forget it all."""
+        for descriptor in (self.reader, self._file):
+            os.close(descriptor)
+        for path in (self._pipe, self._kept):
+            path.unlink(missing_ok=True)
+
+
+def empty_private(container: str, pid: int) -> bool:
+    """Empty the private folders of a container in which nothing else runs; returns whether that was possible."""
+    if not processes(container, pid):  # this process is another one by now
+        return False
+    try:
+        with contextlib.ExitStack() as opened:
+            root = _open(opened, f"/proc/{pid}/root", None)
+            for name in _EMPTIED:
+                folder = root
+                # Step by step and never through a link, which may be the image's: it would lead about the host.
+                for part in name.strip("/").split("/"):
+                    folder = _open(opened, part, folder)
+                for entry in os.listdir(folder):  # noqa: PTH208 - there is no path that may be followed
+                    layers.remove_at(folder, entry)
+    except OSError:
+        return False
+    return True
+
+
+def processes(container: str, pid: int) -> int:
+    """Return how many processes a container has, by the control group of its first one."""
+    return len(_read(pid, "pids", "cgroup.procs", container).split())
+
+
+def killed_for_memory(container: str, pid: int) -> int:
+    """Return how many processes of the container the kernel has killed for want of memory so far."""
+    counts = _read(pid, "memory", "memory.oom_control", container) or _read(
+        pid, "", "memory.events", container
+    )
+    return sum(int(line.split()[1]) for line in counts.splitlines() if line.startswith("oom_kill "))
+
+
+def _open(opened: contextlib.ExitStack, name: str, folder: int | None) -> int:
+    # The root itself is a link, of the kernel's.
+    follow = 0 if folder is None else os.O_NOFOLLOW
+    descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | follow, dir_fd=folder)
+    opened.callback(os.close, descriptor)
+    return descriptor
+
+
+def _read(pid: int, controller: str, file: str, container: str) -> str:
+    """Return a file of a process's control group, "" where there is none or the process is another one by now."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if container in path and (not names or controller in names.split(",")):
+                for home in (names, controller) if names else ("", "unified"):
+                    with contextlib.suppress(OSError):
+                        return Path("/sys/fs/cgroup", home, path.lstrip("/"), file).read_text()
+    return ""
