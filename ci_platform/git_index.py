@@ -13,7 +13,7 @@ import re
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Recorder:
     """Takes down the entries of a whole tree, in git's order, which is that of a walk of its tree objects."""
 
     def __init__(self, oid: bytes) -> None:
-        self._entries, self._offsets = bytearray(), array("Q")
+        self._content, self._offsets = bytearray(_HEADER.size), array("Q")
         self._nodes = [_Node(b"", oid)]
         self._extended = False
 
@@ -95,20 +95,19 @@ class Recorder:
     def add(self, path: bytes, mode: int, oid: bytes, found: os.stat_result | None) -> None:
         """Take down a file."""
         self._extended = self._extended or (found is None and mode != GITLINK)
-        self._offsets.append(len(self._entries))
-        self._entries += entry(path, mode, oid, found)
+        self._offsets.append(len(self._content))
+        self._content += entry(path, mode, oid, found)
         self._nodes[-1].files += 1
 
     def remove(self, path: bytes) -> None:
         """Take down a removal, which whole trees have none of."""
         raise AssertionError(f"a whole tree removes nothing: {path!r}")
 
-    def finish(self) -> Index:
-        """Return the index."""
-        version = 3 if self._extended else 2
-        return Index(
-            version, bytes(self._entries), len(self._offsets), self._nodes[0].encoded(), self._offsets
-        )
+    def finish(self) -> tuple[Index, array[int]]:
+        """Return the index, and where in its file each entry begins."""
+        version, count = 3 if self._extended else 2, len(self._offsets)
+        entries = memoryview(self._content)[_HEADER.size :]
+        return Index(version, count, [entries], self._nodes[0].encoded()), self._offsets
 
 
 @dataclass(slots=True)
@@ -160,18 +159,17 @@ def _parents(path: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An index: encoded entries, how many, the cache of tree ids. `offsets` say where entries begin, if known."""
+    """An index to be written: how many entries, pieces of encoded ones, the cache of tree ids."""
 
     version: int
-    entries: bytes
     count: int
+    entries: Sequence[bytes | memoryview]
     trees: bytes
-    offsets: array[int]
 
     def write(self, path: Path) -> int:
         """Write git's file; return its bytes."""
-        pieces = [_HEADER.pack(b"DIRC", self.version, self.count), self.entries]
-        pieces += [_EXTENSION.pack(b"TREE", len(self.trees)), self.trees]
+        header = _HEADER.pack(b"DIRC", self.version, self.count)
+        pieces = [header, *self.entries, _EXTENSION.pack(b"TREE", len(self.trees)), self.trees]
         digest = hashlib.sha1(usedforsecurity=False)
         for piece in pieces:
             digest.update(piece)
@@ -179,35 +177,41 @@ class Index:
             file.writelines([*pieces, digest.digest()])
             return file.tell()
 
-    @classmethod
-    def read(cls, path: Path, offsets: bytes) -> Index:
-        """Read what `write` wrote. `offsets` as an array's bytes."""
-        content, begins = path.read_bytes(), array("Q", offsets)
-        _, version, count = _HEADER.unpack_from(content)
-        end = _HEADER.size
-        if begins:
-            last = end + begins[-1]
-            end_of_name = content.index(b"\0", last + _fixed_size(content, last))
-            end = last + (end_of_name - last) // 8 * 8 + 8
-        _, size = _EXTENSION.unpack_from(content, end)
-        start = end + _EXTENSION.size
-        return cls(version, content[_HEADER.size : end], count, content[start : start + size], begins)
+
+class WrittenIndex:
+    """The index of a whole tree, from its file and where in it each entry begins (an array's bytes)."""
+
+    def __init__(self, content: bytes, offsets: bytes) -> None:
+        self._content, self._offsets = content, array("Q", offsets)
+        _, self._version, self._count = _HEADER.unpack_from(content)
+        self._end = _HEADER.size
+        if self._count:
+            start = self._offsets[-1]
+            name = content.index(b"\0", start + _fixed_size(content, start))
+            self._end = start + (name - start) // 8 * 8 + 8
+
+    @property
+    def trees(self) -> bytes:
+        """The cache of tree ids."""
+        _, size = _EXTENSION.unpack_from(self._content, self._end)
+        start = self._end + _EXTENSION.size
+        return self._content[start : start + size]
 
     def changed(self, changes: Changes) -> Index:
         """Return the index after some changes. Directories that they touch lose their cached ids."""
         touched = changes.removed | changes.added.keys()
-        gone, pieces, count, position = self._gone(changes, touched), list[bytes](), 0, 0
+        gone, pieces = self._gone(changes, touched), list[bytes | memoryview]()
+        count, position, content = 0, 0, memoryview(self._content)
         places = [(self._place(path), changes.added[path]) for path in sorted(changes.added)]
-        for place, new in [*places, (self.count, b"")]:
+        for place, new in [*places, (self._count, b"")]:
             for first, last in _without(position, place, gone):
-                pieces.append(self.entries[self._start(first) : self._start(last)])
+                pieces.append(content[self._start(first) : self._start(last)])
                 count += last - first
             pieces.append(new)
             count += bool(new)
             position = place
-        extended = self.version == 3 or any(_is_extended(new, 0) for new in changes.added.values())
-        trees = _forget_trees(self.trees, touched)
-        return Index(3 if extended else 2, b"".join(pieces), count, trees, array("Q"))
+        extended = self._version == 3 or any(_is_extended(new, 0) for new in changes.added.values())
+        return Index(3 if extended else 2, count, pieces, _forget_trees(self.trees, touched))
 
     def _gone(self, changes: Changes, touched: set[bytes]) -> list[tuple[int, int]]:
         """Return which entries go, as sorted ranges that do not meet."""
@@ -227,18 +231,18 @@ class Index:
         return found
 
     def _start(self, number: int) -> int:
-        return self.offsets[number] if number < self.count else len(self.entries)
+        return self._offsets[number] if number < self._count else self._end
 
     def _name(self, number: int) -> bytes | None:
-        if number >= self.count:
+        if number >= self._count:
             return None
-        start = self.offsets[number]
-        start += _fixed_size(self.entries, start)
-        return self.entries[start : self.entries.index(b"\0", start)]
+        start = self._offsets[number]
+        start += _fixed_size(self._content, start)
+        return self._content[start : self._content.index(b"\0", start)]
 
     def _place(self, path: bytes) -> int:
         """Return the number of the first entry that is not before `path`."""
-        return bisect_left(range(self.count), path, key=lambda number: self._name(number) or b"")
+        return bisect_left(range(self._count), path, key=lambda number: self._name(number) or b"")
 
 
 def _fixed_size(content: bytes, start: int) -> int:

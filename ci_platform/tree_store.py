@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,21 +59,27 @@ class TreeStore:
         """Return a tree and note that it is in use; None where it has to be built."""
         found = self._read(self._root / repo / key)
         if found is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(found.folder)
+            self.use([found])
         return found
 
     def chain(self, repo: str, key: str) -> list[StoredTree]:
-        """Return a tree and those below it, topmost first, and note that they are in use; empty where one is gone."""
+        """Return a tree and those below it, topmost first; empty where one is gone."""
         found = list[StoredTree]()
         wanted: str | None = key
         while wanted is not None:
-            tree = self.find(repo, wanted)
+            tree = self._read(self._root / repo / wanted)
             if tree is None:
                 return []
             found.append(tree)
             wanted = tree.base
         return found
+
+    def use(self, trees: Sequence[StoredTree]) -> list[StoredTree]:
+        """Note that trees are in use, the first of them as the last used one; return them."""
+        for tree in reversed(trees):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(tree.folder)
+        return list(trees)
 
     def keys(self, repo: str) -> list[str]:
         """Return the keys of a repository's trees, last used first. Some may be of before a restart."""

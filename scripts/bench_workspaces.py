@@ -1,33 +1,45 @@
-"""Measure workspaces: fork, prepare, commit of a small change, against `cp -a` of the same tree.
+"""Measure workspaces: fork, git, commands' layers, beside what git itself does for a writable tree of a commit.
 
-    .venv/bin/python scripts/bench_workspaces.py [--files 2000] [--rounds 50] [--root /tmp]
+    .venv/bin/python scripts/bench_workspaces.py [--files 80000] [--rounds 50] [--root /tmp]
 
-Prints a Markdown table, for every method that works here.
+The repository is made here: small source files in folders, a root commit, then commits that change 15 files each.
+Prints a Markdown table. A file of 80,000 takes some three minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
+import measuring
 
 from ci_platform import copy_on_write, layers
-from ci_platform.copy_on_write import Method
+from ci_platform.copy_on_write import Method, MethodName
 from ci_platform.errors import UnavailableError
-from ci_platform.source import Remote, Source
+from ci_platform.sandboxes import SandboxJob, Tree
+from ci_platform.sandboxes.isolate import IsolateSandbox
+from ci_platform.source import Source
 from ci_platform.workspaces import LayerAuthor, Workspaces
 
 REPO = "bench/repository"
 IDENTITY = {f"GIT_{role}_{part}": "bench" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+SMALL = 1000
+"""Files of the small repository."""
+
+COMMITS = 24
+CHANGED = 15
+SLOW_ROUNDS = 3
+"""Rounds of what takes seconds for each."""
 
 Timings = defaultdict[str, list[float]]
 
@@ -49,103 +61,190 @@ def git(repository: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def make_repository(path: Path, files: int) -> tuple[str, str]:
-    """Make a repository with two commits that differ in ten files; return their ids."""
+def make_repository(path: Path, files: int) -> list[str]:
+    """Write a bare repository by a stream of its commits; return their ids, the oldest first."""
     path.mkdir()
-    git(path, "init", "--quiet")
-    for number in range(files):
-        file = path / f"package{number % 50}" / f"module{number}.py"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(f"# module {number}\n" * 80)
-    shas = []
-    for change in range(2):
-        for number in range(10):
-            (path / f"package{number}" / f"changed{number}.py").write_text(str(change))
-        git(path, "add", "--all")
-        git(path, "commit", "--quiet", "--message", str(change))
-        shas.append(git(path, "rev-parse", "HEAD"))
-    return shas[0], shas[1]
+    git(path, "init", "--quiet", "--bare", "--initial-branch=main")
+    lines = list[bytes]()
+    names = [f"part{n % 40}/package{n % 1600}/module{n}.py" for n in range(files)]
+    for commit in range(COMMITS):
+        lines.append(b"commit refs/heads/main\ncommitter bench <bench> %d +0000\ndata 1\nx\n" % (commit + 1))
+        for name in names if commit == 0 else names[commit::997][:CHANGED]:
+            text = f"# {name} {commit}\n".encode() + b"x = 1\n" * 40
+            lines.append(b"M 644 inline %b\ndata %d\n%b\n" % (name.encode(), len(text), text))
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
+    subprocess.run(
+        ["git", "fast-import", "--quiet"], cwd=path, env=environment, input=b"".join(lines), check=True
+    )
+    git(path, "repack", "-a", "-d", "--quiet")
+    git(path, "tag", "v1", "main~10")
+    return git(path, "rev-list", "--reverse", "main").split()
 
 
-def change_ten_files(upper: Path) -> None:
-    """Do what a small step does: ten files of a kilobyte."""
-    for number in range(10):
-        (upper / f"result{number}").write_bytes(b"x" * 1024)
+def usage(*folders: Path) -> int:
+    """Return the bytes on disk of folders, shared files not counted."""
+    found = 0
+    for folder in folders:
+        for path in [folder, *folder.rglob("*")]:
+            status = path.lstat()
+            if path.is_dir() or status.st_nlink == 1:
+                found += status.st_blocks * 512
+    return found
 
 
-async def measure(
-    root: Path, source: Source, sha: str, rounds: int, method: Method, *, durable: bool
-) -> Timings:
-    """Run `rounds` forks with one command each."""
-    timings: Timings = defaultdict(list)
-    workspaces = Workspaces(root / f"workspaces-{method.name}-{durable}", source, method, durable=durable)
-    for number in range(rounds):
-        with timed(timings, "all three"):
-            with timed(timings, "fork"):
-                await workspaces.fork(f"run{number}.bench", REPO, sha)
-            with timed(timings, "prepare"):
-                tree = await workspaces.prepare(f"run{number}.bench", LayerAuthor("step", 1, 1))
-            change_ten_files(tree.upper)
-            with timed(timings, "commit 10 files"):
-                await workspaces.commit(tree)
-        with timed(timings, "delete"):
-            await workspaces.delete(f"run{number}.bench")
-    return timings
+class Bench:
+    """One repository and its forks."""
+
+    def __init__(self, root: Path, files: int, method: Method, *, durable: bool = True) -> None:
+        self.root, self.timings = root, Timings(list)
+        self.shas = make_repository(root / "repository", files)
+        self.source = Source(root / "source")
+        self.workspaces = Workspaces(root / "workspaces", self.source, method, durable=durable)
+        self.sandbox = IsolateSandbox()
+        self._jobs = 0
+
+    async def start(self) -> None:
+        """Take the repository over, and write the first tree."""
+        await self.source.create(REPO)
+        git(self.root / "repository", "push", "--quiet", "--mirror", str(self.source.path(REPO)))
+        with timed(self.timings, "first fork of a repository"):
+            await self.workspaces.fork("first.bench", REPO, self.shas[0])
+
+    async def forks(self, rounds: int) -> None:
+        """Fork one commit again and again, then one commit after the other."""
+        for number in range(rounds):
+            with timed(self.timings, "fork, same commit"):
+                await self.workspaces.fork(f"same{number}.bench", REPO, self.shas[0])
+        for number, sha in enumerate(self.shas[1:]):
+            with timed(self.timings, "fork, next commit"):
+                await self.workspaces.fork(f"next{number}.bench", REPO, sha)
+
+    async def commands(self, rounds: int) -> None:
+        """Seal a layer of ten files and prepare the tree for the next command, in one workspace."""
+        for number in range(rounds):
+            with timed(self.timings, "prepare a command's tree"):
+                tree = await self.workspaces.prepare("first.bench", LayerAuthor(f"s{number}", 1, 1))
+            for name in range(10):
+                (tree.upper / f"result{number}-{name}").write_bytes(b"x" * 1024)
+            with timed(self.timings, "seal a layer of 10 files"):
+                await self.workspaces.commit(tree)
+
+    async def inside(self, argv: tuple[str, ...], name: str, rounds: int, workspace: str) -> None:
+        """Run a command in a sandbox over a workspace that nobody wrote to."""
+        for _ in range(rounds):
+            tree = await self.workspaces.prepare(workspace, LayerAuthor("inside", 1, 1))
+            with timed(self.timings, name):
+                await self._run(argv, tree)
+            await self.workspaces.drop(tree)
+
+    async def _run(self, argv: tuple[str, ...], tree: Tree) -> None:
+        self._jobs += 1
+        printed = bytearray()
+        outcome = await self.sandbox.run(SandboxJob(f"bench{self._jobs}", argv, tree), printed.extend)
+        if outcome.exit_code or (argv[:2] == ("git", "status") and printed):
+            raise RuntimeError(f"{argv} ended with {outcome.exit_code}: {printed.decode()}")
+
+    async def deletes(self, rounds: int) -> None:
+        """Remove forks."""
+        for number in range(rounds):
+            with timed(self.timings, "delete a fork"):
+                await self.workspaces.delete(f"same{number}.bench")
+
+    def by_git(self) -> None:
+        """Do what git offers for the same, from the same objects."""
+        repository = self.source.path(REPO)
+        for number in range(SLOW_ROUNDS):
+            place = self.root / f"git{number}"
+            with timed(self.timings, "git clone --shared"):
+                git(self.root, "clone", "--quiet", "--shared", str(repository), str(place))
+            layers.remove_tree(place)
+            with timed(self.timings, "git worktree add"):
+                git(repository, "worktree", "add", "--quiet", "--detach", str(place), self.shas[0])
+            if number == 0:
+                for _ in range(5):
+                    with timed(self.timings, "git status, in a worktree of git's"):
+                        git(place, "status", "--porcelain")
+            git(repository, "worktree", "remove", "--force", str(place))
 
 
-async def bench(root: Path, files: int, rounds: int) -> None:
+def a_checkout(bench: Bench) -> int:
+    """Return the bytes on disk of one whole tree."""
+    (base,) = (bench.root / "source" / "trees" / REPO).glob("base-*")
+    return usage(base / "tree")
+
+
+async def measure(root: Path, files: int, rounds: int, method: Method) -> tuple[Timings, dict[str, float]]:
+    """Measure one repository."""
+    measuring.say(f"a repository of {files:,} files")
+    bench = Bench(root, files, method)
+    try:
+        await bench.start()
+        measuring.say("forks")
+        await bench.forks(rounds)
+        forks = [root / "workspaces" / f"same{number}.bench" for number in range(rounds)]
+        share = usage(*forks) / rounds / a_checkout(bench) * 100
+        await bench.commands(min(rounds, 40))
+        if method.mounts:
+            measuring.say("git in sandboxes")
+            await bench.inside(("git", "status", "--porcelain"), "git status, in a fork", 10, "same0.bench")
+            last = f"next{COMMITS - 2}.bench"
+            await bench.inside(("git", "status", "--porcelain"), "git status, some commits later", 10, last)
+            await bench.inside(("git", "describe", "--tags"), "git describe, in a fork", 10, last)
+            await bench.inside(("true",), "true, in a fork", 20, "same0.bench")
+        await bench.deletes(rounds)
+        measuring.say("git's own ways")
+        bench.by_git()
+    finally:
+        await bench.sandbox.close()
+    return bench.timings, {"a fork's disk, % of a checkout": share}
+
+
+def row(name: str, value: Callable[[str], list[float]], unit: str = "ms") -> list[str]:
+    """Return a row: median and 95th percentile of small and large."""
+    cells = [name]
+    for size in ("small", "large"):
+        found = value(size)
+        cells += [f"{measuring.number(statistics.median(found))} {unit}" if found else "-"]
+        cells += [f"{measuring.number(measuring.percentile(found, 95))} {unit}" if found else "-"]
+    return cells
+
+
+async def main_async(root: Path, files: int, rounds: int, name: MethodName | None) -> None:
     """Measure everything and print it."""
-    first, second = make_repository(root / "repository", files)
-    source, timings = Source(root / "source", allow_file=True), defaultdict[str, list[float]](list)
-    remote = Remote(f"file://{root / 'repository'}")
-    await source.fetch(REPO, first, remote)
-    with timed(timings, "materialise: first commit"):
-        (base,) = await source.materialise(REPO, first)
-    with timed(timings, "fetch: next commit"):
-        await source.fetch(REPO, second, remote)
-    with timed(timings, "materialise: next commit (delta)"):
-        await source.materialise(REPO, second)
-    for number in range(min(rounds, 20)):
-        with timed(timings, "cp -a of the tree"):
-            subprocess.run(["cp", "-a", base, root / f"copy{number}"], check=True)  # noqa: ASYNC221
-        layers.remove_tree(root / f"copy{number}")
-    for _ in range(rounds):
-        with timed(timings, "fetch: warm"):
-            await source.fetch(REPO, second, remote)
-        with timed(timings, "materialise: warm"):
-            await source.materialise(REPO, second)
-    show(f"{files} files", timings)
-    for name in copy_on_write.METHODS:
-        try:
-            method = copy_on_write.probe(root, name)
-        except UnavailableError:
-            continue
-        if method.name != name or (name == "user-overlay" and os.geteuid() == 0):
-            continue
-        for durable in (True, False):
-            some = rounds if method.mounts else min(rounds, 20)
-            found = await measure(root, source, second, some, method, durable=durable)
-            show(f"{name}, {'durable' if durable else 'not flushed'}", found)
-
-
-def show(title: str, timings: Timings) -> None:
-    """Print rows of the table."""
-    for name, values in timings.items():
-        p95 = sorted(values)[int(len(values) * 0.95)]
-        print(f"| {title}: {name} | {statistics.median(values):.2f} ms | {p95:.2f} ms | {len(values)} |")
+    method = copy_on_write.probe(root, name)
+    results = {}
+    for size, count in {"small": SMALL, "large": files}.items():
+        folder = root / size
+        folder.mkdir()
+        results[size] = await measure(folder, count, rounds, method)
+        shutil.rmtree(folder, ignore_errors=True)
+    names = list(results["large"][0])
+    rows = [row(each, lambda size, each=each: results[size][0].get(each, [])) for each in names]  # type: ignore[misc]
+    rows += [
+        row(each, lambda size, each=each: [results[size][1][each]], "%")  # type: ignore[misc]
+        for each in results["large"][1]
+    ]
+    times = statistics.median(results["large"][0]["git clone --shared"])
+    faster = times / statistics.median(results["large"][0]["fork, same commit"])
+    rows.append(["a fork against git clone --shared", "", "", f"{faster:,.0f} times", ""])
+    header = [f"workspaces: {method.name}", f"{SMALL:,} files", "p95", f"{files:,} files", "p95"]
+    print(measuring.markdown(header, rows))
 
 
 def main() -> None:
     """Read the arguments, measure in a folder of its own, remove it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--files", type=int, default=80_000)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--method", choices=copy_on_write.METHODS)
     given = parser.parse_args()
-    print("| what | median | p95 | runs |\n|---|--:|--:|--:|")
     root = Path(tempfile.mkdtemp(prefix="dynflow-bench-", dir=given.root))
+    root.chmod(0o755)
     try:
-        anyio.run(bench, root, given.files, given.rounds)
+        anyio.run(main_async, root, given.files, given.rounds, given.method)
+    except UnavailableError as error:
+        raise SystemExit(str(error)) from None
     finally:
         layers.remove_tree(root)
 

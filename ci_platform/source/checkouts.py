@@ -14,7 +14,7 @@ import pygit2
 from ci_platform import commit_trees, workspace_git
 from ci_platform.cones import Cone
 from ci_platform.errors import FailedError
-from ci_platform.git_index import Changes, Index, Recorder
+from ci_platform.git_index import Changes, Index, Recorder, WrittenIndex
 from ci_platform.source import objects
 from ci_platform.source.objects import Objects
 from ci_platform.tree_store import StoredTree, TreeStore
@@ -29,6 +29,9 @@ _MOST_DELTAS = 4
 
 _TRIED = 6
 """Trees, last used first, of which the nearest is taken."""
+
+_NEAR = 100
+"""Paths below which looking for a nearer tree costs more than it saves."""
 
 _BEFORE = 2_000_000_000
 """Nanoseconds by which a base's files are older than its index: git looks again at files that may be younger."""
@@ -92,7 +95,7 @@ class Checkouts:
         """Return a tree's files, topmost layer first."""
         view = "" if cone is None else f".{cone.name}"
         if found := self._here(repo, str(oid), view):
-            return found
+            return self._store.use(found)
         nearest = self._nearest(repo, Objects(opened), oid, view)
         if nearest is None:
             return [self._base(repo, Objects(opened), oid, cone, view)]
@@ -112,21 +115,21 @@ class Checkouts:
 
     def _nearest(self, repo: str, found: Objects, oid: pygit2.Oid, view: str) -> list[StoredTree] | None:
         """Return the tree from which the fewest paths change, with those below it."""
-        best, limit, tried = None, _DELTA_LIMIT, 0
+        best, limit, tried = list[StoredTree](), _DELTA_LIMIT, 0
         for key in self._store.keys(repo):
             if not key.startswith((f"base{view}-", f"delta{view}-")):
                 continue
             if not (chain := self._store.chain(repo, key)):
                 continue
-            tried += 1
-            # Too many deltas already: what they stand on may be near as well.
-            chain = chain if len(chain) <= _MOST_DELTAS else chain[-1:]
-            paths = _distance(found, chain, oid, limit)
+            paths, tried = _distance(found, chain[0], oid, limit), tried + 1
             if paths is not None:
                 best, limit = chain, paths - 1
-            if tried == _TRIED or limit < 0:
+            if tried == _TRIED or limit < _NEAR:
                 break
-        return best
+        if len(best) > _MOST_DELTAS:
+            # One delta for all of them, on which the next ones stand; or a whole tree, where it is too large.
+            best = best[-1:] if _distance(found, best[-1], oid, _DELTA_LIMIT) is not None else []
+        return self._store.use(best) or None
 
     def _base(self, repo: str, found: Objects, oid: pygit2.Oid, cone: Cone | None, view: str) -> StoredTree:
         def fill(scratch: Path) -> int:
@@ -134,8 +137,8 @@ class Checkouts:
             tree = scratch / "tree"
             with TreeWriter(tree, self._owner, self._limits, recorder, cone, modified_at) as writer:
                 commit_trees.write_tree(found, oid.raw, writer)
-            index = recorder.finish()
-            (scratch / "offsets").write_bytes(index.offsets.tobytes())
+            index, offsets = recorder.finish()
+            (scratch / "offsets").write_bytes(offsets.tobytes())
             return writer.size + self._write_index(index, scratch)
 
         return self._store.build(repo, f"base{view}-{oid}", fill)
@@ -158,7 +161,7 @@ class Checkouts:
             if len(below) > 1:
                 changes = changes.after(_changes(below[0]))
             (scratch / "changes.json").write_text(json.dumps(changes.as_json()), encoding="ascii")
-            index = Index.read(base.folder / "index", (base.folder / "offsets").read_bytes())
+            index = WrittenIndex((base.folder / "index").read_bytes(), (base.folder / "offsets").read_bytes())
             return writer.size + self._write_index(index.changed(changes), scratch)
 
         key = f"delta{view}-{old.hex()}-{oid}"
@@ -172,9 +175,9 @@ class Checkouts:
         return size
 
 
-def _distance(found: Objects, chain: list[StoredTree], oid: pygit2.Oid, limit: int) -> int | None:
+def _distance(found: Objects, tree: StoredTree, oid: pygit2.Oid, limit: int) -> int | None:
     try:
-        return commit_trees.distance(found, _oid(chain[0]), oid.raw, limit=limit)
+        return commit_trees.distance(found, _oid(tree), oid.raw, limit=limit)
     except (commit_trees.TooDifferentError, FailedError):
         # Not every tree's objects need still be here; whether the commit is at fault, a base will tell.
         return None
