@@ -6,6 +6,7 @@ libgit2 is the wrong tool (fetching, serving) the `git` program is used through 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -199,6 +200,8 @@ class Source(Places):
         if damaged:
             async with self._alone(repo):
                 await self._discard(repo)
+            # Repositories that are garbage still hold their packs open, and libgit2 goes by a pack's path.
+            await self._thread(gc.collect)
         await self.fetch(repo, sha, remote)
         return True
 
