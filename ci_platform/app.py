@@ -34,6 +34,12 @@ from ci_platform.api.repos import (
     register_repo,
 )
 from ci_platform.api.runs import cancel_run, follow_events, get_run, list_runs, rerun_run
+from ci_platform.api.snapshots import (
+    download_snapshot,
+    list_snapshot_files,
+    list_snapshots,
+    read_snapshot_file,
+)
 from ci_platform.api.streams import Stopping
 from ci_platform.api.tokens import create_login_link, create_token, list_tokens, revoke_token
 from ci_platform.api.webhooks import receive_webhook
@@ -68,6 +74,7 @@ def create_app(platform: Platform) -> Litestar:
         "runs": platform.runs,
         "gates": platform.gates,
         "logs": platform.logs,
+        "workspaces": platform.workspaces,
         "deliveries": platform.deliveries,
         "repositories": platform.repositories,
         "git_store": platform.git_store,
@@ -116,6 +123,10 @@ _API_HANDLERS = [
     list_connections,
     cancel_run,
     rerun_run,
+    list_snapshots,
+    list_snapshot_files,
+    read_snapshot_file,
+    download_snapshot,
     list_gates,
     decide_gate,
     list_repos,

@@ -254,6 +254,7 @@ def _housekeeping(platform: Platform) -> Retention:
 
     async def tidy() -> None:
         await platform.logs.expire(platform.settings.retention)
+        await platform.workspaces.forget_failures(platform.settings.keep_failures)
         await platform.workspaces.evict(platform.settings.tree_cache)
         await platform.source.maintain()
 

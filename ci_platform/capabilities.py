@@ -13,7 +13,7 @@ from typing import Any
 
 from ci_platform.cancellation import with_shields
 from ci_platform.cones import Cone
-from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError
+from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError, NotFoundError
 from ci_platform.execution import Execution
 from ci_platform.reports import Reports
 from ci_platform.service_checks import check_services
@@ -94,6 +94,41 @@ class ArtifactsCapability(Capability):
             )
         )
 
+    async def fork_snapshot(self, workspace: Any, step: Any, count: Any = 1) -> Workspace:
+        """Fork one of this run's workspaces as it stood right after a step (the `count`th of that name).
+
+        NotFoundError where that step changed nothing in it, or its changes were taken back.
+        """
+        identity, caller = _identity()
+        own = _in_step(caller, "ARTIFACTS.fork_snapshot")
+        if not isinstance(step, str) or not isinstance(count, int):
+            raise InvalidInputError(
+                f"a step is named by text and a number, not {step!r:.100} and {count!r:.20}"
+            )
+        source_id = _checked_workspace(workspace, identity)
+        workspace_id = f"{identity.run_id}.{_slug(own)}"
+        return await with_shields(lambda: self._fork_snapshot(workspace_id, source_id, step, count))
+
+    async def _fork_snapshot(self, workspace_id: str, source_id: str, step: str, count: int) -> Workspace:
+        found = await self._workspaces.snapshots(source_id)
+        names = [
+            each.name
+            for each in found
+            if each.outcome == "committed" and (each.step, each.count) == (step, count)
+        ]
+        if not names:
+            raise NotFoundError(f"the step {step[:100]!r} number {count} left nothing in that workspace")
+        return await self._workspaces.fork_snapshot(workspace_id, source_id, names[-1])
+
+
+def _checked_workspace(workspace: Any, identity: RunIdentity) -> str:
+    if not isinstance(workspace, Workspace):
+        raise InvalidInputError(f"not a workspace: {type(workspace).__name__}")
+    workspace_id: Any = workspace.id  # its class promises text; what came through the wire does not
+    if not isinstance(workspace_id, str) or not workspace_id.startswith(f"{identity.run_id}."):
+        raise ForbiddenError(f"workspace {workspace_id!r:.100} does not belong to this run")
+    return workspace_id
+
 
 def _refuse_to_fetch(**options: Any) -> None:
     """Say what of a fork this platform cannot do: the folders of submodules are empty, LFS files are pointers."""
@@ -122,11 +157,7 @@ class SandboxCapability(Capability):
     def _checked(self, command: Any, identity: RunIdentity) -> Command:
         if not isinstance(command, Command) or not isinstance(command.workspace, Workspace):
             raise InvalidInputError(f"SANDBOX.run takes a Command, not {type(command).__name__}")
-        workspace_id: Any = (
-            command.workspace.id
-        )  # its class promises text; what came through the wire does not
-        if not isinstance(workspace_id, str) or not workspace_id.startswith(f"{identity.run_id}."):
-            raise ForbiddenError(f"workspace {workspace_id!r:.100} does not belong to this run")
+        _checked_workspace(command.workspace, identity)
         if command.sandbox == "container" and not self._settings.allow_containers:
             raise ForbiddenError(
                 'sandbox="container" is switched off on this platform (setting allow_containers)'

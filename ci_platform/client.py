@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 from urllib.parse import quote
 
 import httpx
@@ -126,7 +126,7 @@ class Client:
         self._closed.set()
         self._http.close()
 
-    def get(self, path: str, **query: Any) -> Any:
+    def get(self, path: str, /, **query: Any) -> Any:
         """Return the JSON of a GET; parameters that are None are left out."""
         return self._call(
             "GET", path, params={key: value for key, value in query.items() if value is not None}
@@ -138,6 +138,18 @@ class Client:
             response = self._http.get(path)
         _raise_for(response)
         return response.text
+
+    def download(self, path: str, output: IO[bytes], /, **query: Any) -> None:
+        """Write the bytes of a GET to a file. UnavailableError where the connection broke in between."""
+        with (
+            _plainly(self.url),
+            self._http.stream("GET", path, params=query, timeout=_STREAM) as response,
+        ):
+            if response.is_error:
+                response.read()
+                _raise_for(response)
+            for piece in response.iter_bytes():
+                output.write(piece)
 
     def post(self, path: str, body: Any = None) -> Any:
         """Return the JSON of a POST."""

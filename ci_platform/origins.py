@@ -11,26 +11,33 @@ from ci_platform.cones import Cone
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a workspace was forked from. `git` names the `.git` that it got."""
+    """What a workspace was forked from. `git` names the `.git` that it got.
+
+    `snapshot` is another workspace and a snapshot of it, where it began as that.
+    """
 
     repo: str
     sha: str
     cone: Cone | None = None
     alone: bool = False
     git: str | None = None
+    snapshot: str | None = None
 
     def __str__(self) -> str:
         sparse = f", sparse={list(self.cone.folders)}" if self.cone is not None else ""
-        return f"{self.repo} at {self.sha}{sparse}"
+        snapshot = f", snapshot {self.snapshot}" if self.snapshot else ""
+        return f"{self.repo} at {self.sha}{sparse}{snapshot}"
 
     def as_json(self) -> dict[str, Any]:
         """Return what a workspace's file says."""
         sparse = None if self.cone is None else list(self.cone.folders)
-        return {"repo": self.repo, "sha": self.sha, "sparse": sparse, "alone": self.alone, "git": self.git}
+        fields = {"repo": self.repo, "sha": self.sha, "sparse": sparse, "alone": self.alone}
+        return fields | {"git": self.git, "snapshot": self.snapshot}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Origin:
         """Read what `as_json` returned, in this release or one before."""
         sparse = record.get("sparse")
         cone = None if sparse is None else Cone(tuple(sparse))
-        return cls(record["repo"], record["sha"], cone, bool(record.get("alone")), record.get("git"))
+        alone, git, snapshot = bool(record.get("alone")), record.get("git"), record.get("snapshot")
+        return cls(record["repo"], record["sha"], cone, alone, git, snapshot)

@@ -160,6 +160,10 @@ class Settings(BaseModel):
     tree_cache: Size = Field(
         10 * 1024 * _MEBIBYTE, description="Disk that commits' files may use while no run needs them."
     )
+    keep_failures: Duration = Field(
+        timedelta(days=1),
+        description="How long the files that failed commands left can be looked at: the last three of a workspace.",
+    )
     retention: Duration = Field(
         timedelta(days=30), description="How long finished runs and their logs are kept."
     )

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Layer:
 
     folder: Path
     author: LayerAuthor
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def order(self) -> int:
@@ -65,10 +66,21 @@ class Stack:
         """Whether the workspace has been made."""
         return (self.folder / "workspace.json").exists()
 
-    def create(self, scratch: Path, described: Mapping[str, Any], *, durable: bool) -> None:
-        """Make the folder beside and rename it into place; somebody else's is left alone."""
+    def create(
+        self, scratch: Path, described: Mapping[str, Any], own: Sequence[Path] = (), *, durable: bool
+    ) -> None:
+        """Make the folder beside and rename it into place; somebody else's is left alone.
+
+        `own` are another workspace's layers, topmost first, which become one of this: as hard links.
+        """
         for name in ("layers", "pending"):
             (scratch / name).mkdir(parents=True)
+        if own:
+            first = scratch / "layers" / f"{1:08d}"
+            (first / "tree").mkdir(parents=True)
+            for tree in reversed(own):
+                layer_copies.Apply(link=True, merge=True)(tree, first / "tree")
+            write(first / "layer.json", asdict(LayerAuthor("(snapshot)", 1, 1)), durable=durable)
         write(scratch / "workspace.json", described, durable=durable)
         try:
             scratch.rename(self.folder)
@@ -96,22 +108,49 @@ class Stack:
         """Return the greatest order ever given to a layer that is on disk, 0 without any."""
         return max((int(path.name) for path in (self.folder / "layers").iterdir()), default=0)
 
-    def publish(self, pending: Path, order: int, author: LayerAuthor, *, durable: bool) -> None:
-        """Turn a pending folder into a layer: the rename is the commit."""
-        write(pending / "layer.json", asdict(author), durable=durable)
+    def publish(
+        self, pending: Path, order: int, author: LayerAuthor, facts: Mapping[str, Any], *, durable: bool
+    ) -> None:
+        """Turn a pending folder into a layer, with `facts` about it: the rename is the commit."""
+        write(pending / "layer.json", {**facts, **asdict(author)}, durable=durable)
         if durable:
             flush(pending)
         pending.rename(self.folder / "layers" / f"{order:08d}")
         if durable:
             flush(self.folder / "layers")
 
-    def keep(self, pending: Path, author: LayerAuthor, count: int) -> list[Path]:
+    def keep(self, pending: Path, author: LayerAuthor, facts: Mapping[str, Any], count: int) -> list[Path]:
         """Set a failed command's folder aside; returns older ones to remove, so that `count` stay."""
         kept = self.folder / "kept"
         kept.mkdir(exist_ok=True)
-        write(pending / "layer.json", asdict(author), durable=False)
+        write(pending / "layer.json", {**facts, **asdict(author)}, durable=False)
         pending.rename(kept / f"{time.time_ns():020d}")
         return sorted(kept.iterdir())[:-count]
+
+    def kept(self) -> list[Layer]:
+        """Return what failed commands left, oldest first. Folders are named by nanoseconds since the epoch."""
+        return [_layer(path) for path in sorted((self.folder / "kept").glob("[0-9]*"))]
+
+    def outdated(self, seconds: float) -> list[Path]:
+        """Return folders of failed commands that were set aside longer ago."""
+        oldest = time.time_ns() - int(seconds * 1e9)
+        return [path for path in (self.folder / "kept").glob("[0-9]*") if int(path.name) < oldest]
+
+    def snapshot(self, name: str) -> list[Path]:
+        """Return the trees, topmost first, of the workspace as it stood after a layer, or where a command failed.
+
+        `name` is the layer's order, 0 for the fork itself, or `failed-` and the name of a kept folder.
+        NotFoundError where it is not here, or no longer what it stood on.
+        """
+        live = {str(layer.order): layer for layer in self.layers()}
+        if name == "0" or name in live:
+            return [layer.tree for layer in reversed(live.values()) if layer.order <= int(name)]
+        for layer in self.kept():
+            if name == f"failed-{layer.folder.name}":
+                below = [live.get(str(order)) for order in layer.record.get("on", ())]
+                if None not in below:
+                    return [layer.tree, *(found.tree for found in reversed(below) if found)]
+        raise NotFoundError(f"the workspace {self.folder.name!r} has no snapshot {name[:60]!r} (any more)")
 
     def live_trees(self) -> list[Path]:
         """Return the trees of the layers in force, topmost first."""
@@ -158,7 +197,8 @@ class Stack:
 
 
 def _layer(folder: Path) -> Layer:
-    return Layer(folder, LayerAuthor(**json.loads((folder / "layer.json").read_bytes())))
+    record = json.loads((folder / "layer.json").read_bytes())
+    return Layer(folder, LayerAuthor(record["step"], record["count"], record["attempt"]), record)
 
 
 def write(path: Path, value: object, *, durable: bool) -> None:

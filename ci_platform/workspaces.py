@@ -11,52 +11,38 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from ci_platform import copy_on_write, layer_conflicts, layers, sealing
+from ci_platform import copy_on_write, layer_views, layers, sealing
+from ci_platform.commit_reports import CommitReport, Conflict, conflicts_with, describe
 from ci_platform.cones import Cone
 from ci_platform.copy_on_write import Method
-from ci_platform.errors import ConflictError, InvalidInputError, LimitExceededError, NotFoundError
+from ci_platform.errors import ConflictError, InvalidInputError, LimitExceededError
 from ci_platform.origins import Origin
 from ci_platform.sandboxes import SANDBOX_UID, Tree
+from ci_platform.snapshots import Snapshot, View, layer_facts, snapshots_of
 from ci_platform.source import Checkout, GitFolder, Source, check_repo, check_sha
-from ci_platform.stacks import Layer, LayerAuthor, Stack
+from ci_platform.stacks import LayerAuthor, Stack
 from ci_platform.trees import Owner
 from pipelines.contract import Workspace
 
 T = TypeVar("T")
 
-__all__ = ["CommitReport", "Conflict", "LayerAuthor", "Workspaces"]
+__all__ = ["CommitReport", "Conflict", "LayerAuthor", "Workspaces", "describe"]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _KEPT_FAILURES = 3
+"""Of one workspace: enough to compare attempts, little enough to forget about."""
 
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """A path that a command left different from another one (`other`) which started from the same files."""
-
-    path: str
-    other: LayerAuthor
-
-
-@dataclass(frozen=True, slots=True)
-class CommitReport:
-    """What a command changed: number of paths, bytes, and where it overruled a parallel command.
-
-    The later commit wins; the log should say so. `order` is None where nothing changed and no layer was made.
-    """
-
-    order: int | None
-    paths: int = 0
-    size: int = 0
-    conflicts: tuple[Conflict, ...] = ()
+_NOBODY = LayerAuthor("", 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +53,9 @@ class _Open:
     folder: Path
     author: LayerAuthor
     seen: int
+    on: tuple[int, ...]
     lowers: tuple[Path, ...]
-    stamps: copy_on_write.Stamps | None
+    stamps: copy_on_write.Stamps | None = None
 
 
 @dataclass(slots=True)
@@ -127,15 +114,47 @@ class Workspaces:
         wanted = Origin(check_repo(repo), check_sha(sha), cone, alone)
         if not await self._thread(stack.exists):
             checkout = await self._checkout(wanted)
-            record = wanted.as_json() | {"git": checkout.git}
+            record = replace(wanted, git=checkout.git).as_json()
             await self._thread(lambda: self._create(stack, record))
-        found = Origin.from_json(await self._thread(stack.describe))
-        if replace(found, git=None) != wanted:
-            raise ConflictError(f"the workspace {workspace_id!r} is of {found}, not of {wanted}")
+        await self._check_origin(stack, wanted)
         return Workspace(workspace_id, repo, sha)
 
-    def _create(self, stack: Stack, record: Mapping[str, Any]) -> None:
-        stack.create(self._root / ".new" / secrets.token_hex(8), record, durable=self._durable)
+    async def _check_origin(self, stack: Stack, wanted: Origin) -> None:
+        found = Origin.from_json(await self._thread(stack.describe))
+        if replace(found, git=None) != replace(wanted, git=None):
+            raise ConflictError(f"the workspace {stack.folder.name!r} is of {found}, not of {wanted}")
+
+    def _create(self, stack: Stack, record: Mapping[str, Any], own: Sequence[Path] = ()) -> None:
+        stack.create(self._root / ".new" / secrets.token_hex(8), record, own, durable=self._durable)
+
+    async def fork_snapshot(self, workspace_id: str, source_id: str, name: str) -> Workspace:
+        """Make a workspace that begins as a snapshot of another one. Again is the same; see `fork`."""
+        stack = self._stack(workspace_id)
+        origin = Origin.from_json(await self._thread(self._stack(source_id).describe))
+        wanted = replace(origin, snapshot=f"{source_id}@{name}")
+        if not await self._thread(stack.exists):
+            async with self.view(source_id, name) as view:
+                await self._thread(lambda: self._create(stack, wanted.as_json(), view.own))
+        await self._check_origin(stack, wanted)
+        return Workspace(workspace_id, origin.repo, origin.sha)
+
+    @asynccontextmanager
+    async def view(self, workspace_id: str, name: str) -> AsyncIterator[View]:
+        """Show a snapshot (see `Stack.snapshot`) for the time of the block. Deleting the workspace takes it away."""
+        stack = self._stack(workspace_id)
+        pin = Path("view", secrets.token_hex(8))
+        async with self._state(workspace_id).lock:
+            base = await self._base(stack)
+            own = tuple(await self._thread(lambda: stack.snapshot(name)))
+            self._open[pin] = _Open("", pin, _NOBODY, 0, (), (*own, *base))
+        try:
+            yield View(own, (*own, *base))
+        finally:
+            self._open.pop(pin)
+
+    async def snapshots(self, workspace_id: str) -> list[Snapshot]:
+        """Return what of a workspace can be looked at or forked: the fork, then each layer, then failed commands."""
+        return await self._thread(lambda: snapshots_of(self._stack(workspace_id)))
 
     async def _checkout(self, origin: Origin) -> Checkout:
         folder = GitFolder(origin.sha, origin.cone, alone=origin.alone, copied=not self._method.mounts)
@@ -173,12 +192,14 @@ class Workspaces:
         for layer in stack.layers():
             if layer.author.same_step(author) and (first or layer.author.attempt < author.attempt):
                 layer.forget()
-        lowers = (*stack.lowers(stack.layers(), in_use), *base)
+        live = stack.layers()
+        lowers = (*stack.lowers(live, in_use), *base)
         folder = stack.folder / "pending" / secrets.token_hex(8)
         (folder / "work").mkdir(parents=True)
         if self._method.mounts:
             self._own(folder / "tree")
-        return _Open(stack.folder.name, folder, author, stack.newest_order(), lowers, None)
+        on = tuple(layer.order for layer in live)
+        return _Open(stack.folder.name, folder, author, stack.newest_order(), on, lowers)
 
     def _own(self, path: Path) -> None:
         """Make the root of an overlay, which the sandbox's uid may write to."""
@@ -222,31 +243,32 @@ class Workspaces:
         return report
 
     async def _commit(self, opened: _Open) -> CommitReport:
-        sealed = await self._thread(lambda: self._seal(opened))
+        sealed = await self._thread(lambda: self._seal(opened, durable=self._durable))
         if sealed.paths == 0:
             return CommitReport(None)
         state = self._state(opened.workspace_id)
         async with state.lock:
             order = state.last_order + 1
-            conflicts = await self._thread(lambda: self._publish(opened, order))
+            conflicts = await self._thread(lambda: self._publish(opened, order, sealed))
             state.last_order = order
         return CommitReport(order, sealed.paths, sealed.size, conflicts)
 
-    def _seal(self, opened: _Open) -> sealing.Sealed:
+    def _seal(self, opened: _Open, *, durable: bool) -> sealing.Sealed:
         upper = opened.folder / "tree"
         if opened.stamps is not None:
             copy_on_write.capture(opened.folder / "copy", opened.stamps, upper)
             layers.remove_tree(opened.folder / "copy")
         layers.remove_tree(opened.folder / "work")
-        return sealing.seal(upper, self._owner, durable=self._durable)
+        return sealing.seal(upper, self._owner, durable=durable)
 
-    def _publish(self, opened: _Open, order: int) -> tuple[Conflict, ...]:
+    def _publish(self, opened: _Open, order: int, sealed: sealing.Sealed) -> tuple[Conflict, ...]:
         stack, upper = self._stack(opened.workspace_id), opened.folder / "tree"
         siblings = [layer for layer in stack.layers() if layer.order > opened.seen]
-        conflicts = _conflicts(upper, siblings)
+        conflicts = conflicts_with(upper, siblings)
         if siblings:
             sealing.let_siblings_through(upper, opened.lowers)
-        stack.publish(opened.folder, order, opened.author, durable=self._durable)
+        facts = layer_facts(sealed.paths, sealed.size, opened.on, conflicts)
+        stack.publish(opened.folder, order, opened.author, facts, durable=self._durable)
         return conflicts
 
     async def drop(self, tree: Tree, *, keep: bool = False) -> None:
@@ -260,9 +282,13 @@ class Workspaces:
             await self._discard(opened)
 
     def _keep(self, opened: _Open) -> None:
-        layers.remove_tree(opened.folder / "work")
-        for path in self._stack(opened.workspace_id).keep(opened.folder, opened.author, _KEPT_FAILURES):
-            self._remove(path)
+        try:
+            sealed = self._seal(opened, durable=False)
+        except LimitExceededError:
+            return  # what cannot be a layer cannot be looked at
+        facts = layer_facts(sealed.paths, sealed.size, opened.on)
+        stack = self._stack(opened.workspace_id)
+        self._remove(*stack.keep(opened.folder, opened.author, facts, _KEPT_FAILURES))
 
     async def _discard(self, opened: _Open) -> None:
         """Let go of a tree and of everything that only it still needed."""
@@ -306,7 +332,7 @@ class Workspaces:
         stack = self._stack(workspace_id)
         async with self._state(workspace_id).lock:
             base = await self._base(stack)
-            return await self._thread(lambda: _read((*stack.live_trees(), *base), path, limit))
+            return await self._thread(lambda: layer_views.read((*stack.live_trees(), *base), path, limit))
 
     async def delete(self, workspace_id: str) -> None:
         """Remove a workspace; nothing where there is none. ConflictError while a command uses it."""
@@ -348,50 +374,20 @@ class Workspaces:
         """Remove commits' trees that no workspace stands on, down to `budget` bytes; returns the bytes freed."""
         return await self._source.evict(budget, self._in_use())
 
+    async def forget_failures(self, older_than: timedelta) -> int:
+        """Remove what failed commands left longer ago; returns how many there were."""
+        seconds = older_than.total_seconds()
+
+        def forget() -> int:
+            found = [old for path in self._root.glob("[!.]*") for old in Stack(path).outdated(seconds)]
+            self._remove(*found)
+            return len(found)
+
+        return await self._thread(forget)
+
 
 def _rewind(stack: Stack, steps: Collection[tuple[str, int]]) -> int:
     forgotten = [layer for layer in stack.layers() if (layer.author.step, layer.author.count) in steps]
     for layer in forgotten:
         layer.forget()
     return len(forgotten)
-
-
-def _conflicts(upper: Path, siblings: Sequence[Layer]) -> tuple[Conflict, ...]:
-    if not siblings:
-        return ()
-    mine = layer_conflicts.scan(upper)
-    return tuple(
-        Conflict(path, sibling.author)
-        for sibling in siblings
-        for path in layer_conflicts.find(upper, mine, sibling.tree, layer_conflicts.scan(sibling.tree))
-    )
-
-
-def _read(lowers: Sequence[Path], path: str, limit: int) -> bytes | None:
-    if layers.locate(lowers, path) is None:
-        return None
-    for lower in lowers:
-        if layers.locate([lower], path) is not None:
-            try:
-                with layers.open_file(lower, path) as file:
-                    content = file.read(limit + 1)
-            except OSError:
-                return None
-            if len(content) > limit:
-                raise LimitExceededError(f"{path} has more than {limit} bytes")
-            return content
-    raise NotFoundError(path)
-
-
-def describe(report: CommitReport) -> str:
-    """Return a line for the log that says where a command overruled parallel ones; empty where it did not."""
-    if not report.conflicts:
-        return ""
-    # A tenant chooses the names of files: a line end in one must not begin a line of the platform's.
-    paths = sorted({conflict.path for conflict in report.conflicts})
-    shown = ", ".join(path if path.isprintable() else ascii(path) for path in paths[:10])
-    others = ", ".join(sorted({conflict.other.step for conflict in report.conflicts}))
-    more = len(paths) - 10
-    return f"changed differently by {others}; this command's version stays: {shown}" + (
-        f" and {more} more" if more > 0 else ""
-    )

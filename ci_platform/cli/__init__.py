@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ci_platform.cli.asking import find_server, print_json
 from ci_platform.cli.repositories import repo
+from ci_platform.cli.snapshots import snapshot
 from ci_platform.errors import FailedError, PlatformError, RejectedError
 from ci_platform.options import settings_from, settings_options
 from dynflow.errors import StorageError
@@ -406,6 +407,7 @@ def token_revoke(*, token_id: int) -> None:
 
 
 main.add_command(repo)
+main.add_command(snapshot)
 
 
 # --- what commands share -------------------------------------------------------------------------------

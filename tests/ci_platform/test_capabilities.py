@@ -137,6 +137,30 @@ async def test_a_sparse_fork_shows_its_folders_alone(world: World, commits: tupl
             await world.artifacts.fork(REPO, sparse=["../x"])
 
 
+async def test_a_workspace_is_forked_as_a_step_left_it(world: World, commits: tuple[str, str]) -> None:
+    with called_by(run_of(commits[0])):
+        workspace = await world.artifacts.fork(REPO)
+        for step in ("one", "two"):
+            with called_by(run_of(commits[0]), step=step):
+                await world.commands.run(Command(workspace, ("touch", step)))
+        with called_by(run_of(commits[0]), step="go back"):
+            again = await world.artifacts.fork_snapshot(workspace, "one")
+            assert again != workspace
+            assert await world.artifacts.fork_snapshot(workspace, "one") == again
+        listed = (await world.commands.run(Command(again, ("ls",)))).output.split()
+        assert ("one" in listed, "two" in listed) == (True, False)
+        with called_by(run_of(commits[0]), step="other"):
+            with pytest.raises(NotFoundError, match="three"):
+                await world.artifacts.fork_snapshot(workspace, "three")
+            for wrong in (None, "x", 5):
+                with pytest.raises(InvalidInputError):
+                    await world.artifacts.fork_snapshot(wrong, "one")
+            with pytest.raises(InvalidInputError):
+                await world.artifacts.fork_snapshot(workspace, 5)
+    with called_by(run_of(commits[0], run_id="2" * 32)), pytest.raises(ForbiddenError, match="not belong"):
+        await world.artifacts.fork_snapshot(workspace, "one")
+
+
 @pytest.mark.parametrize("option", ["submodules", "lfs"])
 async def test_what_a_fork_cannot_fetch_is_named(world: World, commits: tuple[str, str], option: str) -> None:
     with called_by(run_of(commits[0])), pytest.raises(FailedError, match=f"{option}=True"):

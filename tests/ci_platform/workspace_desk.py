@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ci_platform import copy_on_write, layers
+from ci_platform.copy_on_write import MethodName
 from ci_platform.sandboxes import Sandbox, SandboxJob
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.source import Remote, Source
@@ -44,7 +45,9 @@ class Desk:
         self.remote.git("push", "--quiet", "--force", "--mirror", str(self.source.path(REPO)))
         await self.source.fetch(REPO, sha, Remote(self.remote.url))
 
-    async def run(self, script: str, workspace_id: str = "run1.build", step: str = "step") -> str:
+    async def run(
+        self, script: str, workspace_id: str = "run1.build", step: str = "step", *, keep: bool = False
+    ) -> str:
         """Run a script to success, keep what it changed, return what it printed."""
         tree = await self.workspaces.prepare(workspace_id, LayerAuthor(step, 1, 1))
         self._jobs += 1
@@ -55,17 +58,19 @@ class Desk:
             assert outcome.exit_code == 0, printed.decode(errors="replace")
             self.reports.append(await self.workspaces.commit(tree))
         finally:
-            await self.workspaces.drop(tree)
+            await self.workspaces.drop(tree, keep=keep)
         return printed.decode(errors="surrogateescape")
 
 
 @asynccontextmanager
-async def opened_desk(tmp_path: Path, *, limits: TreeLimits | None = None) -> AsyncIterator[Desk]:
+async def opened_desk(
+    tmp_path: Path, *, limits: TreeLimits | None = None, method: MethodName | None = None
+) -> AsyncIterator[Desk]:
     for folder in [tmp_path, *tmp_path.parents][:2]:
         folder.chmod(0o755)
     remote = working_copy(tmp_path / "remote")
     source = Source(tmp_path / "source", allow_file=True, limits=limits)
-    chosen = copy_on_write.probe(tmp_path / "workspaces")
+    chosen = copy_on_write.probe(tmp_path / "workspaces", method)
     workspaces = Workspaces(tmp_path / "workspaces", source, chosen)
     sandbox = IsolateSandbox(ready=0)
     try:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+import threading
+
 import anyio
+import anyio.to_thread
 import httpx
 
 from tests.ci_platform.api.world import FAILING, GATED, HEAD, QUICK, SLOW, World, assert_problem
@@ -215,3 +220,60 @@ async def test_repositories_are_registered_once(world: World, http: httpx.AsyncC
     assert_problem(other, 409, "conflict")
     for name in ("x", "../../etc", "a/b/c", "-a/b", "a/..", "a/b.git"):
         assert_problem(await http.post("/api/v1/repos", json={"name": name}), 400, "invalid_input")
+
+
+FAILS_LATER = HEAD + (
+    '        await sh("build", "mkdir out; echo built > out/it; ln -s /etc/passwd out/passwd")\n'
+    '        again = await step.do("again", lambda: self.env.ARTIFACTS.fork_snapshot(workspace, "build"))\n'
+    '        await step.do("look", lambda: run_in_sandbox(again, ["grep", "built", "out/it"]))\n'
+    '        await sh("test", "echo partly > report; exit 3")\n'
+)
+
+
+async def test_a_runs_snapshots_are_looked_at_and_downloaded(world: World, nobody: httpx.AsyncClient) -> None:
+    run_id = await world.push(FAILS_LATER)
+    assert [step["status"] for step in (await world.concluded(run_id))["steps"]][:3] == ["complete"] * 3
+    listed = (await world.http.get(f"/api/v1/runs/{run_id}/snapshots")).json()["items"]
+    assert [(item["workspace"].partition(".")[2], item["outcome"], item["step"]) for item in listed] == [
+        ("again-1", "forked", None),
+        ("again-1", "committed", "(snapshot)"),
+        ("checkout-1", "forked", None),
+        ("checkout-1", "committed", "build"),
+        ("checkout-1", "failed", "test"),
+    ]
+    failed = f"/api/v1/runs/{run_id}/snapshots/{listed[4]['workspace']}/{listed[4]['name']}"
+    read = await world.http.get(f"{failed}/file", params={"path": "report"})
+    assert (read.content, read.headers["content-disposition"]) == (b"partly\n", 'attachment; filename="file"')
+    files = (await world.http.get(f"{failed}/files", params={"path": "out"})).json()["items"]
+    assert [(item["name"], item["kind"], item["target"]) for item in files] == [
+        ("it", "file", None),
+        ("passwd", "symlink", "/etc/passwd"),
+    ]
+    answer = await world.http.get(f"{failed}/tar")
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        assert {"report", "out/it", "out/passwd"} <= set(archive.getnames())
+        assert not [name for name in archive.getnames() if name.startswith(".git/")]
+    for path in ("out/passwd", "nothing", "../../server.json", "/etc/passwd", "out"):
+        assert (await world.http.get(f"{failed}/file", params={"path": path})).status_code == 404, path
+    for place in ("/files", "/file?path=report", "/tar"):
+        assert (await nobody.get(failed + place)).status_code == 401
+        assert (await world.http.get(f"/api/v1/runs/{run_id}/snapshots/other.x/0{place}")).status_code == 404
+        gone = await world.http.get(f"{failed.rpartition('/')[0]}/99{place}")
+        assert gone.status_code == 404
+        assert "99" in gone.json()["error"]["message"]
+    assert (await world.http.get(f"/api/v1/runs/{'0' * 32}/snapshots")).status_code == 404
+
+
+async def test_a_download_that_is_given_up_leaves_nothing_open(world: World) -> None:
+    run_id = await world.push(
+        FAILS_LATER.replace("echo built", "head -c 30000000 /dev/zero > out/large; echo built")
+    )
+    await world.concluded(run_id)
+    place = f"/api/v1/runs/{run_id}/snapshots/{run_id}.checkout-1/1/tar"
+    async with world.http.stream("GET", place) as answer:
+        async for _ in answer.aiter_raw(1000):
+            break
+    with anyio.fail_after(30):
+        for thread in threading.enumerate():
+            if thread.name == "snapshot tar":
+                await anyio.to_thread.run_sync(thread.join)

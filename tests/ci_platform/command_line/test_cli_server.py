@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import time
 import uuid
 from pathlib import Path
@@ -159,3 +160,27 @@ def test_another_server_on_the_same_port_says_what_to_do(served: Served, tmp_pat
     assert done.returncode == 2
     assert "Address already in use" in done.stderr
     assert "--port" in done.stderr
+
+
+def test_snapshots_are_listed_looked_into_and_downloaded(served: Served, tmp_path: Path) -> None:
+    run_id = push(served, tmp_path, GATED.replace("echo before", "mkdir out; echo built > out/it"))
+    while not served.client.get(f"/api/v1/runs/{run_id}")["gates"]:
+        pass
+    listed = served.dynflow("snapshot", "list", run_id)
+    assert [line.split()[:3] for line in listed.stdout.splitlines()] == [
+        ["checkout-1@0", "forked"],
+        ["checkout-1@1", "committed", "before"],
+    ], listed
+    (item,) = json.loads(served.dynflow("snapshot", "list", run_id, "--json").stdout)[1:]
+    assert (item["paths"], item["size"], item["conflicts"]) == (2, 6, [])
+    files = served.dynflow("snapshot", "files", run_id, "checkout-1@1", "out")
+    assert files.stdout.split() == ["file", "6", "it"], files.stderr
+    assert served.dynflow("snapshot", "cat", run_id, "checkout-1@1", "out/it").stdout == "built\n"
+    place = tmp_path / "snapshot.tar"
+    done = served.dynflow("snapshot", "download", run_id, "checkout-1@1", "-o", str(place))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(place) as archive:
+        assert {".dynflow/ci.py", "out/it"} <= set(archive.getnames())
+    for wrong, code in (("checkout-1@7", 2), ("nothing@0", 2), ("@", 2)):
+        assert served.dynflow("snapshot", "files", run_id, wrong).returncode == code
+    served.dynflow("cancel", run_id)
