@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ci_platform import copy_on_write
@@ -107,12 +107,15 @@ def _copied(tree: Tree, place: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def sweep() -> int:
-    """Unmount and remove what platforms left behind that are dead; returns how many trees."""
+def sweep(is_spared: Callable[[Path], bool] = lambda _: False) -> int:
+    """Unmount and remove what platforms left behind that are dead; returns how many trees.
+
+    A place that `is_spared` stays as it is.
+    """
     swept = 0
     for place in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         pid = place.name.removeprefix(_PREFIX).partition("-")[0]
-        if _is_ours(place) and not Path("/proc", pid).exists():
+        if _is_ours(place) and not Path("/proc", pid).exists() and not is_spared(place):
             remove_place(place)
             swept += not place.exists()
     return swept

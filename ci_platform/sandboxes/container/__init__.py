@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anyio
-import docker
 from docker.errors import DockerException, ImageNotFound
 
 from ci_platform import layers
 from ci_platform.errors import FailedError, ImageNotFoundError, UnavailableError
-from ci_platform.sandboxes import Output, Sandbox, SandboxJob, SandboxOutcome, Say, cgroups, merged
-from ci_platform.sandboxes.container import walls
-from ci_platform.sandboxes.container.engine import PLATFORM, Engine, remove
+from ci_platform.sandboxes import Output, Sandbox, SandboxJob, SandboxOutcome, Say, merged
+from ci_platform.sandboxes.container import survivors, walls
+from ci_platform.sandboxes.container.engine import Engine
 from ci_platform.sandboxes.container.images import Images, missing
-from ci_platform.sandboxes.container.networks import sweep_networks
+from ci_platform.sandboxes.container.leftovers import scopes_of, sweep_engine
 from ci_platform.sandboxes.container.plain import run_fresh
+from ci_platform.sandboxes.container.resuming import Resuming
 from ci_platform.sandboxes.container.services import Services
 from ci_platform.sandboxes.container.warm import ColdError, WarmContainers
 
@@ -32,6 +32,8 @@ class ContainerSandbox(Sandbox):
     time: each holds a thread for its output. `warm` keeps containers for the next command of the same run (as root:
     a workspace is mounted into a container that runs).
     """
+
+    outlives = True
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class ContainerSandbox(Sandbox):
         self._warm = warm and os.geteuid() == 0
         self._streams = anyio.CapacityLimiter(commands)
         self._waiting = WarmContainers(self._engine, self._streams)
+        self._resuming = Resuming(self._engine)
 
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
         """Run one command to its end."""
@@ -99,13 +102,42 @@ class ContainerSandbox(Sandbox):
         return name, await self._images.resolve(self._named.get(name, name), say)
 
     async def sweep(self) -> int:
-        """Remove containers and mounts of platforms on this host that are dead."""
-        swept = await self._engine.finish(merged.sweep)
+        """Remove containers and mounts of platforms on this host that are dead, but of commands that go on."""
+        spared: set[str] = set()
+
+        def spare(place: Path) -> bool:
+            found = survivors.of_place(place)
+            spared.update(each.container for each in found)
+            return bool(found)
+
+        swept = await self._engine.finish(lambda: merged.sweep(spare))
         try:
             # Not waited for when the platform stops: an engine may hang, and what is left is swept next time.
-            return swept + await self._engine.call(_sweep, abandon=True)
+            scopes = await self._engine.call(lambda client: scopes_of(client, spared), abandon=True)
+            for scope in scopes:
+                self._services.inherit(scope)
+            return swept + await self._engine.call(lambda client: sweep_engine(client, scopes), abandon=True)
         except UnavailableError:
             return swept
+
+    async def resume(self, job: SandboxJob, output: Output) -> SandboxOutcome | None:
+        """Go on with a command that an earlier process has left in `job.survive`, from its first byte on."""
+        self._services.inherit(job.scope)  # should this come before the sweep
+        return await self._resuming.resume(job, output)
+
+    async def abandon(self, folder: Path) -> None:
+        """Kill the command that an earlier process has left in `folder`; an absent engine's is swept later."""
+        with contextlib.suppress(UnavailableError):
+            await self._resuming.abandon(folder)
+
+    def settled(self, folder: Path) -> None:
+        """Forget a command whose end is taken care of."""
+        self._waiting.settled(folder)
+        self._resuming.settled(folder)
+
+    def detach(self) -> None:
+        """From now on leave commands that may survive to themselves, where others are cancelled."""
+        self._waiting.leaving = self._resuming.leaving = True
 
     async def release(self, scope: str) -> None:
         """Remove the warm containers and the services of a run that no command uses now."""
@@ -116,7 +148,7 @@ class ContainerSandbox(Sandbox):
         """Remove warm containers and services that nobody uses, and close the connections to the engine."""
         with contextlib.suppress(UnavailableError):
             await self._waiting.release(None)
-            await self._services.close()
+            await self._services.close(but=self._waiting.left)
         await self._engine.close()
 
     def describe(self) -> Mapping[str, str]:
@@ -136,12 +168,3 @@ class ContainerSandbox(Sandbox):
             "image": self._image
             + ("" if self._image in have else ", which is missing; scripts/build_images makes it"),
         }
-
-
-def _sweep(client: docker.DockerClient) -> int:
-    swept = 0
-    for container in client.containers.list(all=True, filters={"label": PLATFORM}):
-        if not cgroups.is_alive(container.labels[PLATFORM]):
-            remove(client, str(container.id))
-            swept += 1
-    return swept + sweep_networks(client)

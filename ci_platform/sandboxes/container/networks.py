@@ -37,13 +37,3 @@ def remove_network(client: docker.DockerClient, name: str) -> None:
     """Remove a network; nothing if it is gone. One that is still in use is left for the next sweep."""
     with contextlib.suppress(NotFound, APIError):
         client.api.remove_network(name)
-
-
-def sweep_networks(client: docker.DockerClient) -> int:
-    """Remove the networks of dead platforms; returns how many."""
-    swept = 0
-    for network in client.api.networks(filters={"label": PLATFORM}):
-        if not cgroups.is_alive(network["Labels"][PLATFORM]):
-            remove_network(client, network["Id"])
-            swept += 1
-    return swept

@@ -15,6 +15,7 @@ import fcntl
 import os
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 from ci_platform import layers
@@ -22,8 +23,10 @@ from ci_platform.errors import UnavailableError
 from ci_platform.sandboxes import MEBIBYTE, SANDBOX_UID, Tree, linux, merged
 from ci_platform.sandboxes.container.walls import PRIVATE, WORKSPACE
 
-OUTPUT = "/.dynflow"
-"""Where the output of commands is, inside."""
+OUTPUT, PIPE, CODE = "/.dynflow", "out", "code"
+"""Where commands print to, inside: a pipe, and the file for the exit code of the last one."""
+
+_PIECE = 32 * 1024
 
 _SHARED = 1 << 20
 _SPLICE_F_NONBLOCK = 2
@@ -34,19 +37,11 @@ _EMPTIED = (*PRIVATE, "/dev/shm")  # noqa: S108 - the container's own
 
 
 class Place:
-    """One such folder. Every method blocks for about a millisecond."""
+    """One such folder, as `make_place` has made it. Every method blocks for about a millisecond."""
 
-    def __init__(self, output: int) -> None:
-        self.path = merged.make_place()
-        try:
-            linux.mount("dynflow", str(self.path), "tmpfs", 0, f"mode=700,size={output + _SLACK}")
-            linux.mount("none", str(self.path), None, _SHARED)
-            self.tree, self.output = self.path / merged.TREE, self.path / "output"
-            self.tree.mkdir()
-            self.output.mkdir(mode=0o711)
-        except OSError as error:
-            self.remove()
-            raise UnavailableError(f"container sandbox: cannot prepare a place: {error}") from error
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tree, self.output = path / merged.TREE, path / "output"
 
     @property
     def binds(self) -> list[str]:
@@ -66,17 +61,43 @@ class Place:
         merged.remove_place(self.path)
 
 
-class Pipe:
-    """The output of one command: `reader` becomes readable when there is more."""
+def make_place(output: int) -> Place:
+    """Make a place for commands that print so many bytes at most. Raises UnavailableError."""
+    place = Place(merged.make_place())
+    try:
+        linux.mount("dynflow", str(place.path), "tmpfs", 0, f"mode=700,size={output + _SLACK}")
+        linux.mount("none", str(place.path), None, _SHARED)
+        place.tree.mkdir()
+        place.output.mkdir(mode=0o711)
+        os.mkfifo(place.output / PIPE, 0o600)
+        (place.output / CODE).touch(0o600)
+        for name in (PIPE, CODE):
+            os.chown(place.output / name, SANDBOX_UID, SANDBOX_UID)
+    except OSError as error:
+        place.remove()
+        raise UnavailableError(f"container sandbox: cannot prepare a place: {error}") from error
+    return place
 
-    def __init__(self, place: Place, name: str) -> None:
-        self._pipe, self._kept = place.output / name, place.path / f"{name}.out"
-        os.mkfifo(self._pipe, 0o600)
-        os.chown(self._pipe, SANDBOX_UID, SANDBOX_UID, follow_symlinks=False)
+
+class Pipe:
+    """The output of one command: `reader` becomes readable when there is more.
+
+    What an earlier process of the platform has taken of it is `kept`.
+    """
+
+    def __init__(self, place: Place, number: int) -> None:
+        self._kept = place.path / f"{number}.out"
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.reader = os.open(self._pipe, flags | os.O_NONBLOCK)
+        self.reader = os.open(place.output / PIPE, flags | os.O_NONBLOCK)
         self._file = os.open(self._kept, flags | os.O_CREAT, 0o600)
-        self._size = 0
+        self._size = os.fstat(self._file).st_size
+
+    def kept(self) -> Iterator[bytes]:
+        """Yield what was taken before this pipe was opened."""
+        end, at = self._size, 0
+        while piece := os.pread(self._file, min(_PIECE, end - at), at):
+            at += len(piece)
+            yield piece
 
     def pending(self) -> bool:
         """Whether there is something to take."""
@@ -103,12 +124,20 @@ class Pipe:
         self._size += moved
         return piece
 
+    def drain(self) -> None:
+        """Drop what the command before this one has left in the pipe."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.reader, _PIECE):
+                pass
+
     def close(self) -> None:
-        """Forget it all."""
+        """Close it. What was taken stays until `forget`."""
         for descriptor in (self.reader, self._file):
             os.close(descriptor)
-        for path in (self._pipe, self._kept):
-            path.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Remove what was taken."""
+        self._kept.unlink(missing_ok=True)
 
 
 def empty_private(container: str, pid: int) -> bool:

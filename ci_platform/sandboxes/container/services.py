@@ -6,7 +6,7 @@ They start with the first command that names them and stay until nobody of the r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +19,7 @@ from ci_platform.errors import ImageNotFoundError, ServiceNotReadyError, Unavail
 from ci_platform.named_locks import NamedLocks
 from ci_platform.sandboxes import SandboxJob, cgroups
 from ci_platform.sandboxes.container.engine import PLATFORM, RUN, SERVICE, Engine, remove
+from ci_platform.sandboxes.container.leftovers import remove_left
 from ci_platform.sandboxes.container.networks import NOWHERE, make_network, remove_network
 from ci_platform.sandboxes.container.readiness import Ended, is_ready
 from pipelines.contract import Service
@@ -63,6 +64,11 @@ class Services:
         self._engine = engine
         self._scopes: dict[str, _Scope] = {}
         self._locks = NamedLocks()
+        self._inherited: set[str] = set()
+
+    def inherit(self, scope: str) -> None:
+        """Take over what an earlier process has started for a run: it is removed with the rest."""
+        self._inherited.add(scope)
 
     @asynccontextmanager
     async def beside(self, job: SandboxJob) -> AsyncIterator[str | None]:
@@ -88,6 +94,9 @@ class Services:
         """End the services of a run, unless a command of it uses one."""
         async with self._locks(name):
             scope = self._scopes.get(name)
+            if name in self._inherited and not (scope and scope.users):
+                self._inherited.discard(name)
+                await self._engine.shielded(lambda client: remove_left(client, name))
             if scope is None or scope.users:
                 return
             del self._scopes[name]
@@ -95,9 +104,9 @@ class Services:
                 await self._engine.shielded(lambda client, it=running: remove(client, it.container))  # type: ignore[misc]
             await self._engine.shielded(lambda client: remove_network(client, scope.network))
 
-    async def close(self) -> None:
-        """End all that nobody uses."""
-        for name in list(self._scopes):
+    async def close(self, *, but: Collection[str] = ()) -> None:
+        """End all that nobody uses, `but` what belongs to these runs."""
+        for name in set(self._scopes) - set(but):
             await self.release(name)
 
     async def _scope(self, name: str) -> _Scope:

@@ -7,12 +7,12 @@ folders emptied.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -21,22 +21,24 @@ import docker
 from docker.errors import APIError, NotFound
 from docker.utils.socket import frames_iter
 
-from ci_platform.sandboxes import Output, SandboxJob, SandboxLimits, SandboxOutcome, StopReason
-from ci_platform.sandboxes.container import places, walls
+from ci_platform.sandboxes import Output, SandboxJob, SandboxLimits, SandboxOutcome
+from ci_platform.sandboxes.container import places, survivors, walls
 from ci_platform.sandboxes.container.engine import Engine, remove
-from ci_platform.sandboxes.container.places import OUTPUT, Pipe, Place
+from ci_platform.sandboxes.container.places import CODE, OUTPUT, PIPE, Pipe, Place, make_place
+from ci_platform.sandboxes.container.survivors import Survivor
+from ci_platform.sandboxes.container.tails import KILLED, Tail
 
-_KEEPER = ("sh", "-c", "exec sleep 2147483647")
-"""What a warm container runs while it waits; an image that has no shell is not kept warm."""
+_KEEPER = ("sh", "-c", f"exec 9<>{OUTPUT}/{PIPE}; exec sleep 2147483647")
+"""What a warm container runs while it waits; an image that has no shell is not kept warm. It holds the pipe open: what
+a command has printed is not lost when both that and the platform end."""
 
 _KEEPERS_PROCESSES = 2
 """docker-init and the sleep."""
 
-_REDIRECT = '(exec "$@") 1<>"$0" 2>&1; exit $?'
+_REDIRECT = f'(exec "$@") 1<>{OUTPUT}/{PIPE} 2>&1; code=$?; echo $code >{OUTPUT}/{CODE}; exit $code'
 """The outer shell stays, and holds the streams by whose end the engine tells that the command is over. `exec` runs
 programs alone, never what the shell has of the same name. The pipe is opened for both ways, so that it has a reader
 though the platform is killed: the command then waits, once the pipe is full, for the next platform."""
-_PIECE = 32 * 1024
 _IDLE_OF_A_RUN = 4
 _TRIES = 10
 
@@ -76,6 +78,11 @@ class WarmContainers:
     engine: Engine
     streams: anyio.CapacityLimiter
     _idle: dict[Shape, list[_Warm]] = field(default_factory=dict)
+    leaving: bool = False
+    """Whether this process ends: commands that may survive are then left alone where they are cancelled."""
+    left: set[str] = field(default_factory=set)
+    """Runs of which commands were left alone."""
+    _unsettled: dict[Path, tuple[Survivor, Pipe]] = field(default_factory=dict)
     _busy: set[_Warm] = field(default_factory=set)
     _cold: set[str] = field(default_factory=set)
 
@@ -90,20 +97,24 @@ class WarmContainers:
         shape = Shape(job.scope, image, tuple(networks), limits)
         warm = await self._take(shape, job)
         self._busy.add(warm)
-        clean = False
+        clean, over = False, False
         try:
             await self.engine.finish(lambda: warm.place.show(job.tree))
             walls.check_cwd(warm.place.tree, job.cwd)
             outcome = await self._run(warm, job, output)
-            clean = outcome.reason == "exited"
+            clean, over = outcome.reason == "exited", True
         except ColdError:
             self._cold.add(image)
             raise
         else:
             return outcome
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._put_back(warm, clean=clean)
+            if self.leaving and job.survive is not None and not over:
+                self._busy.discard(warm)  # the next process finds it
+                self.left.add(job.scope)
+            else:
+                with anyio.CancelScope(shield=True):
+                    await self._put_back(warm, clean=clean)
 
     async def release(self, scope: str | None) -> None:
         """Remove what waits for commands of a run, or of any."""
@@ -120,7 +131,7 @@ class WarmContainers:
             if not waiting:
                 del self._idle[shape]
             return warm
-        place = await self.engine.finish(lambda: Place(shape.limits.output))
+        place = await self.engine.finish(lambda: make_place(shape.limits.output))
         try:
             container, pid = await self.engine.shielded(lambda client: _start(client, shape, job, place))
         except BaseException:
@@ -128,49 +139,48 @@ class WarmContainers:
             raise
         return _Warm(shape, place, container, pid)
 
+    def settled(self, folder: Path) -> None:
+        """Forget a command whose end is taken care of."""
+        if (found := self._unsettled.pop(folder, None)) is not None:
+            survivor, pipe = found
+            survivors.forget(folder, survivor)
+            pipe.forget()
+
     async def _run(self, warm: _Warm, job: SandboxJob, output: Output) -> SandboxOutcome:
         warm.commands += 1
-        name = str(warm.commands)
         killed = places.killed_for_memory(warm.container, warm.pid)
-        pipe = Pipe(warm.place, name)
+        pipe = Pipe(warm.place, warm.commands)
         try:
+            pipe.drain()
             started = time.monotonic()
-            tail = _Tail(pipe, job.limits.output, output)
-            execution = await self.engine.call(lambda client: _prepare(client, warm.container, job, name))
-            code, reason = await self._follow(execution, tail, job.limits.timeout)
-            duration = timedelta(seconds=time.monotonic() - started)
+            tail = Tail(pipe, job.limits.output, output)
+            execution = await self.engine.call(lambda client: _prepare(client, warm.container, job))
+            survivor = Survivor(
+                warm.container, warm.pid, str(warm.place.path), warm.commands, execution, time.time()
+            )
+            if job.survive is not None:
+                survivors.write(job.survive, survivor)
+            limit = job.limits.timeout.total_seconds()
+            code, reason = await tail.until_over(lambda: self._wait(execution), limit)
+            code = KILLED if code is None else code
+            seconds = time.monotonic() - started
+            if reason == "exited" and code and places.killed_for_memory(warm.container, warm.pid) > killed:
+                reason = "memory"
+            if job.survive is not None:
+                folder, over = job.survive, replace(survivor, code=code, reason=reason, seconds=seconds)
+                survivors.write(folder, over)
+                self._unsettled[folder] = over, pipe
         finally:
             pipe.close()
-        if reason == "exited" and code and places.killed_for_memory(warm.container, warm.pid) > killed:
-            reason = "memory"
-        return SandboxOutcome(code, reason, duration)
+            if job.survive is None:
+                pipe.forget()
+        return SandboxOutcome(code, reason, timedelta(seconds=seconds))
 
-    async def _follow(self, execution: str, tail: _Tail, limit: timedelta) -> tuple[int, StopReason]:
-        codes: list[int] = []
-
-        async def wait() -> None:
-            # The thread that is left behind ends with the container.
-            codes.append(
-                await anyio.to_thread.run_sync(
-                    lambda: _exec(self.engine.opened(), execution),
-                    abandon_on_cancel=True,
-                    limiter=self.streams,
-                )
-            )
-            tasks.cancel_scope.cancel()
-
-        reason: StopReason = "timeout"
-        with _unwrapped():
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(wait)
-                with anyio.move_on_after(limit.total_seconds()):
-                    await tail.follow()
-                    reason = "output"
-                tasks.cancel_scope.cancel()
-        within = await tail.rest()
-        if not codes:
-            return 128 + 9, reason
-        return codes[0], "exited" if within else "output"
+    async def _wait(self, execution: str) -> int:
+        # The thread that is left behind ends with the container.
+        return await anyio.to_thread.run_sync(
+            lambda: _exec(self.engine.opened(), execution), abandon_on_cancel=True, limiter=self.streams
+        )
 
     async def _put_back(self, warm: _Warm, *, clean: bool) -> None:
         keep = clean and len(self._idle.get(warm.shape, ())) < _IDLE_OF_A_RUN
@@ -184,46 +194,6 @@ class WarmContainers:
     async def _remove(self, warm: _Warm) -> None:
         await self.engine.shielded(lambda client: remove(client, warm.container))
         await self.engine.finish(warm.place.remove)
-
-
-class _Tail:
-    """Passes on what a command prints, up to a limit."""
-
-    def __init__(self, pipe: Pipe, limit: int, output: Output) -> None:
-        self._pipe, self._left, self._output = pipe, limit, output
-
-    async def follow(self) -> None:
-        """Pass on until more was printed than the limit."""
-        while True:
-            await anyio.wait_readable(self._pipe.reader)
-            if not self._pass_on():
-                return
-
-    async def rest(self) -> bool:
-        """Pass on what is there; returns whether that is within the limit."""
-        while self._pipe.pending():
-            if not self._pass_on():
-                return False
-            await anyio.lowlevel.checkpoint()
-        return True
-
-    def _pass_on(self) -> bool:
-        if not self._left:
-            return not self._pipe.pending()
-        piece = self._pipe.take(min(_PIECE, self._left))
-        self._left -= len(piece)
-        if piece:
-            self._output(piece)
-        return True
-
-
-@contextlib.contextmanager
-def _unwrapped() -> Any:
-    """Let an error out of a task group as it is."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
 
 
 def _start(client: docker.DockerClient, shape: Shape, job: SandboxJob, place: Place) -> tuple[str, int]:
@@ -241,8 +211,8 @@ def _start(client: docker.DockerClient, shape: Shape, job: SandboxJob, place: Pl
     return container, pid
 
 
-def _prepare(client: docker.DockerClient, container: str, job: SandboxJob, name: str) -> str:
-    command = ["sh", "-c", _REDIRECT, f"{OUTPUT}/{name}", *job.argv]
+def _prepare(client: docker.DockerClient, container: str, job: SandboxJob) -> str:
+    command = ["sh", "-c", _REDIRECT, "sh", *job.argv]
     try:
         made: dict[str, str] = client.api.exec_create(
             container,
