@@ -50,7 +50,7 @@ class World:
         self._runs: dict[str, Run] = {}
         self._changed = asyncio.Event()
         self.history: list[tuple[str, HistoryEvent]] = []
-        self.told: list[tuple[InstanceRef, HistoryEvent]] = []
+        self.told: dict[InstanceRef, list[HistoryEvent]] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -75,12 +75,12 @@ class World:
         """Hold what was told live of each instance against what a late reader of its history finds."""
         for name in self._registered:
             binding = self.engine.binding(name)
-            for id_ in {ref.id for ref, _ in self.told if ref.workflow == name}:
-                told = {e.event_id: e for ref, e in self.told if (ref.workflow, ref.id) == (name, id_)}
+            for ref, events in [item for item in self.told.items() if item[0].workflow == name]:
+                told = {event.event_id: event for event in events}
                 with contextlib.suppress(
                     InstanceNotFoundError, InvalidArgumentError
                 ):  # deleted, of two tenants
-                    instance = await binding.get(id_)
+                    instance = await binding.get(ref.id)
                     read = await self._read(instance, max(told))
                     assert {number: read[number] for number in told} == told
                     assert list(read) == list(range(1, len(read) + 1))
@@ -96,8 +96,8 @@ class World:
 
     def _heard(self, ref: InstanceRef, event: HistoryEvent) -> None:
         if event.event_id == 1:  # a new instance, maybe one whose id another one had
-            self.told = [(other, each) for other, each in self.told if other != ref]
-        self.told.append((ref, event))
+            self.told.pop(ref, None)
+        self.told.setdefault(ref, []).append(event)
         self.history.append((ref.id, event))
         self._changed.set()
 

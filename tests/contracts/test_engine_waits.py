@@ -498,14 +498,21 @@ async def test_two_thousand_waiting_instances_cost_rows_only(world: World) -> No
         await step.do("one", lambda: 1)
         return (await step.wait_for_event("w", type="go")).payload
 
-    binding = world.register(run)
+    binding, parked = world.register(run), asyncio.Queue[str]()
+
+    def heard(ref: Any, event: Any) -> None:
+        if event.type == "workflow.waiting":
+            parked.put_nowait(ref.id)
+
+    world.engine.add_listener(heard)
 
     async def wave(count: int) -> list[Any]:
         made = []
         for _ in range(count // 100):
             made += await binding.create_batch([{} for _ in range(100)])
-        for instance in made:
-            await world.status(instance, "waiting")
+        async with asyncio.timeout(DEADLINE):
+            for _ in range(count):
+                await parked.get()
         world.history.clear()
         world.told.clear()
         gc.collect()
