@@ -43,6 +43,7 @@ from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.settings import Settings, make_data_folder
 from ci_platform.source import Source
 from ci_platform.store import Store
+from ci_platform.trees import TreeLimits
 from ci_platform.workspaces import Workspaces
 from dynflow.clock import Clock, SystemClock
 from dynflow.engines import InstanceRef
@@ -149,6 +150,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         settings.data / "source",
         allow_file=settings.allow_file_remotes,
         remote_of=Remotes(repositories, imports, forges),
+        limits=TreeLimits(files=settings.max_tree_files, size=settings.max_tree),
     )
     forced = None if settings.copy_on_write == "auto" else settings.copy_on_write
     method = await anyio.to_thread.run_sync(lambda: copy_on_write.probe(settings.workspaces_path, forced))

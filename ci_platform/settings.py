@@ -160,6 +160,12 @@ class Settings(BaseModel):
     tree_cache: Size = Field(
         10 * 1024 * _MEBIBYTE, description="Disk that commits' files may use while no run needs them."
     )
+    max_tree_files: int = Field(
+        1_000_000, ge=1, description="Files and folders that a commit may have to be a workspace."
+    )
+    max_tree: Size = Field(
+        16 * 1024 * _MEBIBYTE, description="What the files of a commit may be together to be a workspace."
+    )
     keep_failures: Duration = Field(
         timedelta(days=1),
         description="How long the files that failed commands left can be looked at: the last three of a workspace.",

@@ -59,7 +59,8 @@ async def seen(desk: Desk, workspace_id: str) -> Manifest:
     printed = await desk.run(LOOK, workspace_id)
     listed, summed, git = printed.split("\0\0")
     assert git == "", "git finds nothing to compare"
-    digests = dict(reversed(line.split("  ./", 1)) for line in summed.split("\0") if line)
+    parted = [line.partition("  ./") for line in summed.split("\0") if line]
+    digests = {name: digest for digest, _, name in parted}
     found: Manifest = {}
     for line in listed.split("\0"):
         kind, mode, rest = line.split(" ", 2)

@@ -1,0 +1,40 @@
+"""kill -9 before each change of a file that a fork, a seal, a drop, a merge make: no torn layer is ever used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ci_platform.source import Source
+from tests.ci_platform.git_repositories import Content, Link, Script, working_copy
+from tests.ci_platform.killed_workspaces import REPO
+
+FILES: dict[str, Content] = {
+    "README.md": b"hello\n",
+    "src/a.py": b"a\n",
+    "run.sh": Script(b"#!/bin/sh\n"),
+    "link": Link("src/a.py"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scenario", ["fork", "seal", "drop", "flatten", "snapshots"])
+async def test_a_kill_before_any_change_leaves_whole_layers_and_nothing_else(
+    tmp_path: Path, scenario: str
+) -> None:
+    remote, source = working_copy(tmp_path / "remote"), Source(tmp_path / "source")
+    shas = [remote.commit(FILES), remote.commit({"src/a.py": b"changed\n", "run.sh": None, "new/x": b"x"})]
+    await source.create(REPO)
+    remote.git("push", "--quiet", str(source.path(REPO)), "main")
+    (tmp_path / "shas.json").write_text(json.dumps(shas))
+    command = [sys.executable, "-m", "tests.ci_platform.killed_workspaces", str(tmp_path), scenario]
+    done = subprocess.run(  # noqa: ASYNC221 - nothing else runs here
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) > 15
