@@ -91,6 +91,18 @@ class Liveness:
         """Look later in this turn of the loop: whoever awaited a call goes on first and says that it is active."""
         self._host.call_soon(self.look)
 
+    def handed_over(self) -> None:
+        """Say that a call has just been answered. It stays active until whoever awaited it has gone on.
+
+        An isolate may say in between that it waits: it has not been sent the answer yet.
+        """
+        self.active_calls += 1
+        self._host.call_soon(self._taken)
+
+    def _taken(self) -> None:
+        self.active_calls -= 1
+        self.look()
+
     async def close(self, others: Iterable[asyncio.Task[Any]]) -> set[asyncio.Task[Any]]:
         """End all calls and `others`; returns the tasks that refuse."""
         left = {*others, *self.calls}

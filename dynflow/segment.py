@@ -251,7 +251,7 @@ class Segment:
             loop.now(how, answer)  # it says that it is active, and when it is idle again
         else:
             how(answer)
-            self._live.look_later()
+            self._live.handed_over()
 
     def _dropped_waits(self) -> list[Any]:
         """Return waits that an earlier segment stored and that nothing of this one is at, now that all is still.

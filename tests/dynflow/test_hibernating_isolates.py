@@ -12,6 +12,9 @@ import pytest
 from dynflow import create_dynamic_workflow_entrypoint
 from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.isolates import ProcessLoader, WorkerCode
+from dynflow.loop import outside
+from dynflow.types import WorkflowEvent
+from dynflow.workflow import StepCall, WorkflowStep
 from tests.engine_world import DEADLINE, World
 
 TENANT = """
@@ -86,3 +89,21 @@ async def test_a_waiting_tenant_has_no_process_and_notices_nothing(tmp_path: Pat
         for instance in instances:
             assert await instance.result(timeout=DEADLINE) == ["woke"]
     assert sorted("".join(printed).splitlines()) == ["finally of run"] * 3 + ["finally of wait"] * 3
+
+
+async def test_who_says_that_it_waits_while_its_answer_is_on_its_way_is_not_stuck(tmp_path: Path) -> None:
+    async def run(event: WorkflowEvent, step: WorkflowStep) -> Any:
+        port: Any = step.port
+        activity = port.activity()
+
+        async def ask() -> Any:
+            call = port.call(StepCall("do", "work", 1, callback=lambda: "done"))
+            call.add_done_callback(lambda _: activity.idle())  # before it is told of the answer
+            answer = await call
+            activity.active()
+            return answer
+
+        return await outside(ask(), keeps_awake=False)  # on the host's loop, as the session of an isolate
+
+    async with World(lambda **options: EmbeddedEngine(tmp_path / "flow.db", **options)) as world:
+        assert await world.result(run) == "done"
