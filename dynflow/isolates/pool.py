@@ -180,13 +180,16 @@ class Zygote:
 
         Raises IsolateCrashedError where the zygote is gone.
         """
-        await (
-            self._turn.acquire()
-        )  # given back by the answer, which comes even if nobody waits for it any more
+        # Given back by the answer, which comes even if nobody waits for it any more.
+        await self._turn.acquire()
         if self.ended or self._control is None:
             self._turn.release()
             raise IsolateCrashedError("the zygote has ended")
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            self._turn.release()
+            raise IsolateError(f"no room for another isolate: {error}") from None
         ours.settimeout(0)
         answer: asyncio.Future[IsolateProcess] = asyncio.get_running_loop().create_future()
         self._asked.append((ours, answer))
@@ -219,8 +222,10 @@ class Zygote:
             await asyncio.sleep(0.01)  # the kernel is still taking apart what nobody here waits for
 
     def _read(self) -> None:
+        if self._control is None:
+            return
         try:
-            message, fds, _, _ = socket.recv_fds(self._control_socket(), 65536, 1)
+            message, fds, _, _ = socket.recv_fds(self._control, 65536, 1)
         except BlockingIOError:
             return
         except OSError:
@@ -231,7 +236,7 @@ class Zygote:
         self._act(json.loads(message), fds)
 
     def _act(self, message: dict[str, Any], fds: list[int]) -> None:
-        if "forked" in message:
+        if "forked" in message and fds:
             sock, answer = self._asked.popleft()
             self._turn.release()
             child = IsolateProcess(sock, fds[0])
@@ -245,22 +250,18 @@ class Zygote:
             if child_or_none is not None:
                 child_or_none.ended_with(message["status"])
                 child_or_none.drop()
-        elif "failed" in message:
+        elif "failed" in message or "forked" in message:
             sock, answer = self._asked.popleft()
             self._turn.release()
-            sock.close()
+            sock.close()  # where it is there, but this process had no descriptor left for it, it ends with that
             if not answer.done():
-                answer.set_exception(IsolateError(f"no room for another isolate: {message['failed']}"))
+                why = message.get("failed", "the host has no descriptor left")
+                answer.set_exception(IsolateError(f"no room for another isolate: {why}"))
         elif "refused" in message:
             if not self._ready.done():
                 self._ready.set_exception(IsolateError(message["refused"]))
         elif not self._ready.done():
             self._ready.set_result(message["walls"])
-
-    def _control_socket(self) -> socket.socket:
-        if self._control is None:
-            raise IsolateCrashedError("the zygote has ended")
-        return self._control
 
     def _end(self) -> None:
         self.ended = True
@@ -349,9 +350,15 @@ class IsolatePool(Generic[_Made]):
                 child = await task
             except IsolateError:
                 continue
+            except asyncio.CancelledError:
+                if task.done() and not task.cancelled() and task.exception() is None:
+                    task.result().kill()  # it came just now
+                raise
             if child.is_usable:
                 return child
-        return await self._connect(await (await self._live_zygote()).fork())
+        zygote = await self._live_zygote()
+        self._fill_later()  # it may be a new one
+        return await self._connect(await zygote.fork())
 
     async def close(self) -> None:
         """End everything."""

@@ -52,6 +52,7 @@ _WIRE = 3  # the descriptor of each child's socket to its host
 
 def main(control_fd: int, options: dict[str, Any]) -> None:
     """Run as the process that the host has started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the host, who ends us
     control = socket.socket(fileno=fcntl.fcntl(control_fd, fcntl.F_DUPFD_CLOEXEC, _WIRE + 1))
     os.close(control_fd)
     spare = socket.socket(socket.AF_UNIX).detach()
@@ -127,7 +128,7 @@ class Zygote:
         """Serve until the host closes the control socket; in a child until its host closes its own."""
         code = 1
         try:
-            guest.serve(lambda: self._rehearse(proc) or self._serve(), self._guest)
+            guest.serve(lambda: self._connect(proc), self._guest)
             if self._rehearsal is not None:
                 self._rehearsal.end()
             code = 0
@@ -141,6 +142,12 @@ class Zygote:
                 _tell(self._control, {"refused": "the zygote failed: " + text[-2000:]})
         finally:
             os._exit(code)
+
+    def _connect(self, proc: int) -> socket.socket:
+        try:
+            return self._rehearse(proc) or self._serve()
+        except OSError as error:  # a guest would take that for the end of its host
+            raise RuntimeError("it cannot go on") from error
 
     def _serve(self) -> socket.socket:
         """Fork whenever the host asks for it; return in the children, with the socket to the host."""
