@@ -20,12 +20,13 @@ from typing import Any, Generic, Protocol, TypeVar
 from dynflow.errors import IsolateCrashedError, IsolateError
 from dynflow.isolates.cgroup import IsolateGroup, machine_memory
 
+# Options come through the socket: what is in a process's arguments stays in the memory of all of its forks.
 _START = (
-    "import json, sys\n"
-    "options = json.loads(sys.argv[1])\n"
+    "import json, os, sys\n"
+    "options = json.loads(os.read(int(sys.argv[1]), 1 << 20))\n"
     "sys.path += options['path']\n"
     "from dynflow.isolates import zygote\n"
-    "zygote.main(options['fd'], options)\n"
+    "zygote.main(int(sys.argv[1]), options)\n"
 )
 # Seconds for a zygote to come up: 0.2 on an idle machine; a loaded CI host may take long.
 _START_TIMEOUT = 60
@@ -150,13 +151,13 @@ class Zygote:
         self._group = IsolateGroup.create(self._memory, _TASKS) if "cgroup" in self._walls else None
         options = {
             "groups": [str(folder) for folder in self._group.folders] if self._group is not None else [],
-            "fd": theirs.fileno(),
             "path": _import_path(("dynflow", *self._preload)),
             "preload": list(self._preload),
             "walls": sorted(self._walls),
         }
+        ours.send(json.dumps(options).encode())
         self._process = subprocess.Popen(  # noqa: ASYNC220 - a spawn takes a millisecond, and happens once
-            [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START, json.dumps(options)],
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START, str(theirs.fileno())],
             env={},
             cwd="/",
             stdin=subprocess.DEVNULL,

@@ -76,6 +76,7 @@ def _start(control: socket.socket, own_wire: socket.socket, options: dict[str, A
     preload(options["preload"])
     determinism.install()
     walls = frozenset(options["walls"])
+    options.clear()  # frames of this program are below those of each tenant's code
     own_uids = confinement.raise_outer_walls(walls)
     pid = os.fork()
     if pid:

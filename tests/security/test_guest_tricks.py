@@ -83,6 +83,28 @@ async def test_whatever_a_tenant_finds_in_its_interpreter_is_nothing_of_the_host
     assert not [text for text in found if "SECRET" in text]
 
 
+_PROGRAM = """
+import ctypes, sys
+def fetch(request, env):
+    found, frame = [], sys._getframe()
+    argument = ctypes.c_void_p.in_dll(ctypes.CDLL(None), "program_invocation_name").value
+    for _ in range(9):  # python -I -S -B -X utf8 -c PROGRAM …
+        found.append(ctypes.string_at(argument).decode(errors="replace"))
+        argument += len(ctypes.string_at(argument)) + 1
+    while frame:
+        found.append(repr(dict(frame.f_locals)) + repr(frame.f_globals.get("options")))
+        frame = frame.f_back
+    return found
+"""
+
+
+async def test_a_tenant_finds_nothing_of_what_its_zygote_was_started_with(loader: ProcessLoader) -> None:
+    found = await tenant(loader, _PROGRAM).call("fetch")
+    assert "zygote.main" in found[7]
+    assert len(found) > 15
+    assert not [text for text in found if "preload" in text or f"isolates-{os.getpid()}" in text]
+
+
 class Who(Capability):
     """Says who calls."""
 
