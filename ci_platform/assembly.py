@@ -23,6 +23,8 @@ from ci_platform.forges.github import GitHubForge
 from ci_platform.forges.local import LocalForge
 from ci_platform.gates import Gates
 from ci_platform.git_store import GitStore
+from ci_platform.image_capability import ImagesCapability
+from ci_platform.image_making import ImageMaking
 from ci_platform.images import PinnedImages, read_names
 from ci_platform.imports import Imports
 from ci_platform.logs import LogKey, Logs
@@ -37,7 +39,7 @@ from ci_platform.repositories import Repositories
 from ci_platform.retention import Retention
 from ci_platform.run_instances import RunInstances, StoredIdentities
 from ci_platform.runs import Runs
-from ci_platform.sandboxes import Sandbox, SandboxLimits
+from ci_platform.sandboxes import ImageMaker, Sandbox, SandboxLimits
 from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.settings import Settings, make_data_folder
@@ -174,12 +176,23 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         tenant_concurrency=settings.repository_share,
     )
     loader = make_loader(settings)
-    execution = Execution(
-        workspaces, logs, sandboxes, images=PinnedImages(store, clock), limits=_limits(settings)
-    )
+    images = PinnedImages(store, clock)
+    execution = Execution(workspaces, logs, sandboxes, images=images, limits=_limits(settings))
+    making = None
+    if isinstance(maker := sandboxes.get("container"), ImageMaker):
+        making = ImageMaking(
+            store,
+            clock,
+            workspaces=workspaces,
+            logs=logs,
+            images=images,
+            sandbox=maker,
+            limits=_limits(settings),
+        )
     env = {
         "ARTIFACTS": ArtifactsCapability(workspaces),
         "SANDBOX": SandboxCapability(execution, settings),
+        "IMAGES": ImagesCapability(making, settings),
         "GITHUB": ForgeCapability(reports),
         "FORGE": ForgeCapability(reports),
     }

@@ -60,6 +60,19 @@ def _author(step: StepContext) -> LayerAuthor:
     return LayerAuthor(step=step.step.name, count=step.step.count, attempt=step.attempt)
 
 
+def calling(what: str) -> tuple[RunIdentity, LayerAuthor]:
+    """Return which run calls, and from which of its steps. Raises ForbiddenError, FailedError outside of a step."""
+    identity, caller = _identity()
+    return identity, _author(_in_step(caller, what))
+
+
+def workspace_of(workspace: Any, identity: RunIdentity) -> Workspace:
+    """Return a workspace that is this run's. Raises InvalidInputError, ForbiddenError."""
+    _checked_workspace(workspace, identity)
+    checked: Workspace = workspace
+    return checked
+
+
 class ArtifactsCapability(Capability):
     """`env.ARTIFACTS`: workspaces of this run's repository."""
 

@@ -179,6 +179,17 @@ class RunImage(Row, table=True):
     pinned_at: datetime = Field(sa_type=UtcDateTime)
 
 
+class SnapshotImage(Row, table=True):
+    """What an install has left of a container, under a key of its repository: an image of this machine."""
+
+    __tablename__ = "snapshot_image"
+
+    repo: str = Field(primary_key=True, max_length=200)
+    key: str = Field(primary_key=True, max_length=200)
+    exact: str = Field(max_length=100)
+    made_at: datetime = Field(sa_type=UtcDateTime)
+
+
 class Gate(Row, table=True):
     """One opening of a durable wait for an event. Open while neither `decided_at` nor `closed_at` is set.
 

@@ -212,6 +212,12 @@ class Settings(BaseModel):
         description="TOML file of images that pipelines may call by a short name. "
         "Default: sandbox_images/images.toml beside the platform's code, if it is there.",
     )
+    push_images: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9.-]*(:[0-9]+)?(/[a-z0-9._-]+)*$",
+        description="Where pipelines may push images that they build, such as registry.example.org/ci: "
+        "as <this>/<repository>:<tag>. Default: nowhere.",
+    )
     pull_images: bool = Field(
         default=True,
         description="Whether images that are not on this machine are pulled from their registries, "

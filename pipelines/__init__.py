@@ -2,6 +2,7 @@
 
 from pipelines.commands import run_in_sandbox, summarise
 from pipelines.contract import (
+    BuiltImage,
     Command,
     CommandFailedError,
     CommandKilledError,
@@ -12,6 +13,7 @@ from pipelines.contract import (
 )
 
 __all__ = [
+    "BuiltImage",
     "Command",
     "CommandFailedError",
     "CommandKilledError",

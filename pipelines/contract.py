@@ -70,6 +70,18 @@ class Command:
 
 @register
 @dataclass(frozen=True, slots=True)
+class BuiltImage:
+    """An image that `env.IMAGES.build` has made. `image` is its exact name, for `image=` of later commands.
+
+    `pushed` are the references under which it is in the registry, each with its digest.
+    """
+
+    image: str
+    pushed: tuple[str, ...] = ()
+
+
+@register
+@dataclass(frozen=True, slots=True)
 class CommandResult:
     """How a command ended. `output` is the end of stdout and stderr together, at most 8 KiB, redacted.
 

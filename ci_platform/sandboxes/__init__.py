@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -156,3 +156,25 @@ class Sandbox(ABC):
     @abstractmethod
     def describe(self) -> Mapping[str, str]:
         """Return which walls and methods are in use, for `dynflow doctor`."""
+
+
+class ImageMaker(Sandbox):
+    """A sandbox that makes images, too. Errors: FailedError is the tenant's, UnavailableError ours."""
+
+    @abstractmethod
+    async def install(self, image: str, job: SandboxJob, output: Output) -> tuple[SandboxOutcome, str | None]:
+        """Run a command as root of a container of its own; its file system is an image if it exits with 0."""
+
+    @abstractmethod
+    async def build(
+        self, job: SandboxJob, dockerfile: str, check: Callable[[str], Awaitable[str]], output: Output
+    ) -> str:
+        """Build an image of the job's tree by a Dockerfile in it, whose text `check` makes harmless."""
+
+    @abstractmethod
+    async def refuse_triggers(self, image: str) -> None:
+        """Raise FailedError for an image that would have the engine do things of its own in a build."""
+
+    @abstractmethod
+    async def push(self, image: str, references: list[str], output: Output) -> list[str]:
+        """Push an image under some references; returns each with its digest."""

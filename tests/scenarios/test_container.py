@@ -12,7 +12,7 @@ from tests.scenarios.github_server import serve_github
 from tests.scenarios.pipelines import DEMO, make_repository
 from tests.scenarios.server import at_gate, concluded, running_server
 from tests.scenarios.test_main_job import REPO, approve, push_to_main, server_log
-from tests.tiny_image import docker
+from tests.tiny_image import docker, forget_image
 
 PLAIN = 'run_in_sandbox(workspace, ["python3", "-m", "unittest", "discover"])'
 INSIDE = "echo made in a container > from-container.txt && ls src && echo inside $(hostname)"
@@ -52,6 +52,42 @@ def test_a_step_in_a_container_sees_the_workspace_and_the_others_see_its_files(t
             assert f"image {IMAGE} is sha256:" in inside
             assert "made in a container" in server_log(server, run, "deploy")
     assert left(run["id"]) == []
+
+
+MAKING = """\
+from dynflow import WorkflowEntrypoint
+from pipelines import run_in_sandbox
+
+class CIPipeline(WorkflowEntrypoint):
+    async def run(self, event, step):
+        workspace = await step.do(
+            "checkout", lambda: self.env.ARTIFACTS.fork(event.payload["repo"], sha=event.payload["sha"])
+        )
+        install = ["sh", "-c", "echo tool >/opt/tool"]
+        image = await step.do("install", lambda: self.env.IMAGES.snapshot(workspace, install, key="tool"))
+        cat = ["cat", "/opt/tool"]
+        await step.do("use", lambda: run_in_sandbox(workspace, cat, sandbox="container", image=image))
+        built = await step.do("build", lambda: self.env.IMAGES.build(workspace, "src/Dockerfile"))
+        show = ["cat", "/built"]
+        await step.do("show", lambda: run_in_sandbox(workspace, show, sandbox="container", image=built.image))
+"""
+
+
+@pytest.mark.docker
+def test_a_pipeline_makes_images_and_runs_in_them(tmp_path: Path) -> None:
+    require_image()
+    files = {"src/Dockerfile": f"FROM {IMAGE}\nRUN echo built >/built\n"}
+    bare, sha = make_repository(tmp_path / "repo", MAKING, files=files)
+    with serve_github() as github:
+        settings = {"github_api_url": github.url, "allow_file_remotes": "true", "container_image": IMAGE}
+        with running_server(tmp_path / "data", **settings) as server:
+            server.register(REPO, bare)
+            server.deliver("push", push_to_main(sha))
+            run = server.wait_for_run(concluded, "the run to conclude")
+            assert run["conclusion"] == "success", run["reason"]
+            assert "tool" in server_log(server, run, "use")
+            assert "built" in server_log(server, run, "show")
+    forget_image(*docker("images", "--quiet", "--filter", "reference=dynflow-made/*").split())
 
 
 def left(run: str) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -12,8 +13,8 @@ from docker.errors import DockerException, ImageNotFound
 
 from ci_platform import layers
 from ci_platform.errors import FailedError, ImageNotFoundError, UnavailableError
-from ci_platform.sandboxes import Output, Sandbox, SandboxJob, SandboxOutcome, Say, merged
-from ci_platform.sandboxes.container import survivors, walls
+from ci_platform.sandboxes import ImageMaker, Output, SandboxJob, SandboxOutcome, Say, Tree, merged
+from ci_platform.sandboxes.container import making, survivors, walls
 from ci_platform.sandboxes.container.engine import Engine
 from ci_platform.sandboxes.container.images import Images, missing
 from ci_platform.sandboxes.container.leftovers import scopes_of, sweep_engine
@@ -23,7 +24,7 @@ from ci_platform.sandboxes.container.services import Services
 from ci_platform.sandboxes.container.warm import ColdError, WarmContainers
 
 
-class ContainerSandbox(Sandbox):
+class ContainerSandbox(ImageMaker):
     """Runs each command in a fresh container without privileges, over the job's tree.
 
     `image` is taken where a job names none; `named` are short names of images and what they stand for; `pull`
@@ -73,13 +74,9 @@ class ContainerSandbox(Sandbox):
             except ColdError:
                 # Nothing has run. An overlay that was mounted `volatile` is mounted again without its marks alone.
                 await self._engine.finish(lambda: layers.remove_tree(job.tree.work / "work"))
-        stack = contextlib.ExitStack()
-        folder = await self._engine.finish(lambda: stack.enter_context(merged.merged(job.tree)))
-        try:
+        async with self._shown(job.tree) as folder:
             walls.check_cwd(folder, job.cwd)
             return await self._run_in(job, folder, networks, output)
-        finally:
-            await self._engine.finish(stack.close)
 
     async def _run_in(
         self, job: SandboxJob, folder: Path, networks: Sequence[str], output: Output
@@ -138,6 +135,41 @@ class ContainerSandbox(Sandbox):
     def detach(self) -> None:
         """From now on leave commands that may survive to themselves, where others are cancelled."""
         self._waiting.leaving = self._resuming.leaving = True
+
+    async def install(self, image: str, job: SandboxJob, output: Output) -> tuple[SandboxOutcome, str | None]:
+        """Run a command as root of a container of its own; its file system is an image if it exits with 0."""
+        if job.network and self._network is None:
+            raise FailedError(f"{job.argv[0]!r} asks for network=True, which containers have not here")
+        networks = [self._network] if job.network and self._network else []
+        async with self._shown(job.tree) as folder:
+            walls.check_cwd(folder, job.cwd)
+            return await making.install(self._engine, image, job, folder, networks, output)
+
+    async def build(
+        self, job: SandboxJob, dockerfile: str, check: Callable[[str], Awaitable[str]], output: Output
+    ) -> str:
+        """Build an image of the job's tree by a Dockerfile in it, whose text `check` makes harmless."""
+        network = self._network if job.network and self._network else "none"
+        async with self._shown(job.tree) as folder:
+            text = await self._engine.finish(lambda: making.read_dockerfile(folder, dockerfile))
+            return await making.build(self._engine, folder, await check(text), job, network, output)
+
+    async def refuse_triggers(self, image: str) -> None:
+        """Raise FailedError for an image that would have the engine do things of its own in a build."""
+        await making.refuse_triggers(self._engine, image)
+
+    async def push(self, image: str, references: list[str], output: Output) -> list[str]:
+        """Push an image under some references; returns each with its digest."""
+        return await making.push(self._engine, image, references, output)
+
+    @asynccontextmanager
+    async def _shown(self, tree: Tree) -> AsyncIterator[Path]:
+        stack = contextlib.ExitStack()
+        folder = await self._engine.finish(lambda: stack.enter_context(merged.merged(tree)))
+        try:
+            yield folder
+        finally:
+            await self._engine.finish(stack.close)
 
     async def release(self, scope: str) -> None:
         """Remove the warm containers and the services of a run that no command uses now."""

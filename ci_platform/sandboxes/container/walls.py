@@ -20,6 +20,10 @@ PRIVATE = ("/tmp", "/var/tmp", HOME)  # noqa: S108 - the container's own
 """Folders that a command may write to beside the workspace: in memory, and empty when it begins."""
 
 
+_TO_INSTALL = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID")
+"""What package managers need to put files of other owners in place."""
+
+
 def create(
     client: docker.DockerClient,
     image: str,
@@ -29,17 +33,19 @@ def create(
     networks: Sequence[str],
     program: Mapping[str, Any],
     keepers: int = 0,
+    installs: bool = False,
 ) -> str:
     """Make a container with every wall, and return its id. Blocks.
 
     `networks`: those it is on, none at all if there are none. `program` says what it runs, and where;
-    `keepers` of its processes do not count.
+    `keepers` of its processes do not count. With `installs` it is root's, whose files may be changed.
     """
     limits = job.limits
     private = f"size={limits.memory},mode=1777,nosuid,nodev,exec"
     host = client.api.create_host_config(
         binds=binds,
         cap_drop=["ALL"],
+        cap_add=list(_TO_INSTALL) if installs else None,
         # Collects orphans, lets signals end the command, and exits with 127 where there is no such program.
         init=True,
         ipc_mode="private",
@@ -52,7 +58,7 @@ def create(
         dns=None if job.network else [NOWHERE],
         # docker-init is one more.
         pids_limit=limits.processes + 1 + keepers,
-        read_only=True,
+        read_only=not installs,
         security_opt=["no-new-privileges"],
         shm_size=limits.memory,
         tmpfs=dict.fromkeys(PRIVATE, private),
@@ -62,7 +68,7 @@ def create(
         image,
         host_config=host,
         labels=labels,
-        user=user(),
+        user="0:0" if installs else user(),
         hostname="sandbox",
         healthcheck={"test": ["NONE"]},  # an image's own would run beside the command
         **program,

@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.to_thread
 import docker
 from docker.errors import APIError, NotFound
-from docker.utils.socket import frames_iter
 
 from ci_platform.sandboxes import Output, SandboxJob, SandboxLimits, SandboxOutcome
 from ci_platform.sandboxes.container import places, survivors, walls
 from ci_platform.sandboxes.container.engine import Engine, remove
+from ci_platform.sandboxes.container.executions import started
 from ci_platform.sandboxes.container.places import CODE, OUTPUT, PIPE, Pipe, Place, make_place
 from ci_platform.sandboxes.container.survivors import Survivor
 from ci_platform.sandboxes.container.tails import KILLED, Tail
@@ -232,15 +231,9 @@ def _prepare(client: docker.DockerClient, container: str, job: SandboxJob) -> st
 
 def _exec(client: docker.DockerClient, execution: str) -> int:
     """Start a command, wait for its end, and return its exit code."""
-    connection: Any = client.api.exec_start(execution, socket=True)
-    try:
-        # Commands are silent for longer than calls to the engine may take.
-        connection._sock.settimeout(None)  # noqa: SLF001
+    with started(client, execution) as pieces:
         # What it prints goes elsewhere: here is only what the engine itself has to say.
-        said = b"".join(itertools.islice((piece for _, piece in frames_iter(connection, tty=False)), 10))  # type: ignore[no-untyped-call]
-    finally:
-        connection._response.close()  # noqa: SLF001 - where the library hangs it to keep it
-        connection.close()
+        said = b"".join(itertools.islice(pieces, 10))
     code = int(client.api.exec_inspect(execution)["ExitCode"] or 0)
     if said and code and b"OCI runtime exec failed" in said:
         raise ColdError(said.decode("utf-8", "replace"))
