@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -58,7 +59,7 @@ def warning(missing: list[str]) -> str:
 async def _refusal(error: IsolateError) -> str:
     try:
         found = await anyio.to_thread.run_sync(describe_walls)
-    except (IsolateError, OSError):
+    except (IsolateError, OSError, subprocess.SubprocessError):
         found = {}
     return (
         f"pipelines' code cannot be confined on this machine, so nothing was started. {_missing(found) or error} "

@@ -22,14 +22,12 @@ from dynflow.isolates.cgroup import IsolateGroup, machine_memory
 
 # Options come through the socket: what is in a process's arguments stays in the memory of all of its forks.
 _START = (
-    "import json, os, sys\n"
-    "options = json.loads(os.read(int(sys.argv[1]), 1 << 20))\n"
-    "sys.path += options['path']\n"
-    "from dynflow.isolates import zygote\n"
-    "zygote.main(int(sys.argv[1]), options)\n"
+    "import json, os, sys; options = json.loads(os.read(int(sys.argv[1]), 1 << 20)); sys.path += options['path']\n"
+    "from dynflow.isolates import zygote; zygote.main(int(sys.argv[1]), options)\n"
 )
 # Seconds for a zygote to come up: 0.2 on an idle machine; a loaded CI host may take long.
 _START_TIMEOUT = 60
+_FORK_TIMEOUT = 60  # likewise for an isolate, which takes it milliseconds
 # Requests that wait in the control socket; it holds some hundred.
 _FORKS_AT_ONCE = 16
 # Times that the removal of a control group is tried, a hundredth of a second apart.
@@ -194,14 +192,17 @@ class Zygote:
         ours.settimeout(0)
         answer: asyncio.Future[IsolateProcess] = asyncio.get_running_loop().create_future()
         self._asked.append((ours, answer))
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"fork ahead" if ahead else b"fork"], [theirs.fileno()])
+            except OSError:
+                self._end()
         try:
-            socket.send_fds(self._control, [b"fork ahead" if ahead else b"fork"], [theirs.fileno()])
-        except OSError:
-            self._end()
-        finally:
-            theirs.close()
-        try:
-            return await answer
+            async with asyncio.timeout(_FORK_TIMEOUT):
+                return await answer
+        except TimeoutError:
+            self._end()  # and another one is started
+            raise IsolateCrashedError("the zygote does not answer") from None
         except asyncio.CancelledError:
             if answer.done() and not answer.cancelled() and answer.exception() is None:
                 answer.result().drop()  # it came just now

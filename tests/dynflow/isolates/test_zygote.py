@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
-from dynflow.errors import IsolateError
-from dynflow.isolates import ProcessLoader, WorkerCode, WorkerStub
+from dynflow.errors import IsolateCrashedError, IsolateError
+from dynflow.isolates import ProcessLoader, WorkerCode, WorkerStub, pool
 from dynflow.isolates.confinement import WALLS
 from dynflow.isolates.pool import IsolatePool, IsolateProcess
 
@@ -111,6 +112,19 @@ async def test_a_host_without_descriptors_fails_calls_and_goes_on_once_it_has_so
             assert await worker(loader).get_entrypoint().f() == 1
 
 
+async def test_a_zygote_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ProcessLoader(ready=0, warm=0) as loader:
+        outer, zygote = family()
+        zygote.suspend()
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "_FORK_TIMEOUT", 0.2)
+            with pytest.raises(IsolateCrashedError, match="does not answer"):
+                await worker(loader).get_entrypoint().f()
+        assert await worker(loader).get_entrypoint().f() == 1
+        assert _is_over(outer)
+        await until(lambda: _is_over(zygote))
+
+
 async def test_after_the_death_of_a_zygote_isolates_are_kept_ready_again() -> None:
     async with ProcessLoader(ready=2, warm=0) as loader:
         await until(lambda: len(family()) == 4)
@@ -148,13 +162,13 @@ async def test_an_isolate_that_comes_as_its_call_is_cancelled_is_stopped() -> No
             asyncio.get_running_loop().call_soon(task.cancel)
         return made[-1]
 
-    pool = IsolatePool(tuple(WALLS), (), 1, 1 << 30, connect)
-    await pool.start()
+    isolates = IsolatePool(tuple(WALLS), (), 1, 1 << 30, connect)
+    await isolates.start()
     try:
-        taking.append(asyncio.create_task(pool.take()))
+        taking.append(asyncio.create_task(isolates.take()))
         await asyncio.wait(taking)
         assert taking[0].cancelled()
         async with asyncio.timeout(DEADLINE):
             await made[0].process.gone.wait()
     finally:
-        await pool.close()
+        await isolates.close()
