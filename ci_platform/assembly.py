@@ -45,6 +45,7 @@ from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.settings import Settings, make_data_folder
 from ci_platform.source import Source
 from ci_platform.store import Store
+from ci_platform.survival import Survival
 from ci_platform.trees import TreeLimits
 from ci_platform.workspaces import Workspaces
 from dynflow.clock import Clock, SystemClock
@@ -95,6 +96,7 @@ class Platform:
     logs: Logs
     source: Source
     workspaces: Workspaces
+    execution: Execution
     sandboxes: Mapping[SandboxKind, Sandbox]
     releases: Releases
     engine: EmbeddedEngine
@@ -131,6 +133,7 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
         ):
             services.start_soon(_kept_up, serve)
         services.start_soon(_housekeeping(platform).serve)
+        services.start_soon(platform.execution.see_off, platform.runs.live_ids)
         for sandbox in platform.sandboxes.values():
             services.start_soon(_sweep, sandbox)
         yield platform
@@ -177,7 +180,14 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     )
     loader = make_loader(settings)
     images = PinnedImages(store, clock)
-    execution = Execution(workspaces, logs, sandboxes, images=images, limits=_limits(settings))
+    execution = Execution(
+        workspaces,
+        logs,
+        sandboxes,
+        images=images,
+        limits=_limits(settings),
+        survival=Survival(settings.data / "commands"),
+    )
     making = None
     if isinstance(maker := sandboxes.get("container"), ImageMaker):
         making = ImageMaking(
@@ -203,7 +213,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     workflows = RunInstances(engine.binding(WORKFLOW), identities)
     engine.add_listener(_noticing(notices))
     engine.add_listener(_closing(logs))
-    releases = Releases(sandboxes.values(), WORKFLOW)
+    releases = Releases([*sandboxes.values(), execution], WORKFLOW)
     engine.add_listener(releases.listen)
     runs = Runs(
         store,
@@ -223,42 +233,49 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
 
     # What a killed process left goes before anything new starts.
     touched = await source.sweep()
-    await workspaces.sweep(await runs.live_ids())
+    live = await runs.live_ids()
+    await execution.recover(live)
+    await workspaces.sweep(live)
     await pushes.reconcile(touched)
     await source.reconciled()
     await git_store.sweep()
     try:
         async with isolation.opened(loader, settings), engine:
-            yield Platform(
-                settings=settings,
-                clock=clock,
-                store=store,
-                access=access,
-                repositories=repositories,
-                imports=imports,
-                refresher=Refresher(
-                    store,
-                    clock,
+            try:
+                yield Platform(
+                    settings=settings,
+                    clock=clock,
+                    store=store,
+                    access=access,
+                    repositories=repositories,
                     imports=imports,
-                    source=source,
+                    refresher=Refresher(
+                        store,
+                        clock,
+                        imports=imports,
+                        source=source,
+                        pushes=pushes,
+                        protocols=source.protocols,
+                    ),
+                    git_store=git_store,
+                    deliveries=deliveries,
                     pushes=pushes,
-                    protocols=source.protocols,
-                ),
-                git_store=git_store,
-                deliveries=deliveries,
-                pushes=pushes,
-                runs=runs,
-                gates=gates,
-                reports=reports,
-                logs=logs,
-                source=source,
-                workspaces=workspaces,
-                sandboxes=sandboxes,
-                releases=releases,
-                engine=engine,
-                instances=workflows,
-                forges=forges,
-            )
+                    runs=runs,
+                    gates=gates,
+                    reports=reports,
+                    logs=logs,
+                    source=source,
+                    workspaces=workspaces,
+                    execution=execution,
+                    sandboxes=sandboxes,
+                    releases=releases,
+                    engine=engine,
+                    instances=workflows,
+                    forges=forges,
+                )
+            finally:
+                # Before the engine ends what runs: commands go on, for the next process to find.
+                execution.leave()
     finally:
         for sandbox in sandboxes.values():
             await sandbox.close()
@@ -310,7 +327,9 @@ def make_sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:
     """Return what runs commands, by the name a pipeline chooses it by."""
     sandboxes: dict[SandboxKind, Sandbox] = {
         "isolate": IsolateSandbox(
-            allow_network=settings.allow_network, inner_hosts=settings.inner_hosts or ()
+            allow_network=settings.allow_network,
+            inner_hosts=settings.inner_hosts or (),
+            kept=settings.command_kept,
         )
     }
     if settings.allow_containers:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
-import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import anyio
 
-from ci_platform.connections import ConnectionLog
-from ci_platform.egress import Connection
 from ci_platform.egress.policy import MOST_RULES, Rule
 from ci_platform.errors import (
     FailedError,
@@ -25,20 +23,18 @@ from ci_platform.errors import (
     UnavailableError,
 )
 from ci_platform.images import PinnedImages
-from ci_platform.logs import LogKey, Logs, LogWriter
-from ci_platform.redaction import Redactor, redact_text
-from ci_platform.sandboxes import MEBIBYTE, Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, Tree
+from ci_platform.logs import LogKey, Logs
+from ci_platform.printing import Printer, seconds
+from ci_platform.sandboxes import MEBIBYTE, Output, Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, Tree
+from ci_platform.survival import Progress, Survival, Survivor
 from ci_platform.workspaces import LayerAuthor, Workspaces, describe
 from pipelines.contract import Command, CommandResult, SandboxKind
-
-KEPT_OUTPUT = 8 * 1024
-"""Bytes of output that a CommandResult carries: it is stored with the step, so it has to stay small."""
 
 _LONGEST_ECHO = 4000
 """Characters of a command that its log shows."""
 
-_SHOWN_CONNECTIONS = 500
-"""Of one command, in its log: a package manager makes some hundreds."""
+_LOOK_EVERY = 1.0
+"""Seconds between two looks whether somebody may still ask for what an earlier process has left."""
 
 _OF_ONE_RUN = 16
 _AT_ONCE = max(64, 8 * (os.cpu_count() or 1))
@@ -49,14 +45,18 @@ _LARGEST_ARGUMENTS = MEBIBYTE
 """Bytes of argv and env together; Linux takes 2 MiB by default and the platform adds a little."""
 
 
+_Run = Callable[[SandboxJob, Output], Awaitable[SandboxOutcome | None]]
+
+
 class Execution:
     """Runs commands of pipelines.
 
     *Order of calls*: any. *Concurrency*: one event loop; any number of commands, also of one workspace and step,
     `of_one_run` and `at_once` of which work at a time; the others wait.
     *Idempotency*: a repeated attempt starts from a clean tree, see `Workspaces.prepare`. *Cancellation*: kills the
-    command and drops its layer. *Errors*: FailedError and LimitExceededError are the command's matter,
-    UnavailableError is ours; a command that exits non-zero is a result.
+    command and drops its layer; after `leave` it goes on, for a process that opens the same `survival`.
+    *Errors*: FailedError and LimitExceededError are the command's matter, UnavailableError is ours; a command that
+    exits non-zero is a result.
     """
 
     def __init__(
@@ -69,12 +69,15 @@ class Execution:
         limits: SandboxLimits | None = None,
         at_once: int = _AT_ONCE,
         of_one_run: int = _OF_ONE_RUN,
+        survival: Survival | None = None,
     ) -> None:
         self._workspaces, self._logs, self._sandboxes = workspaces, logs, sandboxes
         self._images, self._limits = images, limits or SandboxLimits()
         self._all, self._of_one_run = anyio.CapacityLimiter(at_once), of_one_run
         self._runs: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
         self._started = 0
+        self._survival, self._leaving = survival, False
+        self._reopened: dict[Path, Tree] = {}
 
     async def run(
         self,
@@ -93,12 +96,82 @@ class Execution:
         sandbox = self._sandboxes.get(command.sandbox)
         if sandbox is None:
             raise FailedError(f"this platform has no sandbox of kind {command.sandbox!r}")
+        survivor = await self._claim(command, run_id, author)
         # Its own run's places first: a run that asks for thousands holds none of those that others wait for.
         of_run = self._runs.setdefault(run_id, anyio.CapacityLimiter(self._of_one_run))
-        async with of_run, self._all:
-            return await self._run(command, sandbox, run_id, author, limits or self._limits, redact)
+        limits = limits or self._limits
+        try:
+            async with of_run, self._all:
+                if survivor is not None:
+                    result = await self._go_on(survivor, command, sandbox, author, limits, redact)
+                    if result is not None:
+                        return result
+                return await self._begin(command, sandbox, run_id, author, limits, redact)
+        finally:
+            if survivor is not None and survivor.folder in self._reopened and not self._leaving:
+                await self._abandon([survivor])
 
-    async def _run(
+    async def recover(self, live: Collection[str]) -> None:
+        """Find the commands that an earlier process has left; call once at start, before workspaces are swept.
+
+        Those of runs that are not `live` are killed; the others wait for their step to ask for them.
+        """
+        if self._survival is None:
+            return
+        found = self._survival.load(lambda *key: self._logs.size(LogKey(*key)))
+        for each in found:
+            tree = self._workspaces.reopen(each.tree) if each.run_id in live else None
+            if tree is not None:
+                self._reopened[each.folder] = tree
+        await self._abandon(self._survival.drop(lambda each: each.folder not in self._reopened))
+
+    async def see_off(self, live: Callable[[], Awaitable[Collection[str]]]) -> None:
+        """Kill what an earlier process has left of runs that end without asking for it, until nothing is left.
+
+        `live` returns the runs that have not ended. A run may have ended in the moment in which that process did.
+        """
+        while self._survival is not None and self._survival.has_any:
+            runs = await live()
+            await self._abandon(self._survival.drop(lambda each: each.run_id not in runs))  # noqa: B023 - called now
+            await anyio.sleep(_LOOK_EVERY)
+
+    async def release(self, scope: str) -> None:
+        """Kill what an earlier process has left of a run that has ended, or waits, without asking for it."""
+        if self._survival is not None:
+            await self._abandon(self._survival.drop(lambda each: each.run_id == scope))
+
+    def leave(self) -> None:
+        """Hear that this process ends: commands that are cancelled from now on, and can, go on for the next one."""
+        self._leaving = True
+        for sandbox in self._sandboxes.values():
+            sandbox.detach()
+
+    async def _claim(self, command: Command, run_id: str, author: LayerAuthor) -> Survivor | None:
+        if self._survival is None:
+            return None
+        found, useless = self._survival.claim(command, run_id, author)
+        await self._abandon(useless)
+        return found
+
+    async def _abandon(self, survivors: Collection[Survivor]) -> None:
+        for each in survivors:
+            with anyio.CancelScope(shield=True):
+                if (sandbox := self._sandboxes.get(each.kind)) is not None:
+                    await sandbox.abandon(each.folder)
+                await self._forget(each.folder, self._reopened.pop(each.folder, None))
+
+    async def _forget(self, folder: Path | None, tree: Tree | None) -> None:
+        """Drop what an ended command has left. There is nothing to drop after a commit."""
+        if tree is not None:
+            await self._workspaces.drop(tree, keep=True)
+        if folder is not None and self._survival is not None:
+            self._survival.remove(folder)
+
+    def _printer(self, run_id: str, author: LayerAuthor, redact: Collection[str]) -> Printer:
+        key = LogKey(run_id, author.step, author.count)
+        return Printer(self._logs.writer(key), redact, self._logs.connections(key))
+
+    async def _begin(
         self,
         command: Command,
         sandbox: Sandbox,
@@ -107,24 +180,67 @@ class Execution:
         limits: SandboxLimits,
         redact: Collection[str],
     ) -> CommandResult:
-        key = LogKey(run_id, author.step, author.count)
-        printer = _Printer(self._logs.writer(key), redact, self._logs.connections(key))
+        asked, printer = command, self._printer(run_id, author, redact)
         with printer.report_failure():
             printer.say("command", _cut(shlex.join(command.argv)))
             if self._images is not None:
                 command = await self._images.pin_all(sandbox, run_id, command, printer.notice)
             tree = await self._workspaces.prepare(command.workspace.id, author)
-            try:
-                job = self._job(command, run_id, tree, limits, printer)
-                outcome = await _guarded(sandbox, job, printer)
-                return await self._conclude(command, job, outcome, printer)
-            finally:
-                # Nothing to drop after a commit. Shielded, or a cancelled command would leave its files.
+            job = self._job(command, run_id, tree, limits, printer)
+            about = self._workspaces.describe_open(tree)
+            if self._survival is not None and sandbox.outlives and about is not None:
+                # Where the disk is full it will not survive, and will fail for that reason soon enough.
+                with contextlib.suppress(OSError):
+                    folder = self._survival.create(asked, run_id, author, about)
+                    printer.keep(Progress(folder / "progress"))
+                    job = replace(job, survive=folder)
+            result = await self._see_through(command, sandbox, job, printer, sandbox.run)
+            if result is None:
+                raise UnavailableError("the sandbox lost its command")
+            return result
+
+    async def _go_on(
+        self,
+        survivor: Survivor,
+        command: Command,
+        sandbox: Sandbox,
+        author: LayerAuthor,
+        limits: SandboxLimits,
+        redact: Collection[str],
+    ) -> CommandResult | None:
+        """Go on with a command of an earlier process; None where it is gone."""
+        tree = self._reopened.pop(survivor.folder)
+        printer = self._printer(survivor.run_id, author, redact)
+        with printer.report_failure():
+            job = self._job(command, survivor.run_id, tree, limits, printer)
+            progress = Progress(survivor.folder / "progress")
+            progress.recover(-1)
+            printer.keep(progress, survivor.logged)
+            await self._workspaces.adopt(tree, author)
+            job = replace(job, survive=survivor.folder)
+            return await self._see_through(command, sandbox, job, printer, sandbox.resume)
+
+    async def _see_through(
+        self, command: Command, sandbox: Sandbox, job: SandboxJob, printer: Printer, run: _Run
+    ) -> CommandResult | None:
+        """Follow a command to its end and keep or drop what it changed, unless it goes on without us."""
+        try:
+            outcome = await _guarded(run, job, printer)
+            return None if outcome is None else await self._conclude(command, job, outcome, printer)
+        except anyio.get_cancelled_exc_class():
+            printer.left = self._leaving and job.survive is not None
+            printer.finish()
+            raise
+        finally:
+            if not printer.left:
+                # Shielded, or a cancelled command would leave its files.
                 with anyio.CancelScope(shield=True):
-                    await self._workspaces.drop(tree, keep=True)
+                    await self._forget(job.survive, job.tree)
+                if job.survive is not None:
+                    sandbox.settled(job.survive)
 
     def _job(
-        self, command: Command, run_id: str, tree: Tree, limits: SandboxLimits, printer: _Printer
+        self, command: Command, run_id: str, tree: Tree, limits: SandboxLimits, printer: Printer
     ) -> SandboxJob:
         self._started += 1
         timeout = limits.timeout if command.timeout is None else min(command.timeout, limits.timeout)
@@ -144,7 +260,7 @@ class Execution:
         )
 
     async def _conclude(
-        self, command: Command, job: SandboxJob, outcome: SandboxOutcome, printer: _Printer
+        self, command: Command, job: SandboxJob, outcome: SandboxOutcome, printer: Printer
     ) -> CommandResult:
         _raise_over_limit(job, outcome)
         if outcome.exit_code == 0:
@@ -152,90 +268,31 @@ class Execution:
             if conflicts := describe(report):
                 printer.say("notice", conflicts)
         how = f" ({outcome.ended})" if outcome.ended else ""
-        printer.say("result", f"exited with {outcome.exit_code}{how} after {_seconds(outcome.duration)}")
+        printer.say("result", f"exited with {outcome.exit_code}{how} after {seconds(outcome.duration)}")
         return CommandResult(command.argv, outcome.exit_code, printer.tail(), outcome.duration, outcome.ended)
 
 
-class _Printer:
-    """Redacts what a command prints, logs it and remembers its end."""
-
-    def __init__(self, log: LogWriter, secrets: Collection[str], connections: ConnectionLog) -> None:
-        self._log, self._secrets, self._connections = log, secrets, connections
-        self._shown = 0
-        self._redactor = Redactor(secrets)
-        self._end = bytearray()
-
-    def output(self, piece: bytes) -> None:
-        """Take a piece of output."""
-        self._pass_on(self._redactor.feed(piece))
-
-    def finish(self) -> None:
-        """Pass on what redaction held back."""
-        self._pass_on(self._redactor.flush())
-
-    def _pass_on(self, clean: bytes) -> None:
-        if clean:
-            self._log.write(clean)
-            self._end += clean[-KEPT_OUTPUT:]
-            del self._end[:-KEPT_OUTPUT]
-
-    def tail(self) -> str:
-        """Return the end of the output, at most KEPT_OUTPUT bytes of UTF-8."""
-        text = self._end.decode("utf-8", "replace").lstrip("\ufffd").replace("\0", "\ufffd")
-        return text.encode()[-KEPT_OUTPUT:].decode("utf-8", "ignore")
-
-    def say(self, kind: Literal["command", "result", "notice"], text: str) -> None:
-        """Log a line of the platform's own."""
-        self._log.note(kind, redact_text(text, self._secrets))
-
-    def notice(self, text: str) -> None:
-        """Log a line of the platform's own that is no part of the result."""
-        self.say("notice", text)
-
-    def connected(self, connection: Connection) -> None:
-        """Record a connection that the command made or was refused, and show the first ones in its log."""
-        self._connections.append(connection)
-        self._shown += 1
-        if self._shown <= _SHOWN_CONNECTIONS:
-            self.say("notice", str(connection))
-        elif self._shown == _SHOWN_CONNECTIONS + 1:
-            self.say("notice", "network: more connections are in the step's list of them")
-
-    @contextmanager
-    def report_failure(self) -> Iterator[None]:
-        """Log why a command ends without a result; close the log in any case."""
-        started = time.monotonic()
-        try:
-            yield
-        except PlatformError as error:
-            self.say("notice", str(error))
-            raise
-        except anyio.get_cancelled_exc_class():
-            self.say("notice", f"stopped after {_seconds(timedelta(seconds=time.monotonic() - started))}")
-            raise
-        finally:
-            self._log.finish()
-
-
-async def _guarded(sandbox: Sandbox, job: SandboxJob, printer: _Printer) -> SandboxOutcome:
+async def _guarded(run: _Run, job: SandboxJob, printer: Printer) -> SandboxOutcome | None:
     """Run a job; what a sandbox did not mean to raise is our failure, never the tenant's."""
     try:
-        return await sandbox.run(job, printer.output)
+        outcome = await run(job, printer.output)
     except PlatformError:
+        printer.finish()
         raise
     except Exception as error:
-        raise UnavailableError(f"the sandbox failed: {error!r}") from error
-    finally:
         printer.finish()
+        raise UnavailableError(f"the sandbox failed: {error!r}") from error
+    printer.finish()
+    return outcome
 
 
 def _raise_over_limit(job: SandboxJob, outcome: SandboxOutcome) -> None:
     limits = job.limits
     if outcome.reason == "exited":
         return
-    processors = _seconds(limits.cpu or limits.timeout)
+    processors = seconds(limits.cpu or limits.timeout)
     over = {
-        "timeout": f"timed out: it ran longer than its limit (timeout) of {_seconds(limits.timeout)}",
+        "timeout": f"timed out: it ran longer than its limit (timeout) of {seconds(limits.timeout)}",
         "memory": f"ran out of memory: its limit (memory) is {limits.memory // MEBIBYTE} MiB",
         "output": f"printed too much: its limit (output) is {limits.output // MEBIBYTE} MiB",
         "processes": f"failed for want of processes: its limit (processes) is {limits.processes:,} at once",
@@ -251,10 +308,6 @@ def _raise_over_limit(job: SandboxJob, outcome: SandboxOutcome) -> None:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_ECHO else f"{text[:_LONGEST_ECHO]}… ({len(text):,} characters)"
-
-
-def _seconds(duration: timedelta) -> str:
-    return f"{duration.total_seconds():.3g} s"
 
 
 def _can_be_passed(text: str) -> bool:

@@ -92,6 +92,11 @@ class LogFile:
         self._number = first + len(lines) - 1
         self._write(data)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._size
+
     def release(self) -> None:
         """Close the file after its last writer, and the log too if it is `ending`."""
         self.users -= 1

@@ -63,6 +63,13 @@ class Logs:
         file.ending = False
         return LogWriter(file, self._clock)
 
+    def size(self, key: LogKey) -> int:
+        """Return the bytes of a log's file; 0 where there is none."""
+        try:
+            return self._path(key).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def connections(self, key: LogKey) -> ConnectionLog:
         """Return the list of a step's connections; it is kept and deleted with its log."""
         return ConnectionLog(self._path(key).with_suffix(".connections"))
@@ -171,6 +178,18 @@ class LogWriter:
         """Append lines of the platform's own, after the end of a line that is open."""
         self._end_line()
         self._file.append(self, kind, _clean(text).split("\n"))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the log's file."""
+        return self._file.size
+
+    def leave(self) -> None:
+        """Let go of the file without what is left: a later process goes on with it."""
+        self._line, self._decoder = "", codecs.getincrementaldecoder("utf-8")("replace")
+        if self._timer is not None:
+            self._timer.cancel()
+        self._file.release()
 
     def finish(self) -> None:
         """Write what is left and let go of the file."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Protocol
 
 import anyio
 
 from ci_platform.errors import UnavailableError
-from ci_platform.sandboxes import Sandbox
 from dynflow.engines import InstanceRef
 from dynflow.types import HistoryEvent
 
@@ -19,11 +19,18 @@ _ENDS = frozenset(
 )
 
 
+class Keeper(Protocol):
+    """What keeps something for runs: a sandbox, or who runs commands."""
+
+    async def release(self, scope: str) -> None:
+        """Let go of what is kept for a run and not in use now."""
+
+
 class Releases:
     """Run ids, and a service that has each sandbox let go of what it keeps for them. On one event loop."""
 
-    def __init__(self, sandboxes: Iterable[Sandbox], workflow: str) -> None:
-        self._sandboxes, self._workflow = list(sandboxes), workflow
+    def __init__(self, keepers: Iterable[Keeper], workflow: str) -> None:
+        self._keepers, self._workflow = list(keepers), workflow
         self._due: dict[str, None] = {}
         self._more = anyio.Event()
 
@@ -44,8 +51,8 @@ class Releases:
                 await self._release(run_id)
 
     async def _release(self, run_id: str) -> None:
-        for sandbox in self._sandboxes:
+        for keeper in self._keepers:
             try:
-                await sandbox.release(run_id)
+                await keeper.release(run_id)
             except UnavailableError as error:
                 _log.warning("what run %s has kept cannot be let go of: %s", run_id, error)

@@ -138,11 +138,15 @@ class Settings(BaseModel):
     command_files: int = Field(
         1_000_000, ge=1, description="Files and folders that one command may make or change in its workspace."
     )
+    command_kept: Duration = Field(
+        timedelta(hours=1),
+        description="How long a command that has ended while the server was away waits for it to come back.",
+    )
     command_processes: int = Field(512, ge=1, description="Processes that one command may have at once.")
     command_cpus: float | None = Field(
         None,
         gt=0,
-        description="Processors that one command in a container may use, such as 1.5. Default: all.",
+        description="Processors that one command may use, such as 1.5. Default: all.",
     )
     max_log: Size = Field(
         64 * _MEBIBYTE, description="What one step may print; the rest is dropped, and said."

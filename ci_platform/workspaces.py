@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 
-from ci_platform import copy_on_write, layer_views, layers, sealing
+from ci_platform import copy_on_write, layer_views, layers, open_trees, sealing
 from ci_platform.commit_reports import CommitReport, Conflict, conflicts_with, describe
 from ci_platform.cones import Cone
 from ci_platform.copy_on_write import Method
@@ -186,12 +186,35 @@ class Workspaces:
             return Tree(opened.folder / "tree", opened.folder / "work", opened.lowers)
         return await self._copy(opened)
 
+    def describe_open(self, tree: Tree) -> dict[str, Any] | None:
+        """Return what a later process needs to `reopen` a tree; None where it is a copy, which none can."""
+        opened = self._opened(tree)
+        return open_trees.to_plain(opened) if self._method.mounts else None
+
+    def reopen(self, told: Mapping[str, Any]) -> Tree | None:
+        """Hold a tree that a command of an earlier process still uses; call before `sweep`. None: it is gone."""
+        opened = _Open(**open_trees.from_plain(told))
+        tree = Tree(opened.folder / "tree", opened.folder / "work", opened.lowers)
+        if not all(path.is_dir() for path in (tree.upper, *tree.lowers)):
+            return None
+        self._open[opened.folder] = opened
+        return tree
+
+    async def adopt(self, tree: Tree, author: LayerAuthor) -> None:
+        """Take a reopened tree for this attempt's; forgets what earlier attempts of its step have left."""
+        opened = self._opened(tree)
+        stack, state = self._stack(opened.workspace_id), self._state(opened.workspace_id)
+        async with state.lock:
+            first = author not in state.started
+            await self._thread(lambda: _forget_earlier(stack, author, first=first))
+            state.started.add(author)
+            state.last_order = max(state.last_order, await self._thread(stack.newest_order))
+            self._open[opened.folder] = replace(opened, author=author)
+
     def _prepare(
         self, stack: Stack, author: LayerAuthor, base: tuple[Path, ...], in_use: set[Path], *, first: bool
     ) -> _Open:
-        for layer in stack.layers():
-            if layer.author.same_step(author) and (first or layer.author.attempt < author.attempt):
-                layer.forget()
+        _forget_earlier(stack, author, first=first)
         live = stack.layers()
         lowers = (*stack.lowers(live, in_use), *base)
         folder = stack.folder / "pending" / secrets.token_hex(8)
@@ -363,8 +386,9 @@ class Workspaces:
         removed = 0
         for path in self._root.glob("[!.]*"):
             if live is None or path.name in live or path.name.partition(".")[0] in live:
-                for leftover in (*path.glob("pending/*"), *Stack(path).garbage(set())):
-                    self._remove(leftover)
+                for leftover in (*path.glob("pending/*"), *Stack(path).garbage(self._in_use())):
+                    if leftover not in self._open:  # its command goes on
+                        self._remove(leftover)
             else:
                 self._remove(path)
                 removed += 1
@@ -384,6 +408,12 @@ class Workspaces:
             return len(found)
 
         return await self._thread(forget)
+
+
+def _forget_earlier(stack: Stack, author: LayerAuthor, *, first: bool) -> None:
+    for layer in stack.layers():
+        if layer.author.same_step(author) and (first or layer.author.attempt < author.attempt):
+            layer.forget()
 
 
 def _rewind(stack: Stack, steps: Collection[tuple[str, int]]) -> int:

@@ -14,6 +14,21 @@ from ci_platform.egress import Connection, GatewayLimits
 _LONGEST_READ = 1024 * 1024
 
 
+class Records:
+    """The file that a gateway tells connections in."""
+
+    def __init__(self, file: int, tell: Callable[[Connection], None]) -> None:
+        self._file, self._tell, self._offset, self._rest = file, tell, 0, b""
+
+    def tell_new(self) -> None:
+        """Tell the connections that are over since the last time."""
+        while piece := os.pread(self._file, _LONGEST_READ, self._offset):
+            self._offset += len(piece)
+            *lines, self._rest = (self._rest + piece).split(b"\n")
+            for line in lines:
+                self._tell(Connection.from_line(line))
+
+
 class WayOut:
     """What a command with a network has for it: the gateway's lifeline, and the file that it tells connections in.
 
@@ -32,7 +47,7 @@ class WayOut:
         # Without a name: it is gone with the last process that has it open.
         self._file = tempfile.TemporaryFile("a+b", buffering=0)  # noqa: SIM115 - closed by __exit__
         self.file = self._file.fileno()
-        self._tell, self._offset, self._rest = tell, 0, b""
+        self.records = Records(self.file, tell)
 
     def __enter__(self) -> Self:
         return self
@@ -45,11 +60,3 @@ class WayOut:
         """Let go of both ends of the lifeline: supervisor and gateway have them."""
         self.lifeline.close()
         self.gateways_end.close()
-
-    def tell_new(self) -> None:
-        """Tell the connections that are over since the last time."""
-        while piece := os.pread(self.file, _LONGEST_READ, self._offset):
-            self._offset += len(piece)
-            *lines, self._rest = (self._rest + piece).split(b"\n")
-            for line in lines:
-                self._tell(Connection.from_line(line))

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ci_platform.egress import Connection
 from ci_platform.errors import ImageNotFoundError
@@ -130,6 +130,9 @@ class Sandbox(ABC):
     kept ready for the next job of its scope, until `release`.
     """
 
+    outlives: ClassVar[bool] = False
+    """Whether jobs with `survive` go on without this process."""
+
     @abstractmethod
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
         """Run one command to its end."""
@@ -137,6 +140,25 @@ class Sandbox(ABC):
     @abstractmethod
     async def sweep(self) -> int:
         """Kill and remove what an earlier process of this platform left behind; returns how many."""
+
+    async def resume(self, job: SandboxJob, output: Output) -> SandboxOutcome | None:
+        """Go on with the command that an earlier process of the platform has left in `job.survive`.
+
+        `output` gets all that it has printed, from the first byte on. None: nothing is there (any more).
+        """
+        del job, output
+        return None
+
+    async def abandon(self, folder: Path) -> None:
+        """Kill the command that an earlier process has left in `folder`; nothing where there is none."""
+        del folder
+
+    def settled(self, folder: Path) -> None:
+        """Hear that the end of a job with `survive=folder` is taken care of; until then it would be found again."""
+        del folder
+
+    def detach(self) -> None:  # noqa: B027 - where nothing outlives the process there is nothing to leave
+        """Hear that this process ends: from now on, cancelling a job with `survive` leaves its command running."""
 
     async def release(self, scope: str) -> None:
         """Let go of what is kept for the jobs of a scope and not in use now: it has ended, or waits."""

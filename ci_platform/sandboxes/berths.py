@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from ci_platform.egress.records import WayOut
+from ci_platform.egress.records import Records, WayOut
 from ci_platform.errors import UnavailableError
 from ci_platform.sandboxes import Output, messages, watch
 
@@ -27,10 +27,13 @@ class StaleError(Exception):
 
 
 class Spool:
-    """The file of a command's output, which its supervisor writes; passed on in pieces as it grows."""
+    """The file of a command's output, which its supervisor writes; passed on in pieces as it grows.
 
-    def __init__(self, file: int, output: Output) -> None:
-        self._file, self._output, self._offset = file, output, 0
+    With it the command's connections, if it has any.
+    """
+
+    def __init__(self, file: int, output: Output, records: Records | None) -> None:
+        self._file, self._output, self._records, self._offset = file, output, records, 0
 
     async def pass_on(self) -> None:
         """Pass on what is new."""
@@ -43,6 +46,8 @@ class Spool:
             pass
 
     def _pass_on_piece(self) -> bool:
+        if self._records is not None:
+            self._records.tell_new()
         piece = os.pread(self._file, _PIECE, self._offset)
         if piece:
             self._offset += len(piece)
@@ -102,11 +107,16 @@ class Berth:
         with anyio.CancelScope(shield=True), contextlib.suppress(UnavailableError, StaleError, OSError):
             messages.send(self._channel, {"kill": True})
             await self.follow(spool)
+            self.heard()
 
     def heard(self) -> None:
         """Tell the supervisor that its command's end is taken care of; it need not wait for anybody."""
         with contextlib.suppress(OSError):
             messages.send(self._channel, {"heard": True})
+
+    def moved(self) -> Berth:
+        """Return another holder of the same sandbox, which closing this one leaves open."""
+        return Berth(self._channel.dup())
 
     def close(self) -> None:
         """Let go of it. Its supervisor kills everything and ends, unless its command may survive us."""
@@ -125,6 +135,7 @@ class Berth:
 
 def listen(folder: Path) -> socket.socket:
     """Return the socket in `folder` at which a supervisor will be found."""
+    (folder / "supervisor").unlink(missing_ok=True)
     place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         listener = socket.socket(socket.AF_UNIX)

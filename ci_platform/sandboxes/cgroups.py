@@ -17,8 +17,12 @@ from pathlib import Path
 _PREFIX = "dynflow-"
 _REMOVAL_TRIES = 500
 _CONTROLLERS = ("memory", "pids")
-_COUNTERS = ("cpuacct",)
-"""Of version 1, used where they are there. Version 2 counts in every group."""
+_WELCOME = ("cpuacct", "cpu")
+"""Of version 1, used where they are there. Version 2 counts time in every group."""
+
+
+_PERIOD = 100_000
+"""Microseconds in which a group may use its share of the processors; the kernel's own default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ def find() -> Parents | None:
                 made.append(str(Path(home, name)))
             if version == 2 and made:
                 Path(made[0], "cgroup.subtree_control").write_text("+memory +pids")
+                with contextlib.suppress(OSError):
+                    Path(made[0], "cgroup.subtree_control").write_text("+cpu")
         except OSError:
             Parents(version, tuple(made)).remove()
             continue
@@ -77,10 +83,9 @@ def sweep() -> int:
 
 
 def _remove_all(folder: Path) -> int:
-    groups = [group for group in folder.iterdir() if group.is_dir()]
+    # The others' commands have survived their platform, or their supervisors are just removing them.
+    groups = [group for group in folder.iterdir() if group.is_dir() and not is_alive(group.name)]
     for group in groups:
-        if is_alive(group.name):
-            continue  # its command has survived its platform, or its supervisor is just removing it
         for pid in (group / "cgroup.procs").read_text().split():
             with contextlib.suppress(OSError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -116,7 +121,7 @@ def _homes_v2() -> tuple[str, ...]:
 
 def _homes_v1() -> tuple[str, ...]:
     homes: list[tuple[str, str]] = []
-    for controller in (*_CONTROLLERS, *_COUNTERS):
+    for controller in (*_CONTROLLERS, *_WELCOME):
         for mount_point, root, kind, options in _mounts():
             if kind == "cgroup" and controller in options:
                 home = _below(mount_point, root, _own_path(controller))
@@ -160,6 +165,7 @@ class Group:
         self._parents = [
             os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for folder in parents.folders
         ]
+        self._homes = [Path(folder).name for folder in parents.folders]
         self._folders = []
         for parent in self._parents:
             os.mkdir(name, dir_fd=parent)
@@ -170,13 +176,18 @@ class Group:
         for folder in self._folders:
             _write(folder, "cgroup.procs", str(pid))
 
-    def limit(self, memory: int, processes: int) -> None:
-        """Set both limits. The group's init counts as a process too."""
-        limits = {"pids.max": processes + 1}
+    def limit(self, memory: int, processes: int, cpus: float | None) -> None:
+        """Set the limits. The group's init counts as a process too."""
+        limits: dict[str, int | str] = {"pids.max": processes + 1}
         if self._version == 2:
             limits |= {"memory.max": memory, "memory.swap.max": 0, "memory.oom.group": 1}
         else:
             limits |= {"memory.limit_in_bytes": memory, "memory.memsw.limit_in_bytes": memory}
+        if cpus is not None:
+            quota = max(1000, round(cpus * _PERIOD))
+            limits["cpu.max" if self._version == 2 else "cpu.cfs_quota_us"] = (
+                f"{quota} {_PERIOD}" if self._version == 2 else quota
+            )
         for file, value in limits.items():
             for folder in self._folders:
                 # Each file is in one of the folders; those on swap only where the kernel accounts for it.
@@ -208,6 +219,16 @@ class Group:
             with contextlib.suppress(FileNotFoundError):
                 return int(dict(map(str.split, _read(folder, "cpu.stat").splitlines()))["usage_usec"]) / 1e6
         return None
+
+    def remove_home(self) -> None:
+        """Remove the folder of all groups of the platform, which is gone, once the last of them is empty."""
+        for parent, name in zip(self._parents, self._homes, strict=True):
+            with contextlib.suppress(OSError):
+                above = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+                try:
+                    os.rmdir(name, dir_fd=above)
+                finally:
+                    os.close(above)
 
     def remove(self) -> None:
         """Remove the group; nothing may run in it any more."""

@@ -18,7 +18,7 @@ import anyio
 
 from ci_platform.egress import proxy_variables
 from ci_platform.egress.policy import Policy
-from ci_platform.egress.records import WayOut
+from ci_platform.egress.records import Records, WayOut
 from ci_platform.errors import FailedError, UnavailableError
 from ci_platform.sandboxes import (
     SANDBOX_UID,
@@ -37,9 +37,6 @@ from ci_platform.sandboxes.berths import Berth, Spool, StaleError
 _ANSWER_WITHIN = 30.0
 """Seconds for the launcher to take a message: it is idle or forks, so only a stopped machine needs longer."""
 
-_KEPT = timedelta(hours=1)
-"""How long a command that has ended while no platform was there waits for one to hear of it."""
-
 _CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from ci_platform.sandboxes.launcher import main; main(int(sys.argv[2]))"
@@ -53,8 +50,11 @@ class IsolateSandbox(Sandbox):
     `toolchains` are folders shown read-only at their own paths, their `bin` first on PATH; the Python that
     runs the platform is one of them. `allow_network` lets jobs that ask for it out, through a gateway of their own
     that leads to public addresses and to the `inner_hosts` (`egress.policy.Rule`). `ready` sandboxes are kept
-    prepared. `python` boots the launcher.
+    prepared. `kept` is how long a command that has ended without a platform waits for one to hear of it. `python`
+    boots the launcher.
     """
+
+    outlives = True
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class IsolateSandbox(Sandbox):
         allow_network: bool = False,
         inner_hosts: Sequence[str] = (),
         ready: int = 2,
+        kept: timedelta = timedelta(hours=1),
         python: str = sys.executable,
     ) -> None:
         own = [] if sys.base_prefix == "/usr" else [sys.base_prefix]
@@ -74,6 +75,8 @@ class IsolateSandbox(Sandbox):
         self._channel: socket.socket | None = None
         self._berths: deque[Berth] = deque()
         self._leaving = False
+        self._unsettled: dict[Path, Berth] = {}
+        self._kept = kept
 
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
         """Run one command to its end."""
@@ -98,6 +101,8 @@ class IsolateSandbox(Sandbox):
     async def close(self) -> None:
         """End the launcher and the sandboxes that it keeps ready."""
         self._drop_berths()
+        for folder in list(self._unsettled):
+            self.settled(folder)
         if self._channel is not None:
             self._channel.close()
         if self._launcher is not None:
@@ -145,25 +150,64 @@ class IsolateSandbox(Sandbox):
                 files["control"] = stack.enter_context(berths.listen(job.survive)).fileno()
             berth.start(message, files, way_out)
             self._refill()
-            return await self._see_through(
-                berth, Spool(file.fileno(), _telling(output, way_out)), job, way_out
-            )
+            spool = Spool(file.fileno(), output, None if way_out is None else way_out.records)
+            outcome = await self._see_through(berth, spool, job)
+            self._keep_until_settled(berth, job)
+            return outcome
 
-    async def _see_through(
-        self, berth: Berth, spool: Spool, job: SandboxJob, way_out: WayOut | None
-    ) -> SandboxOutcome:
+    async def resume(self, job: SandboxJob, output: Output) -> SandboxOutcome | None:
+        """Go on with a command that an earlier process has started, from the first byte of its output on."""
+        if job.survive is None or (found := await anyio.to_thread.run_sync(berths.find, job.survive)) is None:
+            return None
+        berth, (file, *records) = found
+        with contextlib.ExitStack() as stack:
+            stack.callback(berth.close)
+            for fd in (file, *records):
+                stack.callback(os.close, fd)
+            spool = Spool(file, output, Records(records[0], job.connected) if records else None)
+            await spool.pass_on()
+            outcome = await self._see_through(berth, spool, job)
+            self._keep_until_settled(berth, job)
+            return outcome
+
+    async def abandon(self, folder: Path) -> None:
+        """Kill a command that an earlier process has started, and wait until nothing of it is left."""
+        found = await anyio.to_thread.run_sync(berths.find, folder)
+        if found is not None:
+            berth, files = found
+            await berth.kill(Spool(files[0], lambda _: None, None))
+            berth.close()
+            for fd in files:
+                os.close(fd)
+
+    def settled(self, folder: Path) -> None:
+        """Let go of a command that has ended; until then a later process would find it."""
+        if (berth := self._unsettled.pop(folder, None)) is not None:
+            berth.heard()
+            berth.close()
+
+    def detach(self) -> None:
+        """From now on leave commands that may survive to themselves, where others are cancelled."""
+        self._leaving = True
+
+    def _keep_until_settled(self, berth: Berth, job: SandboxJob) -> None:
+        """Close all but the berth of a command that may survive: its supervisor waits until its end is settled."""
+        if job.survive is not None:
+            self._unsettled[job.survive] = berth.moved()
+
+    async def _see_through(self, berth: Berth, spool: Spool, job: SandboxJob) -> SandboxOutcome:
         """Follow a command to its end. Cancelled, it is killed, or left alone where it may survive and we leave."""
         try:
             verdict = await berth.follow(spool)
         except BaseException:
             if not (self._leaving and job.survive is not None):
                 await berth.kill(spool)
+                spool.pass_on_rest()
             raise
-        finally:
-            spool.pass_on_rest()
-            if way_out is not None:
-                way_out.tell_new()
+        spool.pass_on_rest()
         if "refused" in verdict:
+            if job.survive is not None:
+                berth.heard()
             raise FailedError(verdict["refused"])
         return SandboxOutcome(
             verdict["exited"],
@@ -220,6 +264,7 @@ class IsolateSandbox(Sandbox):
             "env": env,
             "cwd": job.cwd,
             **_limits(job),
+            "kept": self._kept.total_seconds(),
             "rlimits": self._rlimits(job),
             "tree": {
                 "upper": str(tree.upper.resolve()),
@@ -310,18 +355,6 @@ class IsolateSandbox(Sandbox):
         self._start()
 
 
-def _telling(output: Output, way_out: WayOut | None) -> Output:
-    """Return `output`, with a command's connections told among what it prints."""
-    if way_out is None:
-        return output
-
-    def tell(piece: bytes) -> None:
-        way_out.tell_new()
-        output(piece)
-
-    return tell
-
-
 def _limits(job: SandboxJob) -> dict[str, Any]:
     """Return what the supervisor holds a job to, in seconds and bytes."""
     limits = job.limits
@@ -330,8 +363,8 @@ def _limits(job: SandboxJob) -> dict[str, Any]:
         "processes": limits.processes,
         "timeout": limits.timeout.total_seconds(),
         "output": limits.output,
+        "cpus": limits.cpus,
         "cpu": None if limits.cpu is None else limits.cpu.total_seconds(),
         "disk": limits.disk,
         "inodes": limits.files,
-        "kept": _KEPT.total_seconds(),
     }

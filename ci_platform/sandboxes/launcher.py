@@ -18,7 +18,6 @@ launcher takes the supervisors along and they their inits.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import signal
@@ -39,6 +38,8 @@ def main(channel_fd: int) -> None:
     os.umask(0o022)
     gc.collect()
     gc.freeze()
+    # Every child that does not survive the platform holds one end: when all are gone, the other end says so.
+    gone, here = os.pipe()
     parents = None
     while (received := messages.receive(channel)) is not None:
         order, files = received
@@ -47,21 +48,24 @@ def main(channel_fd: int) -> None:
         if os.fork() == 0:
             channel.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            run_to_exit(lambda order=order, files=files: _serve(order, files))  # type: ignore[misc]  # a fork's own
+            os.close(gone)
+            run_to_exit(lambda order=order, files=files: _serve(order, files, here))  # type: ignore[misc]
         for file in files:
             os.close(file)
-    # The platform is gone, so every supervisor is on its way out; leaving before them would kill them midway.
-    with contextlib.suppress(ChildProcessError):
-        os.wait()
+    # The platform is gone, so every supervisor is on its way out that has no command which may survive it; leaving
+    # before them would kill them midway.
+    os.close(here)
+    os.read(gone, 1)
     if parents is not None:
         parents.remove()
 
 
-def _serve(order: dict[str, Any], files: list[int]) -> None:
+def _serve(order: dict[str, Any], files: list[int], here: int) -> None:
     if "gateway" in order:
+        os.close(here)
         _be_gateway(order, files)
     else:
-        Berth(order, _parents(order), socket.socket(fileno=files[0])).serve()
+        Berth(order, _parents(order), socket.socket(fileno=files[0]), here).serve()
 
 
 def _be_gateway(order: dict[str, Any], files: list[int]) -> None:

@@ -19,6 +19,13 @@ class _StaleError(Exception):
     """The host has mounted the job's tree after this sandbox was prepared."""
 
 
+def _let_go_of_stderr() -> None:
+    """Close the platform's stderr: who reads it to its end would wait for the command, too."""
+    null = os.open("/dev/null", os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+
+
 def _identity(path: str) -> list[int] | None:
     try:
         found = Path(path).stat()
@@ -31,9 +38,9 @@ class Berth:
     """One sandbox, from empty namespaces to the end of its command. Lives in the supervisor."""
 
     def __init__(
-        self, config: dict[str, Any], parents: cgroups.Parents | None, channel: socket.socket
+        self, config: dict[str, Any], parents: cgroups.Parents | None, channel: socket.socket, here: int
     ) -> None:
-        self.config, self.parents, self.channel = config, parents, channel
+        self.config, self.parents, self.channel, self.here = config, parents, channel, here
         self.uid: int = config["uid"]
         self.as_root = os.geteuid() == 0
         self.relay, self.command_end = socket.socketpair()
@@ -70,7 +77,10 @@ class Berth:
         if "control" in files:
             # From here on it does without the platform, and without the launcher.
             linux.live_on()
+            os.close(self.here)
         changes = self._furnish(job)
+        if "control" in files:
+            _let_go_of_stderr()
         printed = self._hand_on(job)
         self.watch = Watch(
             job,
@@ -102,8 +112,6 @@ class Berth:
         os.close(changes)
         with contextlib.suppress(OSError):
             linux.unmount(rootfs.WORKSPACE)
-        if self.group is not None:
-            self.group.remove()
 
     def _prepare(self) -> None:
         if self.parents is not None:
@@ -118,6 +126,7 @@ class Berth:
             os.close(go)
             os.close(done)
             inside = Inside(self.uid, self.as_root, self.config["filter"], self.command_end)
+            os.close(self.here)
             run_to_exit(lambda: inside.be_init(ready, finished))
         os.close(ready)
         os.close(finished)
@@ -190,7 +199,7 @@ class Berth:
             linux.bind(upper, target, linux.ATTR_NOSUID | linux.ATTR_NODEV, recursive=False)
         rootfs.limit_private_places(ROOT, job["memory"])
         if self.group is not None:
-            self.group.limit(job["memory"], job["processes"])
+            self.group.limit(job["memory"], job["processes"], job["cpus"])
         os.chdir(ROOT)
         linux.pivot_root(".", ".")
         linux.unmount(".", linux.MNT_DETACH)

@@ -59,7 +59,7 @@ class Watch:
         self._written, self._left = 0, job["output"]
         self._started = time.monotonic()
         self._verdict: dict[str, Any] = {}
-        self._ended = self._heard = False
+        self._ended = self._heard = self._outlived = False
         self._alone_since = 0.0
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -82,6 +82,11 @@ class Watch:
                     handler()
             if not self._ended:
                 self._hold_limits()
+        if self._group is not None:
+            # Not before the verdict is told: the dead leave their group a moment late, which nobody need wait for.
+            self._group.remove()
+            if self._outlived:
+                self._group.remove_home()
 
     def kill(self) -> None:
         """End everything at once, where it has not ended."""
@@ -182,7 +187,7 @@ class Watch:
         else:
             self._off(self._channel.fileno())
             self._channel.close()
-            self._channel, self._alone_since = None, time.monotonic()
+            self._channel, self._alone_since, self._outlived = None, time.monotonic(), True
             if self._control is None:
                 self._stop("killed")
 

@@ -15,8 +15,9 @@ from ci_platform import copy_on_write
 from ci_platform.connections import ConnectionLog
 from ci_platform.egress import Connection
 from ci_platform.errors import FailedError, InvalidInputError, LimitExceededError, UnavailableError
-from ci_platform.execution import KEPT_OUTPUT, Execution
+from ci_platform.execution import Execution
 from ci_platform.logs import LogKey, LogLine, Logs
+from ci_platform.printing import KEPT_OUTPUT
 from ci_platform.sandboxes import MEBIBYTE, SandboxLimits
 from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.sandboxes.isolate import IsolateSandbox

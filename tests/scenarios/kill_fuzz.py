@@ -102,6 +102,7 @@ class Fuzz:
             "DYNFLOW_ALLOW_CONTAINERS": "false",
         }
         self.server = Server(folder / "data", settings)
+        self._children: set[Any] = set()
         self._leftovers = Leftovers(folder / "data", temporary)
         self.wanted = list(self._make_world(folder, repositories, pushes))
         for one in self._random.sample(self.wanted, len(self.wanted) // 3):
@@ -135,6 +136,7 @@ class Fuzz:
             self._live_to_the_end()
             self._check()
             self.server.stop()
+            self._leftovers.wait_for_end_of(self._children)
             self._leftovers.check()
         except BaseException:
             sys.stderr.write("\n".join([*self.trace[-60:], self.server.log(), ""]))
@@ -165,7 +167,8 @@ class Fuzz:
             children |= below(process.pid)
             self._act()
         killer.join()
-        self._leftovers.wait_for_end_of(children)
+        # Commands go on without it, and end with their runs.
+        self._children |= children
 
     def _kill_later(self, starting: bool, lifetime: float) -> None:  # noqa: FBT001 - of _lifetime
         if not starting:

@@ -46,6 +46,7 @@ class Server:
         environ |= {
             "DYNFLOW_GITHUB_WEBHOOK_SECRET": SECRET,
             "DYNFLOW_GITHUB_TOKEN": "a-token",
+            "DYNFLOW_COMMAND_KEPT": "20 seconds",  # what the last server of a test leaves is gone soon
         } | self.settings
         log = (self.data.parent / "server.log").open("ab")
         with log:

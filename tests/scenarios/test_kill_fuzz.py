@@ -54,11 +54,8 @@ def push(tmp_path: Path, server: Server, branch: str, slow: str = "nothing") -> 
 
 
 def die_and_rise(server: Server) -> None:
-    """SIGKILL, and start again."""
-    assert server.process is not None
-    children = below(server.process.pid)
+    """SIGKILL, and start again. A command that was running goes on until its run has ended."""
     server.kill()
-    Leftovers.wait_for_end_of(children)
     server.start()
 
 
@@ -85,9 +82,12 @@ def test_a_cancellation_that_was_answered_right_before_a_kill_holds(
     run_is_in(server, "lint")
     run = server.api("GET", "/runs")["items"][0]
     server.api("POST", f"/runs/{run['id']}/cancel", json={})
+    assert server.process is not None
+    children = below(server.process.pid)
     die_and_rise(server)
     assert server.wait_for_run(concluded, "the run to conclude")["conclusion"] == "cancelled"
     assert log_of(server, run, "lint").count("lint-finished\n") <= 1
+    Leftovers.wait_for_end_of(children)
     github.wait_for(lambda: [body["state"] for body in github.statuses(sha)][-1:] == ["error"])
 
 
