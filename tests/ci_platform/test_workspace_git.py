@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -322,3 +324,15 @@ async def test_a_commit_that_lacks_an_object_is_refused_and_leaves_nothing(desk:
     with pytest.raises(MissingObjectError):
         await desk.fork(sha, "run2.build", alone=True)
     assert list((desk.root / "source" / "trees" / ".building").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="this is the run without root")
+def test_all_of_this_holds_without_root() -> None:
+    unshare = ["unshare", "--user", f"--map-user={SANDBOX_UID}", f"--map-group={SANDBOX_UID}"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    snapshots = Path(__file__).with_name("test_snapshots.py")
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, str(snapshots)]
+    done = subprocess.run([*unshare, *pytest_here], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]
