@@ -72,7 +72,7 @@ async def opened_desk(
     source = Source(tmp_path / "source", allow_file=True, limits=limits)
     chosen = copy_on_write.probe(tmp_path / "workspaces", method)
     workspaces = Workspaces(tmp_path / "workspaces", source, chosen)
-    sandbox = IsolateSandbox(ready=0)
+    sandbox = IsolateSandbox()
     try:
         yield Desk(tmp_path, remote, source, workspaces, sandbox)
     finally:
