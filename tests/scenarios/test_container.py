@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -88,6 +89,55 @@ def test_a_pipeline_makes_images_and_runs_in_them(tmp_path: Path) -> None:
             assert "tool" in server_log(server, run, "use")
             assert "built" in server_log(server, run, "show")
     forget_image(*docker("images", "--quiet", "--filter", "reference=dynflow-made/*").split())
+
+
+SLOW = "echo begun; for n in $(seq 1 400); do echo line $n; sleep 0.01; done; echo over"
+LASTING = f"""\
+from dynflow import WorkflowEntrypoint
+from pipelines import run_in_sandbox
+
+class CIPipeline(WorkflowEntrypoint):
+    async def run(self, event, step):
+        workspace = await step.do(
+            "checkout", lambda: self.env.ARTIFACTS.fork(event.payload["repo"], sha=event.payload["sha"])
+        )
+        slow = ["sh", "-c", "{SLOW}; echo made >result"]
+        await step.do("slow", lambda: run_in_sandbox(workspace, slow, sandbox="container"))
+        await step.do("after", lambda: run_in_sandbox(workspace, ["cat", "result"]))
+"""
+
+
+@pytest.mark.docker
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="commands in containers survive where root keeps them warm")
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_step_in_a_container_goes_on_when_the_server_comes_back(tmp_path: Path, how: str) -> None:
+    require_image()
+    bare, sha = make_repository(tmp_path / "repo", LASTING)
+    with serve_github() as github:
+        settings = {"github_api_url": github.url, "allow_file_remotes": "true", "container_image": IMAGE}
+        with running_server(tmp_path / "data", **settings) as server:
+            server.register(REPO, bare)
+            server.deliver("push", push_to_main(sha))
+            run = server.wait_for_run(lambda run: any(s["name"] == "slow" for s in run["steps"]), "the step")
+            server.wait_until(lambda: "line 20" in server_log(server, run, "slow"), "output")
+            if how == "killed":
+                server.kill()
+            else:
+                server.stop()
+            server.start()
+            run = server.wait_for_run(concluded, "the run to conclude")
+            assert run["conclusion"] == "success", run["reason"]
+            lines = [
+                line for line in server_log(server, run, "slow").splitlines() if line.startswith("line ")
+            ]
+            assert lines == [f"line {n}" for n in range(1, 401)]
+            assert (
+                server_log(server, run, "slow").count("begun") - server_log(server, run, "slow").count("$")
+                <= 1
+            )
+            assert "made" in server_log(server, run, "after")
+            server.wait_until(lambda: left(run["id"]) == [], "containers to end")
 
 
 def left(run: str) -> list[str]:
