@@ -19,14 +19,16 @@ import anyio.to_thread
 import click
 from rich.console import Console
 
-from ci_platform.cli.asking import find_server, print_json
+from ci_platform.cli.asking import print_json
 from ci_platform.cli.repositories import repo
+from ci_platform.cli.runs import COMMANDS, FAILURE, SUCCESS, UNAVAILABLE, conclusion_code
 from ci_platform.cli.snapshots import snapshot
+from ci_platform.cli.tokens import token
 from ci_platform.errors import FailedError, PlatformError, RejectedError
 from ci_platform.options import settings_from, settings_options
 from dynflow.errors import StorageError
 
-SUCCESS, FAILURE, USAGE, AT_GATE, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+USAGE, AT_GATE, INTERRUPTED = 2, 3, 130
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -107,7 +109,7 @@ def demo(*, yes: bool, approve_after: float | None, stay: bool, **options: Any) 
     with temporary_data() as folder:
         settings = settings_from(options, data=folder, port=0)
         run = anyio.run(lambda: show(settings, console, choices))
-    sys.exit(_code_of(run))
+    sys.exit(conclusion_code(run))
 
 
 @main.command("run")
@@ -130,7 +132,7 @@ def run_pipeline(*, path: Path, approve: bool, as_json: bool) -> None:
             sys.exit(AT_GATE)
     if as_json:
         print_json(run)
-    sys.exit(_code_of(run))
+    sys.exit(conclusion_code(run))
 
 
 @main.command()
@@ -233,195 +235,11 @@ def doctor(*, as_json: bool, **options: Any) -> None:
     sys.exit(SUCCESS if all(finding.state != "bad" for finding in findings) else UNAVAILABLE)
 
 
-# --- asking a server ---------------------------------------------------------------------------------
-
-
-@main.command()
-@click.option("--repo", help="Of one repository.")
-@click.option("--ref", help="Of one branch or ref.")
-@click.option("--status", help="In one state: queued, running, waiting, success, failure, …")
-@click.option("-n", "--limit", type=click.IntRange(1, 100), default=20, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def runs(*, repo: str | None, ref: str | None, status: str | None, limit: int, as_json: bool) -> None:
-    """List runs, the newest first."""
-    from ci_platform.terminal import runs_table
-
-    with find_server() as client:
-        page = client.get("/api/v1/runs", repo=repo, ref=ref, status=status, limit=limit)
-    if as_json:
-        print_json(page)
-    elif page["items"]:
-        Console().print(runs_table(page["items"]))
-    else:
-        click.echo("no runs", err=True)
-
-
-@main.command()
-@click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-@click.option(
-    "-w", "--watch", is_flag=True, help="Watch it until it ends; the exit code is its conclusion's."
-)
-def show(*, run: str, as_json: bool, watch: bool) -> None:
-    """Show a run and its steps."""
-    from ci_platform.terminal import RunWatcher, print_run, resolve_run
-
-    console = Console(stderr=as_json)
-    with find_server() as client:
-        run_id = resolve_run(client, run)
-        found = RunWatcher(client, console).watch(run_id) if watch else client.get(f"/api/v1/runs/{run_id}")
-    if as_json:
-        print_json(found)
-    elif not watch:
-        print_run(found, console)
-    if watch:
-        sys.exit(_code_of(found))
-
-
-@main.command()
-@click.argument("run")
-@click.argument("step", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on while it grows.")
-@click.option("--count", type=click.IntRange(1), default=1, help="Which one, of several steps of that name.")
-def logs(*, run: str, step: str | None, follow: bool, count: int) -> None:
-    """Print the log of a run's STEP, or of all its steps."""
-    from ci_platform.terminal import LogFollower, print_log, resolve_run, steps_with_logs
-
-    console = Console(highlight=False)
-    with find_server() as client:
-        run_id = resolve_run(client, run)
-        follower = LogFollower(client, console, run_id)
-        if follow and step:
-            follower.follow_step(step, count)
-        elif follow:
-            follower.follow_run()
-        elif step:
-            print_log(client, console, run_id, step, count)
-        else:
-            for found in steps_with_logs(client.get(f"/api/v1/runs/{run_id}")):
-                console.rule(found["name"])
-                print_log(client, console, run_id, found["name"], found["count"])
-
-
-@main.command()
-@click.argument("run")
-@click.argument("gate")
-@click.option("-m", "--comment", help="Why; it is kept with the decision.")
-def approve(*, run: str, gate: str, comment: str | None) -> None:
-    """Approve the GATE that a run waits at."""
-    _decide(run, gate, "approve", comment)
-
-
-@main.command()
-@click.argument("run")
-@click.argument("gate")
-@click.option("-m", "--comment", help="Why; it is kept with the decision.")
-def reject(*, run: str, gate: str, comment: str | None) -> None:
-    """Reject the GATE that a run waits at; the run ends."""
-    _decide(run, gate, "reject", comment)
-
-
-@main.command()
-@click.argument("run")
-def cancel(*, run: str) -> None:
-    """Cancel a run; what it is doing is stopped."""
-    from ci_platform.terminal import resolve_run
-
-    with find_server() as client:
-        run_id = resolve_run(client, run)
-        client.post(f"/api/v1/runs/{run_id}/cancel")
-    click.echo(f"{run_id} is being cancelled")
-
-
-@main.command()
-@click.argument("run")
-@click.option("--from-step", metavar="STEP", help="Keep what finished before this step, files included.")
-@click.option("--count", type=click.IntRange(1), default=1, help="Which one, of several steps of that name.")
-@click.option(
-    "-w", "--watch", is_flag=True, help="Watch it until it ends; the exit code is its conclusion's."
-)
-def rerun(*, run: str, from_step: str | None, count: int, watch: bool) -> None:
-    """Run a finished run again, whole or from one of its steps."""
-    from ci_platform.terminal import RunWatcher, resolve_run
-
-    with find_server() as client:
-        run_id = resolve_run(client, run)
-        body = {"from_step": from_step, "count": count} if from_step else {}
-        client.post(f"/api/v1/runs/{run_id}/rerun", body)
-        click.echo(f"{run_id} runs again")
-        if watch:
-            sys.exit(_code_of(RunWatcher(client, Console()).watch(run_id)))
-
-
-@main.group()
-def token() -> None:
-    """Make, list and revoke tokens."""
-
-
-@token.command("create")
-@click.argument("name")
-@click.option(
-    "--scope",
-    type=click.Choice(["read", "write", "admin"]),
-    default="write",
-    show_default=True,
-    help="Each holds those before it.",
-)
-@click.option("--repo", metavar="OWNER/NAME", help="Open the git, commits and files of one repository alone.")
-@click.option("--expires-in", metavar="DURATION", help="Such as '30 days'. Default: when it is revoked.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def token_create(*, name: str, scope: str, repo: str | None, expires_in: str | None, as_json: bool) -> None:
-    """Make a token for NAME and print it; it is not shown again."""
-    body = {"name": name, "scopes": [scope], "repo": repo, "expires_in": expires_in}
-    with find_server() as client:
-        made = client.post("/api/v1/tokens", body)
-    if as_json:
-        print_json(made)
-    else:
-        click.echo(made["secret"])
-
-
-@token.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def token_list(*, as_json: bool) -> None:
-    """List tokens, without their secrets."""
-    with find_server() as client:
-        items = client.get("/api/v1/tokens")["items"]
-    if as_json:
-        print_json(items)
-        return
-    for item in items:
-        state = "revoked" if item["revoked_at"] else f"last used {item['last_used_at'] or 'never'}"
-        scopes = ",".join(item["scopes"]) + (f" of {item['repo']}" if item["repo"] else "")
-        state += f", until {item['expires_at']}" if item["expires_at"] else ""
-        click.echo(f"{item['id']:>4}  {item['name']:<24} {scopes:<12} {state}")
-
-
-@token.command("revoke")
-@click.argument("token_id", type=int)
-def token_revoke(*, token_id: int) -> None:
-    """Make a token useless from now on."""
-    with find_server() as client:
-        client.delete(f"/api/v1/tokens/{token_id}")
-    click.echo(f"token {token_id} is revoked")
-
-
-main.add_command(repo)
-main.add_command(snapshot)
+for _command in (*COMMANDS, token, repo, snapshot):
+    main.add_command(_command)
 
 
 # --- what commands share -------------------------------------------------------------------------------
-
-
-def _decide(run: str, gate: str, decision: str, comment: str | None) -> None:
-    from ci_platform.client import segment
-    from ci_platform.terminal import resolve_run
-
-    with find_server() as client:
-        run_id = resolve_run(client, run)
-        body = {"decision": decision, "comment": comment}
-        decided = client.post(f"/api/v1/runs/{run_id}/gates/{segment(gate)}", body)
-    click.echo(f"gate {gate} is {decided['state']} by {decided['decided_by']}")
 
 
 def _login_link(url: str, secret: str) -> str:
@@ -444,12 +262,6 @@ def _ask_in_terminal(gate: Mapping[str, Any]) -> str | None:
 def _own_command() -> str:
     """Return how the user calls this program: `scripts/run` says so in the environment."""
     return os.environ.get("DYNFLOW_COMMAND") or "dynflow"
-
-
-def _code_of(run: Mapping[str, Any]) -> int:
-    if run["conclusion"] == "success":
-        return SUCCESS
-    return UNAVAILABLE if run["conclusion"] == "error" else FAILURE
 
 
 def _leaf(error: BaseException) -> BaseException:
