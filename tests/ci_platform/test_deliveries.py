@@ -11,7 +11,7 @@ import pytest
 from ci_platform.errors import FailedError, NotFoundError, UnavailableError
 from ci_platform.forges import Change, Delivery
 from ci_platform.model import Counter, Repository
-from ci_platform.pushes import Pushes
+from ci_platform.pushes import Pushes, RefUpdate
 from ci_platform.store import col
 from tests.ci_platform.harness import Harness
 
@@ -233,13 +233,6 @@ async def test_a_delivery_that_is_not_there_is_not_found(platform: Harness, numb
 
 
 @dataclass
-class Moved:
-    ref: str
-    before: str | None
-    after: str | None
-
-
-@dataclass
 class Mirror:
     """The refs of a repository on disk."""
 
@@ -264,7 +257,7 @@ MAIN, TAG = "refs/heads/topic", "refs/tags/v1"
 
 
 async def test_a_push_becomes_one_delivery_per_ref(platform: Harness, pushes: Pushes) -> None:
-    moved = [Moved(MAIN, None, "1" * 40), Moved(TAG, "0" * 40, "1" * 40)]
+    moved = [RefUpdate(MAIN, None, "1" * 40), RefUpdate(TAG, "0" * 40, "1" * 40)]
     assert len(await pushes.accept("o/r", moved, actor="alice")) == 2
     await platform.deliveries.sweep()
     runs = (await platform.runs.list()).runs
@@ -275,7 +268,7 @@ async def test_a_push_becomes_one_delivery_per_ref(platform: Harness, pushes: Pu
 
 
 async def test_the_same_push_told_twice_counts_once(pushes: Pushes) -> None:
-    moved = [Moved(MAIN, None, "1" * 40)]
+    moved = [RefUpdate(MAIN, None, "1" * 40)]
     assert len(await pushes.accept("o/r", moved, actor="alice")) == 1
     assert await pushes.accept("o/r", moved, actor="alice") == []
 
@@ -283,7 +276,7 @@ async def test_the_same_push_told_twice_counts_once(pushes: Pushes) -> None:
 async def test_a_push_that_a_crash_kept_from_us_is_found_at_start(
     platform: Harness, pushes: Pushes, mirror: Mirror
 ) -> None:
-    await pushes.accept("o/r", [Moved(MAIN, None, "1" * 40)], actor="alice")
+    await pushes.accept("o/r", [RefUpdate(MAIN, None, "1" * 40)], actor="alice")
     mirror.refs = {MAIN: "2" * 40, TAG: "2" * 40}
     assert await pushes.reconcile({"o/r"}) == 2
     assert await pushes.reconcile({"o/r"}) == 0
@@ -294,7 +287,7 @@ async def test_a_push_that_a_crash_kept_from_us_is_found_at_start(
 async def test_going_back_and_forth_is_a_new_delivery_each_time(platform: Harness, pushes: Pushes) -> None:
     shas = ["1" * 40, "2" * 40, "1" * 40, "2" * 40]
     for before, after in zip([None, *shas], shas, strict=False):
-        assert len(await pushes.accept("o/r", [Moved(MAIN, before, after)], actor="alice")) == 1
+        assert len(await pushes.accept("o/r", [RefUpdate(MAIN, before, after)], actor="alice")) == 1
     views, _ = await platform.deliveries.list()
     assert len({view.delivery_id for view in views}) == 4
 
@@ -303,8 +296,8 @@ async def test_going_back_and_forth_is_a_new_delivery_each_time(platform: Harnes
 async def test_a_deleted_branch_is_recorded_and_starts_nothing(
     platform: Harness, pushes: Pushes, gone: str | None
 ) -> None:
-    await pushes.accept("o/r", [Moved(MAIN, None, "1" * 40)], actor="alice")
-    (accepted,) = await pushes.accept("o/r", [Moved(MAIN, "1" * 40, gone)], actor="alice")
+    await pushes.accept("o/r", [RefUpdate(MAIN, None, "1" * 40)], actor="alice")
+    (accepted,) = await pushes.accept("o/r", [RefUpdate(MAIN, "1" * 40, gone)], actor="alice")
     assert accepted.state == "ignored"
     assert "deleted" in (accepted.reason or "")
     assert await pushes.reconcile({"o/r"}) == 0
@@ -312,4 +305,4 @@ async def test_a_deleted_branch_is_recorded_and_starts_nothing(
 
 async def test_a_push_to_what_is_not_registered_is_refused(pushes: Pushes) -> None:
     with pytest.raises(NotFoundError):
-        await pushes.accept("no/where", [Moved(MAIN, None, "1" * 40)], actor="alice")
+        await pushes.accept("no/where", [RefUpdate(MAIN, None, "1" * 40)], actor="alice")
