@@ -187,7 +187,9 @@ class Watch:
         else:
             self._off(self._channel.fileno())
             self._channel.close()
-            self._channel, self._alone_since, self._outlived = None, time.monotonic(), True
+            # Without a control, the platform has only let go of a command that has ended.
+            self._channel, self._alone_since = None, time.monotonic()
+            self._outlived = self._control is not None
             if self._control is None:
                 self._stop("killed")
 

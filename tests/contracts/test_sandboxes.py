@@ -522,6 +522,15 @@ async def test_nothing_is_left_of_a_command(run: Run) -> None:
     await eventually(lambda: len(control_groups()) <= 8)
 
 
+async def test_without_any_in_stock_each_command_gets_a_sandbox_all_the_same(tmp_path: Path) -> None:
+    sandbox = IsolateSandbox(ready=0)
+    run = Run(sandbox, tmp_path)
+    for _ in range(3):
+        assert (await run("true")).exit_code == 0
+        await eventually(lambda: not control_groups())
+    await sandbox.close()
+
+
 async def test_a_tree_can_be_removed_when_the_command_is_over(run: Run) -> None:
     tree = run.tree()
     await run("mkdir d; echo x >d/f", tree)
