@@ -1,9 +1,10 @@
 """A program that kills itself (SIGKILL) before the nth change of a file, for every n, and looks at what is left.
 
-    python -m tests.ci_platform.killed_workspaces FOLDER SCENARIO
+    python -m tests.ci_platform.killed_workspaces FOLDER SCENARIO [EVERY]
 
 `FOLDER/source` has a repository with two commits. Each round is a fork of this process, in which all is loaded:
-one does the work and dies, one starts anew, sweeps and checks. Prints in how many places it died.
+one does the work and dies, one starts anew, sweeps and checks. Prints how many places there are to die in; with
+EVERY, it died in each so many-th of them alone.
 """
 
 from __future__ import annotations
@@ -264,8 +265,8 @@ def apart(work: Callable[[], Awaitable[None]]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main(root: Path, name: str) -> int:
-    """Kill at every change until the scenario ends by itself; return in how many places it was killed."""
+def main(root: Path, name: str, every: int = 1) -> int:
+    """Kill at every change until the scenario ends by itself; return how many places there are."""
     place = Place(root, json.loads((root / "shas.json").read_text()))
     scenario = SCENARIOS[name]()
 
@@ -274,7 +275,7 @@ def main(root: Path, name: str) -> int:
         nothing_is_left(place)
         await scenario.after(place, workspaces)
 
-    for number in range(1, MOST):
+    for number in range(1, MOST, every):
 
         async def act(number: int = number) -> None:
             workspaces = await place.workspaces()
@@ -291,4 +292,4 @@ def main(root: Path, name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{main(Path(sys.argv[1]), sys.argv[2])}\n")
+    sys.stdout.write(f"{main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))}\n")
