@@ -23,7 +23,7 @@ from tests.scenarios.server import ROOT, Server, at_gate, concluded, running_ser
 from tests.scenarios.test_crash import PIPELINE, approve, run_is_in
 from tests.scenarios.test_main_job import REPO, push_to_main
 
-QUICK = PIPELINE.format(slow="nothing")
+QUICK = PIPELINE.format(slow="nothing", seconds=0)
 
 
 def serve_and_fail(data: Path, *options: str) -> str:
@@ -69,7 +69,7 @@ def fill(folder: Path) -> Path:
 
 
 def test_a_second_server_on_one_data_folder_is_refused_and_the_first_is_unharmed(tmp_path: Path) -> None:
-    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="lint"))
+    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="lint", seconds=2))
     data = tmp_path / "data"
     with (
         serve_github() as github,
@@ -132,7 +132,7 @@ def test_a_full_disk_refuses_deliveries_and_stops_nothing_for_good(tmp_path: Pat
 
 
 def test_a_disk_that_fills_while_commands_run_fails_no_run_for_good(tmp_path: Path) -> None:
-    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="lint"))
+    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="lint", seconds=2))
     with small_disk(tmp_path / "data", "32m") as data, serve_github() as github:
         settings = {"github_api_url": github.url, "allow_file_remotes": "true", "allow_containers": "false"}
         with running_server(data, **settings) as server:

@@ -15,7 +15,7 @@ from tests.scenarios.pipelines import make_repository
 from tests.scenarios.server import Server, at_gate, concluded, running_server, step_named
 from tests.scenarios.test_main_job import REPO, push_to_main
 
-# The first attempt of the slow command says that it runs and waits to be killed; the next one ends at once.
+# The first attempt of the slow command says that it runs and takes `seconds` to kill it in; the next ends at once.
 PIPELINE = """\
 import asyncio
 from dynflow import WorkflowEntrypoint
@@ -24,7 +24,7 @@ from pipelines import run_in_sandbox
 SLOW = {slow!r}
 
 def command(name, ctx=None):
-    pause = " && sleep 60" if name == SLOW and ctx.attempt == 1 else ""
+    pause = " && sleep {seconds}" if name == SLOW and ctx.attempt == 1 else ""
     says = f"echo {{name}}-started{{pause}} && echo {{name}} >> ran-{{name}}.txt && echo {{name}}-finished"
     return ["sh", "-c", says]
 
@@ -92,7 +92,7 @@ def approve(server: Server, run: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("moment", ["checkout", "lint", "gate", "deploy"])
 def test_a_killed_run_goes_on_and_repeats_no_finished_step(tmp_path: Path, moment: str) -> None:
-    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow=moment))
+    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow=moment, seconds=60))
     data = tmp_path / "data"
     left: list[psutil.Process] = []
     with (

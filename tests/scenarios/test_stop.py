@@ -59,7 +59,7 @@ def follow(url: str, headers: dict[str, str], opened: threading.Semaphore) -> No
 
 
 def test_a_stop_under_load_is_quick_and_the_next_start_goes_on(tmp_path: Path) -> None:
-    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="lint"))
+    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="lint", seconds=2))
     data = tmp_path / "data"
     going_on: list[psutil.Process] = []
     with serve_github() as github, hanging_engine(tmp_path / "docker.sock") as engine:
@@ -106,7 +106,7 @@ def test_a_stop_under_load_is_quick_and_the_next_start_goes_on(tmp_path: Path) -
 
 
 def test_a_github_that_says_nothing_holds_up_no_stop(tmp_path: Path) -> None:
-    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="nothing"))
+    bare, sha = make_repository(tmp_path / "repo", PIPELINE.format(slow="nothing", seconds=0))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         settings = {"github_api_url": url, "allow_file_remotes": "true", "allow_containers": "false"}
