@@ -1,24 +1,42 @@
-"""The trees that commands are using, as plain values: what a later process needs to know of one that outlives ours."""
+"""The trees that commands are using, and what a later process has to know of one that outlives ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ci_platform import copy_on_write
 from ci_platform.stacks import LayerAuthor
 
 
-def to_plain(opened: Any) -> dict[str, Any]:
-    """Return the fields of an open tree as JSON takes them; without stamps, which only copies have."""
-    plain = asdict(opened) | {"folder": str(opened.folder), "lowers": [str(lower) for lower in opened.lowers]}
-    del plain["stamps"]
-    return plain
+@dataclass(frozen=True, slots=True)
+class OpenTree:
+    """A tree that a command is using. `seen` is the order of the newest layer below it."""
 
+    workspace_id: str
+    folder: Path
+    author: LayerAuthor
+    seen: int
+    on: tuple[int, ...]
+    lowers: tuple[Path, ...]
+    stamps: copy_on_write.Stamps | None = None
 
-def from_plain(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields again."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
-    paths = {"folder": Path(told["folder"]), "lowers": tuple(Path(lower) for lower in told["lowers"])}
-    return fields | paths | {"author": LayerAuthor(**told["author"]), "stamps": None}
+    def as_plain(self) -> dict[str, Any]:
+        """Return it as JSON takes it; without stamps, which only copies have."""
+        plain = asdict(self) | {"folder": str(self.folder), "lowers": [str(lower) for lower in self.lowers]}
+        del plain["stamps"]
+        return plain
+
+    @staticmethod
+    def from_plain(told: Mapping[str, Any]) -> OpenTree:
+        """Return what `as_plain` was of."""
+        return OpenTree(
+            told["workspace_id"],
+            Path(told["folder"]),
+            LayerAuthor(**told["author"]),
+            told["seen"],
+            tuple(told["on"]),
+            tuple(Path(lower) for lower in told["lowers"]),
+        )

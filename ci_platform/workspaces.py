@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 
-from ci_platform import copy_on_write, layer_views, layers, open_trees, sealing
+from ci_platform import copy_on_write, layer_views, layers, sealing
 from ci_platform.commit_reports import CommitReport, Conflict, conflicts_with, describe
 from ci_platform.cones import Cone
 from ci_platform.copy_on_write import Method
 from ci_platform.errors import ConflictError, InvalidInputError, LimitExceededError
+from ci_platform.open_trees import OpenTree
 from ci_platform.origins import Origin
 from ci_platform.sandboxes import SANDBOX_UID, Tree
 from ci_platform.snapshots import Snapshot, View, layer_facts, snapshots_of
@@ -43,19 +44,6 @@ _KEPT_FAILURES = 3
 """Of one workspace: enough to compare attempts, little enough to forget about."""
 
 _NOBODY = LayerAuthor("", 0, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """A tree that a command is using. `seen` is the order of the newest layer below it."""
-
-    workspace_id: str
-    folder: Path
-    author: LayerAuthor
-    seen: int
-    on: tuple[int, ...]
-    lowers: tuple[Path, ...]
-    stamps: copy_on_write.Stamps | None = None
 
 
 @dataclass(slots=True)
@@ -86,7 +74,7 @@ class Workspaces:
         self._owner = Owner.of_sandboxes(SANDBOX_UID)
         self._limiter = anyio.CapacityLimiter(threads)
         self._states: dict[str, _State] = {}
-        self._open: dict[Path, _Open] = {}
+        self._open: dict[Path, OpenTree] = {}
         for name in (".new", ".trash"):
             (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
         root.chmod(0o700)
@@ -146,7 +134,7 @@ class Workspaces:
         async with self._state(workspace_id).lock:
             base = await self._base(stack)
             own = tuple(await self._thread(lambda: stack.snapshot(name)))
-            self._open[pin] = _Open("", pin, _NOBODY, 0, (), (*own, *base))
+            self._open[pin] = OpenTree("", pin, _NOBODY, 0, (), (*own, *base))
         try:
             yield View(own, (*own, *base))
         finally:
@@ -189,11 +177,11 @@ class Workspaces:
     def describe_open(self, tree: Tree) -> dict[str, Any] | None:
         """Return what a later process needs to `reopen` a tree; None where it is a copy, which none can."""
         opened = self._opened(tree)
-        return open_trees.to_plain(opened) if self._method.mounts else None
+        return opened.as_plain() if self._method.mounts else None
 
     def reopen(self, told: Mapping[str, Any]) -> Tree | None:
         """Hold a tree that a command of an earlier process still uses; call before `sweep`. None: it is gone."""
-        opened = _Open(**open_trees.from_plain(told))
+        opened = OpenTree.from_plain(told)
         tree = Tree(opened.folder / "tree", opened.folder / "work", opened.lowers)
         if not all(path.is_dir() for path in (tree.upper, *tree.lowers)):
             return None
@@ -213,7 +201,7 @@ class Workspaces:
 
     def _prepare(
         self, stack: Stack, author: LayerAuthor, base: tuple[Path, ...], in_use: set[Path], *, first: bool
-    ) -> _Open:
+    ) -> OpenTree:
         _forget_earlier(stack, author, first=first)
         live = stack.layers()
         lowers = (*stack.lowers(live, in_use), *base)
@@ -222,7 +210,7 @@ class Workspaces:
         if self._method.mounts:
             self._own(folder / "tree")
         on = tuple(layer.order for layer in live)
-        return _Open(stack.folder.name, folder, author, stack.newest_order(), on, lowers)
+        return OpenTree(stack.folder.name, folder, author, stack.newest_order(), on, lowers)
 
     def _own(self, path: Path) -> None:
         """Make the root of an overlay, which the sandbox's uid may write to."""
@@ -234,7 +222,7 @@ class Workspaces:
     def _in_use(self) -> set[Path]:
         return {lower for opened in self._open.values() for lower in opened.lowers}
 
-    async def _copy(self, opened: _Open) -> Tree:
+    async def _copy(self, opened: OpenTree) -> Tree:
         """Copy the merged view, for machines without overlayfs."""
         copy, clone = opened.folder / "copy", self._method.name == "reflink"
         try:
@@ -246,7 +234,7 @@ class Workspaces:
         self._open[opened.folder] = replace(opened, stamps=stamps)
         return Tree(copy, opened.folder / "work")
 
-    def _opened(self, tree: Tree) -> _Open:
+    def _opened(self, tree: Tree) -> OpenTree:
         try:
             return self._open[tree.upper.parent]
         except KeyError:
@@ -265,7 +253,7 @@ class Workspaces:
                 await self._discard(opened)
         return report
 
-    async def _commit(self, opened: _Open) -> CommitReport:
+    async def _commit(self, opened: OpenTree) -> CommitReport:
         sealed = await self._thread(lambda: self._seal(opened, durable=self._durable))
         if sealed.paths == 0:
             return CommitReport(None)
@@ -276,7 +264,7 @@ class Workspaces:
             state.last_order = order
         return CommitReport(order, sealed.paths, sealed.size, conflicts)
 
-    def _seal(self, opened: _Open, *, durable: bool) -> sealing.Sealed:
+    def _seal(self, opened: OpenTree, *, durable: bool) -> sealing.Sealed:
         upper = opened.folder / "tree"
         if opened.stamps is not None:
             copy_on_write.capture(opened.folder / "copy", opened.stamps, upper)
@@ -284,7 +272,7 @@ class Workspaces:
         layers.remove_tree(opened.folder / "work")
         return sealing.seal(upper, self._owner, durable=durable)
 
-    def _publish(self, opened: _Open, order: int, sealed: sealing.Sealed) -> tuple[Conflict, ...]:
+    def _publish(self, opened: OpenTree, order: int, sealed: sealing.Sealed) -> tuple[Conflict, ...]:
         stack, upper = self._stack(opened.workspace_id), opened.folder / "tree"
         siblings = [layer for layer in stack.layers() if layer.order > opened.seen]
         conflicts = conflicts_with(upper, siblings)
@@ -304,7 +292,7 @@ class Workspaces:
                 await self._thread(lambda: self._keep(opened))
             await self._discard(opened)
 
-    def _keep(self, opened: _Open) -> None:
+    def _keep(self, opened: OpenTree) -> None:
         try:
             sealed = self._seal(opened, durable=False)
         except LimitExceededError:
@@ -313,7 +301,7 @@ class Workspaces:
         stack = self._stack(opened.workspace_id)
         self._remove(*stack.keep(opened.folder, opened.author, facts, _KEPT_FAILURES))
 
-    async def _discard(self, opened: _Open) -> None:
+    async def _discard(self, opened: OpenTree) -> None:
         """Let go of a tree and of everything that only it still needed."""
         stack = self._stack(opened.workspace_id)
         async with self._state(opened.workspace_id).lock:
