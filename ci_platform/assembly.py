@@ -133,7 +133,7 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
         ):
             services.start_soon(_kept_up, serve)
         services.start_soon(_housekeeping(platform).serve)
-        services.start_soon(platform.execution.see_off, platform.runs.live_ids)
+        services.start_soon(platform.execution.see_off, platform.runs.open_ids)
         for sandbox in platform.sandboxes.values():
             services.start_soon(_sweep, sandbox)
         yield platform
@@ -233,9 +233,8 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
 
     # What a killed process left goes before anything new starts.
     touched = await source.sweep()
-    live = await runs.live_ids()
-    await execution.recover(live)
-    await workspaces.sweep(live)
+    await execution.recover(await runs.open_ids())
+    await workspaces.sweep(await runs.kept_ids())
     await pushes.reconcile(touched)
     await source.reconciled()
     await git_store.sweep()

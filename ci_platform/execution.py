@@ -111,27 +111,27 @@ class Execution:
             if survivor is not None and survivor.folder in self._reopened and not self._leaving:
                 await self._abandon([survivor])
 
-    async def recover(self, live: Collection[str]) -> None:
+    async def recover(self, still_open: Collection[str]) -> None:
         """Find the commands that an earlier process has left; call once at start, before workspaces are swept.
 
-        Those of runs that are not `live` are killed; the others wait for their step to ask for them.
+        Those of runs that are not `still_open` are killed; the others wait for their step to ask for them.
         """
         if self._survival is None:
             return
         found = self._survival.load(lambda *key: self._logs.size(LogKey(*key)))
         for each in found:
-            tree = self._workspaces.reopen(each.tree) if each.run_id in live else None
+            tree = self._workspaces.reopen(each.tree) if each.run_id in still_open else None
             if tree is not None:
                 self._reopened[each.folder] = tree
         await self._abandon(self._survival.drop(lambda each: each.folder not in self._reopened))
 
-    async def see_off(self, live: Callable[[], Awaitable[Collection[str]]]) -> None:
+    async def see_off(self, still_open: Callable[[], Awaitable[Collection[str]]]) -> None:
         """Kill what an earlier process has left of runs that end without asking for it, until nothing is left.
 
-        `live` returns the runs that have not ended. A run may have ended in the moment in which that process did.
+        `still_open` returns the runs that have not ended. A run may have ended in the moment in which that process did.
         """
         while self._survival is not None and self._survival.has_any:
-            runs = await live()
+            runs = await still_open()
             await self._abandon(self._survival.drop(lambda each: each.run_id not in runs))  # noqa: B023 - called now
             await anyio.sleep(_LOOK_EVERY)
 
@@ -209,7 +209,7 @@ class Execution:
         redact: Collection[str],
     ) -> CommandResult | None:
         """Go on with a command of an earlier process; None where it is gone."""
-        tree = self._reopened.pop(survivor.folder)
+        tree = self._reopened[survivor.folder]
         printer = self._printer(survivor.run_id, author, redact)
         with printer.report_failure():
             job = self._job(command, survivor.run_id, tree, limits, printer)
@@ -217,6 +217,8 @@ class Execution:
             progress.recover(-1)
             printer.keep(progress, survivor.logged)
             await self._workspaces.adopt(tree, author)
+            # From here on it is in the hands of `resume`; until here, `run` abandons it.
+            del self._reopened[survivor.folder]
             job = replace(job, survive=survivor.folder)
             return await self._see_through(command, sandbox, job, printer, sandbox.resume)
 
@@ -233,11 +235,12 @@ class Execution:
             raise
         finally:
             if not printer.left:
+                # Before its folder goes: a supervisor that nobody can find would wait for an hour to be heard.
+                if job.survive is not None:
+                    sandbox.settled(job.survive)
                 # Shielded, or a cancelled command would leave its files.
                 with anyio.CancelScope(shield=True):
                     await self._forget(job.survive, job.tree)
-                if job.survive is not None:
-                    sandbox.settled(job.survive)
 
     def _job(
         self, command: Command, run_id: str, tree: Tree, limits: SandboxLimits, printer: Printer

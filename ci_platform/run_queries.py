@@ -92,9 +92,15 @@ class RunQueries:
         async for event in handle.subscribe(cursor):
             yield event
 
-    async def live_ids(self) -> set[str]:
-        """Return the ids of all runs that are kept, whose workspaces and logs must be kept too."""
+    async def kept_ids(self) -> set[str]:
+        """Return the ids of all runs that are kept, ended ones too: their workspaces and logs are kept with them."""
         return {run.id for run in await self._store.read(lambda tx: tx.all(Run))}
+
+    async def open_ids(self) -> set[str]:
+        """Return the ids of the runs that have not ended: only their commands may go on."""
+        return {
+            run.id for run in await self._store.read(lambda tx: tx.all(Run, col(Run.conclusion).is_(None)))
+        }
 
     async def expired(self, retention: timedelta, *, limit: int = 100) -> Sequence[str]:
         """Return runs that ended longer ago than `retention`, the oldest first."""

@@ -157,7 +157,12 @@ class IsolateSandbox(Sandbox):
 
     async def resume(self, job: SandboxJob, output: Output) -> SandboxOutcome | None:
         """Go on with a command that an earlier process has started, from the first byte of its output on."""
-        if job.survive is None or (found := await anyio.to_thread.run_sync(berths.find, job.survive)) is None:
+        if job.survive is None:
+            return None
+        # Shielded: who is cancelled meanwhile would let go of a command that nobody finds again.
+        with anyio.CancelScope(shield=True):
+            found = await anyio.to_thread.run_sync(berths.find, job.survive)
+        if found is None:
             return None
         berth, (file, *records) = found
         with contextlib.ExitStack() as stack:
@@ -165,7 +170,6 @@ class IsolateSandbox(Sandbox):
             for fd in (file, *records):
                 stack.callback(os.close, fd)
             spool = Spool(file, output, Records(records[0], job.connected) if records else None)
-            await spool.pass_on()
             outcome = await self._see_through(berth, spool, job)
             self._keep_until_settled(berth, job)
             return outcome
@@ -198,6 +202,7 @@ class IsolateSandbox(Sandbox):
     async def _see_through(self, berth: Berth, spool: Spool, job: SandboxJob) -> SandboxOutcome:
         """Follow a command to its end. Cancelled, it is killed, or left alone where it may survive and we leave."""
         try:
+            await spool.pass_on()  # of a command that was found again there may be much already
             verdict = await berth.follow(spool)
         except BaseException:
             if not (self._leaving and job.survive is not None):

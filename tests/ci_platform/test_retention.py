@@ -27,13 +27,14 @@ async def test_what_ended_long_ago_is_deleted_and_nothing_else(platform: Harness
     old = await platform.start()
     await finish(platform, old.id)
     waiting = await platform.at_gate()
+    assert await platform.runs.open_ids() == {waiting.id}
     platform.advance(19 * 86_400)
     young = await platform.start("young")
     await finish(platform, young.id)
     platform.advance(2 * 86_400)
     assert await retention(platform, deleted).purge() == 1
     assert deleted == [old.id]
-    assert await platform.runs.live_ids() == {waiting.id, young.id}
+    assert await platform.runs.kept_ids() == {waiting.id, young.id}
     with pytest.raises(InstanceNotFoundError):
         await platform.workflows.get(old.id)
     with pytest.raises(NotFoundError):
@@ -47,10 +48,10 @@ async def test_a_deletion_that_was_cut_off_is_finished_later(platform: Harness) 
     platform.workflows.after.add("delete")
     with pytest.raises(KilledError):
         await retention(platform, []).purge()
-    assert await platform.runs.live_ids() == {run.id}
+    assert await platform.runs.kept_ids() == {run.id}
     platform.workflows.after.clear()
     assert await retention(platform, []).purge() == 1
-    assert await platform.runs.live_ids() == set()
+    assert await platform.runs.kept_ids() == set()
 
 
 async def test_the_server_goes_on_though_something_cannot_be_deleted(
@@ -66,7 +67,7 @@ async def test_the_server_goes_on_though_something_cannot_be_deleted(
             while "could not be deleted" not in caplog.text:
                 await anyio.lowlevel.checkpoint()
             platform.workflows.before.clear()
-            while await platform.runs.live_ids():
+            while await platform.runs.kept_ids():
                 platform.advance(3601)
                 await anyio.lowlevel.checkpoint()
         group.cancel_scope.cancel()

@@ -384,4 +384,4 @@ async def test_what_is_kept_too_long_is_forgotten_with_all_it_has(platform: Harn
     platform.advance(31 * 86_400)
     assert await platform.runs.expired(timedelta(days=30)) == [run.id]
     await platform.runs.forget(run.id)
-    assert await platform.runs.live_ids() == set()
+    assert await platform.runs.kept_ids() == set()

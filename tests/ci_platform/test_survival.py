@@ -258,6 +258,23 @@ async def test_cancelling_holds_for_a_command_that_was_found_again(root: Path) -
     await nothing_is_left(root)
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3, 4, 6, 9, 14])
+async def test_who_is_cancelled_while_it_looks_for_its_command_leaves_none(root: Path, turns: int) -> None:
+    """As a run is that was cancelled, and whose platform was killed, in the same moment."""
+    script = f"echo up; sleep {NAP}"
+    doomed = Doomed(root, script)
+    await doomed.printed("up")
+    doomed.kill()
+    async with platform(root) as second:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(second.run, script, 2)
+            for _ in range(turns):  # a thread's work is over in a few of these
+                await anyio.sleep(0.001)
+            tasks.cancel_scope.cancel()
+        await eventually(lambda: sleepers() == [])
+    await nothing_is_left(root)
+
+
 @pytest.mark.parametrize(
     ("script", "limit", "told"),
     [

@@ -43,7 +43,7 @@ def push(tmp_path: Path, server: Server, branch: str, slow: str = "nothing") -> 
     """Push to a branch of a repository, and tell the server; return the commit."""
     folder = tmp_path / "repo"
     if not folder.exists():
-        bare, _ = make_repository(folder, PIPELINE.format(slow=slow, seconds=8))
+        bare, _ = make_repository(folder, PIPELINE.format(slow=slow, seconds=60))
         server.register(REPO, bare)
     work, bare = folder / "work", folder / "origin.git"
     git(work, "commit", "--quiet", "--allow-empty", "-m", branch)
