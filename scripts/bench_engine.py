@@ -1,7 +1,8 @@
 """Measure the embedded engine: creations, three-step runs, a step, a wake-up. Trusted workflows in this process.
 
-Prints a Markdown table; with `--json` one JSON object instead. Every figure is a median over 20 rounds or more.
-`--synchronous NORMAL` for commits that a power loss may take.
+Prints a Markdown table; with `--json` one JSON object instead. Every figure is a median over 20 rounds or more. What has
+many callers takes turns, round by round, with a bare journal (`bare_journal.py`): the machine's minute is the same for
+both. `--synchronous NORMAL` for commits that a power loss may take.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from dynflow.binding import WorkflowBinding
 from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.workflow import WorkflowEntrypoint
+from scripts.bare_journal import BareJournal
 
 ROUNDS = 20
 # How many callers a concurrent round has.
@@ -70,16 +72,20 @@ async def timed(work: Callable[[], Awaitable[Any]]) -> float:
     return time.perf_counter() - start
 
 
-async def creations(binding: WorkflowBinding) -> float:
-    """Return creations a second: concurrent callers of `create`, one instance a call."""
-    each = 20
+async def concurrent(call: Callable[[], Awaitable[Any]], each: int) -> float:
+    """Return calls a second of concurrent callers, `each` so many one after the other."""
 
     async def caller() -> None:
         for _ in range(each):
-            await binding.create()
+            await call()
 
     seconds = await timed(lambda: asyncio.gather(*(caller() for _ in range(CALLERS))))
     return CALLERS * each / seconds
+
+
+async def creations(binding: WorkflowBinding) -> float:
+    """Return creations a second: concurrent callers of `create`, one instance a call."""
+    return await concurrent(binding.create, 20)
 
 
 async def batches(binding: WorkflowBinding) -> float:
@@ -92,14 +98,11 @@ async def batches(binding: WorkflowBinding) -> float:
 
 async def runs(binding: WorkflowBinding) -> float:
     """Return whole three-step runs a second with concurrent callers."""
-    each = 5
 
-    async def caller() -> None:
-        for _ in range(each):
-            await (await binding.create()).result()
+    async def run() -> None:
+        await (await binding.create()).result()
 
-    seconds = await timed(lambda: asyncio.gather(*(caller() for _ in range(CALLERS))))
-    return CALLERS * each / seconds
+    return await concurrent(run, 5)
 
 
 async def run_alone(binding: WorkflowBinding) -> float:
@@ -149,15 +152,28 @@ async def rounds(count: int, work: Callable[[], Awaitable[float]]) -> dict[str, 
     return summary([await work() for _ in range(count)])
 
 
+async def in_turns(
+    count: int, work: Callable[[], Awaitable[float]], bare: Callable[[], Awaitable[float]]
+) -> dict[str, float]:
+    """Measure both `count` times, one after the other; the figure is `work`'s, and what part it is of `bare`'s."""
+    await work()
+    await bare()
+    both = [(await work(), await bare()) for _ in range(count)]
+    figures = summary([ours for ours, _ in both])
+    figures["bare"] = round(statistics.median(theirs for _, theirs in both), 3)
+    figures["share"] = round(statistics.median(ours / theirs for ours, theirs in both), 3)
+    return figures
+
+
 async def measure(folder: Path, synchronous: Any) -> dict[str, dict[str, float]]:
     """Return all figures by name."""
     figures: dict[str, dict[str, float]] = {}
     blocked = EmbeddedEngine(folder / "create.db", synchronous=synchronous, concurrency=1)
     blocked.register("nothing", Nothing)
-    async with blocked:
+    async with blocked, BareJournal(folder / "bare_create.db", synchronous) as bare:
         print("bench: creations", file=sys.stderr)
-        figures["create, concurrent callers (per second)"] = await rounds(
-            ROUNDS, lambda: creations(blocked.binding("nothing"))
+        figures["create, concurrent callers (per second)"] = await in_turns(
+            ROUNDS, lambda: creations(blocked.binding("nothing")), lambda: concurrent(bare.create, 20)
         )
         figures["create, batches of 100 (per second)"] = await rounds(
             ROUNDS, lambda: batches(blocked.binding("nothing"))
@@ -166,10 +182,16 @@ async def measure(folder: Path, synchronous: Any) -> dict[str, dict[str, float]]
     for workflow in (Three, Many, Waits):
         engine.register(workflow.__name__, workflow)
     three, many, waits = (engine.binding(workflow.__name__) for workflow in (Three, Many, Waits))
-    async with engine:
+    async with engine, BareJournal(folder / "bare_run.db", synchronous) as bare:
         print("bench: runs", file=sys.stderr)
-        figures["three-step run, concurrent (per second)"] = await rounds(ROUNDS, lambda: runs(three))
-        figures["three-step run, alone (ms)"] = await rounds(200, lambda: run_alone(three))
+        figures["three-step run, concurrent (per second)"] = await in_turns(
+            ROUNDS, lambda: runs(three), lambda: concurrent(bare.run, 5)
+        )
+
+        async def bare_alone() -> float:
+            return 1000 * await timed(bare.run)
+
+        figures["three-step run, alone (ms)"] = await in_turns(200, lambda: run_alone(three), bare_alone)
         print("bench: steps and wake-ups", file=sys.stderr)
         figures["added by a step, alone (ms)"] = await rounds(ROUNDS, lambda: step_alone(many))
         figures["event to next step, alone (ms)"] = await rounds(200, lambda: wake(waits))
@@ -178,11 +200,21 @@ async def measure(folder: Path, synchronous: Any) -> dict[str, dict[str, float]]
 
 def table(figures: dict[str, dict[str, float]]) -> str:
     """Return a Markdown table."""
-    lines = ["| Embedded engine | median | p95 | rounds |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {name} | {each['p50']:,} | {each['p95']:,} | {each['rounds']} |" for name, each in figures.items()
+    lines = [
+        "| Embedded engine | median | p95 | rounds | a bare journal, in turns | of its speed |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
+    for name, each in figures.items():
+        cells = [name, f"{each['p50']:,}", f"{each['p95']:,}", str(each["rounds"]), *_beside(name, each)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _beside(name: str, figure: dict[str, float]) -> list[str]:
+    if "bare" not in figure:
+        return ["", ""]
+    share = 1 / figure["share"] if "(ms)" in name else figure["share"]
+    return [f"{figure['bare']:,}", f"{share:.0%}"]
 
 
 def main() -> None:
