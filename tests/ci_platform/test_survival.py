@@ -282,6 +282,7 @@ async def test_who_is_cancelled_while_it_looks_for_its_command_leaves_none(root:
         ("echo up; sleep 0.5; yes", {"output": 100_000}, "output"),
         ("echo up; sleep 0.5; head -c 50000000 /dev/zero >big; sleep 600", {"disk": 10_000_000}, "disk"),
     ],
+    ids=["timeout", "output", "disk"],
 )
 async def test_limits_hold_while_no_platform_is_there(
     root: Path, script: str, limit: dict[str, object], told: str
