@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 _SCHEMA = """
 CREATE TABLE instances (key INTEGER PRIMARY KEY, id TEXT UNIQUE, status TEXT, params TEXT, output TEXT);
@@ -35,7 +35,7 @@ class BareJournal:
         self._path, self._synchronous = path, synchronous
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
 
-    async def __aenter__(self) -> BareJournal:
+    async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._write)
         self._thread.start()

@@ -1,8 +1,9 @@
 """Measure the embedded engine: creations, three-step runs, a step, a wake-up. Trusted workflows in this process.
 
-Prints a Markdown table; with `--json` one JSON object instead. Every figure is a median over 20 rounds or more. What has
-many callers takes turns, round by round, with a bare journal (`bare_journal.py`): the machine's minute is the same for
-both. `--synchronous NORMAL` for commits that a power loss may take.
+Prints a Markdown table; with `--json` one JSON object instead. Every figure is a median over 20 rounds or more.
+What has many callers takes turns, round by round, with a bare journal (`bare_journal.py`): the machine's minute is the
+same for both. The other supported Pythons that are on the PATH measure the concurrent run, too.
+`--synchronous NORMAL` for commits that a power loss may take.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -165,6 +169,35 @@ async def in_turns(
     return figures
 
 
+async def measure_runs(folder: Path, synchronous: Any) -> dict[str, float]:
+    """Return the figure of concurrent three-step runs."""
+    engine = EmbeddedEngine(folder / "runs.db", synchronous=synchronous)
+    engine.register("three", Three)
+    async with engine, BareJournal(folder / "bare_runs.db", synchronous) as bare:
+        return await in_turns(ROUNDS, lambda: runs(engine.binding("three")), lambda: concurrent(bare.run, 5))
+
+
+def other_pythons() -> dict[str, str]:
+    """Return the other Pythons that the engine supports and that are here: their paths by version."""
+    here = "{}.{}".format(*sys.version_info)
+    found = {version: shutil.which(f"python{version}") for version in ("3.11", "3.12", "3.13")}
+    return {version: path for version, path in found.items() if path and version != here and _is_one(path)}
+
+
+def _is_one(path: str) -> bool:
+    """Whether it is a Python, and not the shim of one that is not chosen."""
+    return subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0
+
+
+def runs_of(python: str, synchronous: str) -> dict[str, float]:
+    """Return the figure of concurrent three-step runs in another Python: the engine needs nothing but itself."""
+    command = [python, __file__, "--json", "--runs", "--synchronous", synchronous]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
+    figure: dict[str, float] = json.loads(done.stdout)
+    return figure
+
+
 async def measure(folder: Path, synchronous: Any) -> dict[str, dict[str, float]]:
     """Return all figures by name."""
     figures: dict[str, dict[str, float]] = {}
@@ -178,15 +211,15 @@ async def measure(folder: Path, synchronous: Any) -> dict[str, dict[str, float]]
         figures["create, batches of 100 (per second)"] = await rounds(
             ROUNDS, lambda: batches(blocked.binding("nothing"))
         )
+    print("bench: runs", file=sys.stderr)
+    figures["three-step run, concurrent (per second)"] = await measure_runs(folder, synchronous)
+    for version, python in other_pythons().items():
+        figures[f"the same with Python {version}"] = await asyncio.to_thread(runs_of, python, synchronous)
     engine = EmbeddedEngine(folder / "run.db", synchronous=synchronous)
     for workflow in (Three, Many, Waits):
         engine.register(workflow.__name__, workflow)
     three, many, waits = (engine.binding(workflow.__name__) for workflow in (Three, Many, Waits))
     async with engine, BareJournal(folder / "bare_run.db", synchronous) as bare:
-        print("bench: runs", file=sys.stderr)
-        figures["three-step run, concurrent (per second)"] = await in_turns(
-            ROUNDS, lambda: runs(three), lambda: concurrent(bare.run, 5)
-        )
 
         async def bare_alone() -> float:
             return 1000 * await timed(bare.run)
@@ -222,8 +255,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--synchronous", choices=["FULL", "NORMAL"], default="FULL")
+    parser.add_argument("--runs", action="store_true", help="concurrent runs only, as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dynflow-bench-") as folder:
+        if options.runs:
+            print(json.dumps(asyncio.run(measure_runs(Path(folder), options.synchronous))))
+            return
         figures = asyncio.run(measure(Path(folder), options.synchronous))
     print(json.dumps(figures, indent=2) if options.json else table(figures))
 
