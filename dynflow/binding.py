@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from dynflow.durations import parse_duration
-from dynflow.engines import Engine, InstanceRef, NewInstance, StepKey
+from dynflow.engines import Engine, InstanceRef, NewFork, NewInstance, StepKey
 from dynflow.errors import InstanceExistsError, InstanceNotFoundError, InvalidArgumentError
 from dynflow.instance import check_batch, check_event_type, check_instance_id, check_options, is_list
 from dynflow.router import METADATA_KEY
@@ -85,6 +85,31 @@ class WorkflowBinding:
                 self._handle(item.id, tenant) for item, new in zip(items, created, strict=True) if new
             ]
         return handles
+
+    async def fork(
+        self,
+        source_id: str,
+        *,
+        before: Sequence[Any],
+        id: str | None = None,  # noqa: A002 - the contract's name
+        params: Any = None,
+        retention: Any = None,
+    ) -> WorkflowInstance:
+        """Create an instance that has what another one had finished before a step, and goes on from there.
+
+        `before`: `(name, count)` or `(name, count, kind)`. `params`: the other one's where None. It starts with the
+        code that is current and asks for events anew. Raises InstanceNotFoundError, InstanceExistsError.
+        """
+        tenant, item = self._item({"id": id, "params": params, "retention": retention})
+        source = await self._engine.find(
+            InstanceRef(self._workflow, check_instance_id(source_id), tenant or self._tenant)
+        )
+        new = NewFork(item.id, None if params is None else item.params, item.retention)
+        if not await self._engine.fork(source, _step_key(before), new):
+            raise InstanceExistsError(
+                f"there is an instance {item.id!r} of workflow {self._workflow!r} already"
+            )
+        return self._handle(item.id, source.tenant or "")
 
     async def get(self, id: str) -> WorkflowInstance:  # noqa: A002 - the contract's name
         """Return the handle of an instance. Raises InstanceNotFoundError."""
@@ -225,7 +250,7 @@ def _step_key(given: object) -> StepKey:
         if _may_be_a_step(name, count) and kind in _STEP_KINDS:
             return kind, name, count
     raise InvalidArgumentError(
-        f"from_step is (name, count) or (name, count, kind of {_STEP_KINDS}), not {given!r:.100}"
+        f"a step is (name, count) or (name, count, kind of {_STEP_KINDS}), not {given!r:.100}"
     )
 
 

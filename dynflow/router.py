@@ -62,6 +62,19 @@ class DynamicWorkflowBinding(Capability):
         # Checked before the envelope is around them: the metadata is nothing that messages should show.
         return await self._target().create_batch([self._wrap(check_options(item)) for item in batch])
 
+    async def fork(
+        self,
+        source_id: str,
+        *,
+        before: Sequence[Any],
+        id: str | None = None,  # noqa: A002 - the contract's name
+        params: Any = None,
+        retention: Any = None,
+    ) -> Any:
+        """Create an instance that has what another one of this tenant had finished before a step."""
+        given: Mapping[str, Any] = {} if params is None else self._wrap({"params": params})
+        return await self._target().fork(source_id, before=before, id=id, retention=retention, **given)
+
     async def get(self, id: str) -> Any:  # noqa: A002 - the contract's name
         """Return the handle of an instance of this tenant."""
         return await self._target().get(id)

@@ -162,7 +162,7 @@ class HistoryEvent:
 HISTORY_TYPES: frozenset[str] = frozenset(
     f"{what}.{happened}"
     for what, all_that_happens in {
-        "workflow": "queued started running waiting paused completed errored terminated",
+        "workflow": "queued forked started running waiting paused completed errored terminated",
         "step": "started completed errored cancelled",
         "attempt": "started completed errored cancelled",
         "sleep": "started completed cancelled",

@@ -140,6 +140,14 @@ class InstanceRef(NamedTuple):
     tenant: str | None = None
 
 
+class NewFork(NamedTuple):
+    """What `fork` stores. `params` None: those of the instance that it is forked from."""
+
+    id: str
+    params: bytes | None = None
+    retention: Mapping[str, timedelta] | None = None
+
+
 Listener = Callable[[InstanceRef, HistoryEvent], None]
 
 
@@ -175,6 +183,13 @@ class Engine(ABC):
     @abstractmethod
     async def restart(self, ref: InstanceRef, from_step: StepKey | None) -> None:
         """Start again, keeping what was started before `from_step` (None: nothing)."""
+
+    @abstractmethod
+    async def fork(self, ref: InstanceRef, before: StepKey, new: NewFork) -> bool:
+        """Queue another instance, with the steps and sleeps that `ref` had started before a step and that have ended.
+
+        False where the id exists. Nothing of `ref` is changed; waits for events, and pinned code, stay its own.
+        """
 
     @abstractmethod
     async def send_event(self, ref: InstanceRef, event_type: str, payload: bytes) -> None:

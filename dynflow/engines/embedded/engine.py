@@ -17,12 +17,13 @@ from dynflow.engines import (
     InstanceRef,
     Limits,
     Listener,
+    NewFork,
     NewInstance,
     StepKey,
     StepRecord,
     Terminated,
 )
-from dynflow.engines.embedded import claims, history, instances, rows, steps
+from dynflow.engines.embedded import claims, forks, history, instances, rows, steps
 from dynflow.engines.embedded.database import Synchronous
 from dynflow.engines.embedded.env import Env
 from dynflow.engines.embedded.history import Happened
@@ -120,9 +121,7 @@ class EmbeddedEngine(Engine):
             step_defaults, defaults=StepConfig(), max_retries=self.limits.retries, step="(defaults)"
         )
         if delay is not None:
-            raise InvalidArgumentError(
-                "step_defaults: retries.delay is a duration; a function is a step's own"
-            )
+            raise InvalidArgumentError("step_defaults: retries.delay is a duration; functions are steps' own")
         bound = Env(env) if isinstance(env, Mapping) else env
         most = self._concurrency if concurrency is None else _at_least_one(concurrency, "concurrency")
         self._scheduler.register(name, Registered(entrypoint, bound, defaults, most))
@@ -301,6 +300,16 @@ class EmbeddedEngine(Engine):
         self._scheduler.pump()
 
     @whole
+    async def fork(self, ref: InstanceRef, before: StepKey, new: NewFork) -> bool:
+        """Queue another instance, with what `ref` had ended of the steps before `before`."""
+        now = self.clock.now_us()
+        forked = await self._storage.submit(lambda db: forks.fork(db, ref, before, new, now))
+        if forked is not None:
+            self._telling.tell(forked.ref, forked.happened)
+            self._scheduler.pump()
+        return forked is not None
+
+    @whole
     async def send_event(self, ref: InstanceRef, event_type: str, payload: bytes) -> None:
         """Deliver or buffer an event."""
         now = self.clock.now_us()
@@ -326,7 +335,7 @@ class EmbeddedEngine(Engine):
         """Delete instances with all they have."""
 
         def write(db: Any) -> list[InstanceRow | None]:
-            return [_delete(db, ref) for ref in refs]
+            return [instances.delete_found(db, ref) for ref in refs]
 
         deleted = await self._storage.submit(write)
         gone = [row for row in deleted if row is not None]
@@ -389,12 +398,3 @@ def _at_least_one(given: object, what: str) -> int:
 def _check_entrypoint(given: object) -> None:
     if not isinstance(given, type) or not callable(getattr(given, "run", None)):
         raise InvalidArgumentError(f"{given!r:.200} is not a class with run(event, step)")
-
-
-def _delete(db: Any, ref: InstanceRef) -> InstanceRow | None:
-    try:
-        row = rows.find(db, ref)
-    except InstanceNotFoundError:
-        return None
-    instances.delete(db, row.key)
-    return row

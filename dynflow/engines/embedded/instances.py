@@ -11,6 +11,7 @@ from dynflow.engines import (
     Blocked,
     Completed,
     Failed,
+    InstanceRef,
     Interrupted,
     Outcome,
     Paused,
@@ -21,9 +22,9 @@ from dynflow.engines.embedded.claims import paused, queue_as_new, requeue
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.history import Happened, error_data, keep_counters, log, log_last, write_out
 from dynflow.engines.embedded.leases import Lease
-from dynflow.engines.embedded.rows import MASK, InstanceRow, row_of, rows_of, status_of
+from dynflow.engines.embedded.rows import MASK, InstanceRow, find, row_of, rows_of, status_of
 from dynflow.engines.embedded.steps import deliver_buffered
-from dynflow.errors import InvalidArgumentError
+from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.failure import Failure
 from dynflow.serialization import decode, encode
 from dynflow.types import RollbackStatus, Status
@@ -162,7 +163,7 @@ def restart(db: Connection, row: InstanceRow, from_step: StepKey | None, now: in
 
     Waits that began before get what came for them during a pause: it is theirs, though nobody has resumed it.
     """
-    first = 0 if from_step is None else _started_as(db, row, from_step)
+    first = 0 if from_step is None else started_as(db, row, from_step)
     happened = [log(db, row.key, now, "workflow.queued")]
     keep_counters(db, row.key)
     write_out(db, row.key, first)
@@ -184,7 +185,8 @@ def restart(db: Connection, row: InstanceRow, from_step: StepKey | None, now: in
     return happened
 
 
-def _started_as(db: Connection, row: InstanceRow, step: StepKey) -> int:
+def started_as(db: Connection, row: InstanceRow, step: StepKey) -> int:
+    """Return which of its instance's steps it was, counted by their starts. Raises InvalidArgumentError."""
     kind, name, count = step
     sql = "SELECT step FROM steps WHERE step BETWEEN ? AND ? AND kind = ? AND count = ? AND"
     found = db.execute(f"{sql} name = ? LIMIT 1", (*rows_of(row.key), kind, count, name)).fetchall()
@@ -194,11 +196,11 @@ def _started_as(db: Connection, row: InstanceRow, step: StepKey) -> int:
             (*rows_of(row.key), kind, count, WITHIN + name, WITHIN + name),
         ).fetchall()
     if len(found) != 1:
-        which = f"step {name!r:.300} (kind {kind}, count {count}) to restart from"
+        which = f"step {name!r:.300} (kind {kind}, count {count}) to begin at"
         raise InvalidArgumentError(
             f"instance {row.id!r} has no {which}"
             if not found
-            else f"instance {row.id!r} has more than one {which}: restart from the step that it is within"
+            else f"instance {row.id!r} has more than one {which}: begin at the step that it is within"
         )
     number: int = found[0][0] & MASK
     return number
@@ -218,6 +220,16 @@ def delete(db: Connection, key: int) -> None:
             "DELETE FROM code WHERE digest = ? AND NOT EXISTS (SELECT 1 FROM instances WHERE code = digest)",
             code,
         )
+
+
+def delete_found(db: Connection, ref: InstanceRef) -> InstanceRow | None:
+    """Delete an instance and return what it was; None where there is none."""
+    try:
+        row = find(db, ref)
+    except InstanceNotFoundError:
+        return None
+    delete(db, row.key)
+    return row
 
 
 # --- what time does ------------------------------------------------------------------------------
