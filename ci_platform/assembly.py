@@ -13,7 +13,8 @@ import anyio.abc
 
 from ci_platform import copy_on_write, data_lock, isolation
 from ci_platform.access import Access
-from ci_platform.capabilities import ArtifactsCapability, ForgeCapability, SandboxCapability
+from ci_platform.artifacts import RepositoryCapability
+from ci_platform.capabilities import ForgeCapability, SandboxCapability
 from ci_platform.deliveries import Deliveries
 from ci_platform.encryption import Encryption
 from ci_platform.errors import UnavailableError
@@ -200,7 +201,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
             limits=_limits(settings),
         )
     env = {
-        "ARTIFACTS": ArtifactsCapability(workspaces),
+        "ARTIFACTS": RepositoryCapability(workspaces, source),
         "SANDBOX": SandboxCapability(execution, settings),
         "IMAGES": ImagesCapability(making, settings),
         "GITHUB": ForgeCapability(reports),

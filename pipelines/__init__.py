@@ -8,7 +8,10 @@ from pipelines.contract import (
     CommandKilledError,
     CommandNotStartedError,
     CommandResult,
+    Commit,
+    CommitInfo,
     Service,
+    TreeEntry,
     Workspace,
 )
 
@@ -19,7 +22,10 @@ __all__ = [
     "CommandKilledError",
     "CommandNotStartedError",
     "CommandResult",
+    "Commit",
+    "CommitInfo",
     "Service",
+    "TreeEntry",
     "Workspace",
     "run_in_sandbox",
     "summarise",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Literal
 
 from dynflow.serialization import register
 
 SandboxKind = Literal["isolate", "container"]
+EntryKind = Literal["file", "script", "symlink", "folder", "submodule"]
 
 
 @register
@@ -78,6 +79,45 @@ class BuiltImage:
 
     image: str
     pushed: tuple[str, ...] = ()
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class CommitInfo:
+    """What people see of a commit. `title` is its first line, at most 200 characters."""
+
+    sha: str
+    title: str
+    author: str
+    committed_at: datetime
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A whole commit. What is not UTF-8 in it is replaced."""
+
+    sha: str
+    tree: str
+    parents: tuple[str, ...]
+    author: str
+    author_email: str
+    authored_at: datetime
+    committer: str
+    committer_email: str
+    committed_at: datetime
+    message: str
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class TreeEntry:
+    """One name in a folder of a commit. `size` in bytes, of files that are here; bytes of a name are replaced."""
+
+    name: str
+    kind: EntryKind
+    id: str
+    size: int | None
 
 
 @register

@@ -56,10 +56,11 @@ class CommitList:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder of the commit `sha`."""
+    """A folder of the commit `sha`. `skip` for the next page is `next_skip`; null on the last."""
 
     sha: str
     items: list[TreeEntry]
+    next_skip: int | None
 
 
 _TAGS = ["repositories"]
@@ -149,15 +150,18 @@ async def read_commit(
 
 
 @get("/repos/{owner:str}/{name:str}/tree", opt=_READ, tags=_TAGS, summary="List a folder of a commit")
-async def read_tree(
+async def read_tree(  # noqa: PLR0917 - called by name
     owner: FromPath[str],
     name: FromPath[str],
     repositories: NamedDependency[Repositories],
     source: NamedDependency[Source],
     ref: FromQuery[str | None] = None,
     path: FromQuery[str] = "",
+    limit: Annotated[int, Parameter(ge=1, le=5000)] = 1000,
+    skip: Annotated[int, Parameter(ge=0, le=1 << 30)] = 0,
 ) -> Folder:
     """Return what a folder holds; without `ref`, at the default branch."""
     repo = (await repositories.get(f"{owner}/{name}")).name
     sha = await source.resolve(repo, ref or await source.default_branch(repo))
-    return Folder(sha, await source.read_tree(repo, sha, path))
+    found = await source.read_tree(repo, sha, path, limit=limit, skip=skip)
+    return Folder(sha, found, skip + limit if len(found) == limit else None)

@@ -6,7 +6,6 @@ libgit2 is the wrong tool (fetching, serving) the `git` program is used through 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -30,11 +29,12 @@ from ci_platform.sandboxes import SANDBOX_UID
 from ci_platform.source import folders, objects
 from ci_platform.source.checkouts import Checkout, Checkouts
 from ci_platform.source.names import check_repo
-from ci_platform.source.objects import Commit, CommitInfo, TreeEntry, check_sha
-from ci_platform.source.places import Places
+from ci_platform.source.objects import check_sha
+from ci_platform.source.places import Places, read_and_close
 from ci_platform.tree_store import TreeStore
 from ci_platform.trees import Owner, TreeLimits
 from ci_platform.workspace_git import GitFolder
+from pipelines.contract import Commit, CommitInfo, TreeEntry
 
 __all__ = [
     "Checkout",
@@ -101,7 +101,7 @@ class Source(Places):
 
     def _has(self, repo: str, sha: str) -> bool:
         try:
-            return check_sha(sha) in self._open(repo)
+            return self._with(repo, lambda opened: check_sha(sha) in opened)
         except NotFoundError:
             return False
         except pygit2.GitError:  # damaged: who reads it learns that, and fetches it anew
@@ -146,7 +146,7 @@ class Source(Places):
 
     async def default_branch(self, repo: str) -> str:
         """Return the branch that HEAD names, which need not exist yet."""
-        return await self._thread(lambda: objects.head(self._open(repo)))
+        return await self._thread(lambda: self._with(repo, objects.head))
 
     async def branches(self, repo: str) -> dict[str, str]:
         """Return branch -> commit id."""
@@ -156,38 +156,35 @@ class Source(Places):
 
     async def ref_snapshot(self, repo: str) -> dict[str, str]:
         """Return branch and tag refs by full name, with the commits they lead to."""
-        return await self._thread(lambda: objects.refs(self._open(repo)))
+        return await self._thread(lambda: self._with(repo, objects.refs))
 
     async def refs_at(self, path: Path) -> dict[str, str]:
         """Return the refs of a repository that has no name yet, as `ref_snapshot` does."""
-        return await self._thread(lambda: objects.refs(pygit2.Repository(str(path))))
+        return await self._thread(lambda: read_and_close(pygit2.Repository(str(path)), objects.refs))
 
     async def settle_default_branch(self, repo: str) -> None:
         """Let HEAD name the only branch, where the one it names does not exist."""
         branches, head = await self.branches(repo), await self.default_branch(repo)
         if len(branches) == 1 and head not in branches:
             (only,) = branches
-            await self._thread(lambda: self._open(repo).set_head(f"refs/heads/{only}"))
+            await self._thread(lambda: self._with(repo, lambda opened: opened.set_head(f"refs/heads/{only}")))
 
     # Reading
 
-    async def _read(self, repo: str, sha: str, read: Callable[[pygit2.Repository], T]) -> T:
-        """Read of a commit; where something is not here that its remote has, fetch that and read once more."""
+    async def _read(
+        self, repo: str, sha: str, read: Callable[[pygit2.Repository], T], *, fetch: bool = True
+    ) -> T:
+        """Read of a commit; where something is not here that its remote has, fetch that and read once more.
 
-        def attempt() -> T:
-            opened = self._open(repo)
-            try:
-                return read(opened)
-            finally:
-                # Now, not when the error's traceback goes: libgit2 takes a pack of the same path for the same pack.
-                opened.free()
-
+        Without `fetch` a commit that is not here is not fetched, but what is missing or damaged of one that is.
+        """
         try:
-            return await self._thread(attempt)
+            return await self._thread(lambda: self._with(repo, read))
         except (MissingObjectError, NotFoundError) as error:
-            if not await self._recover(repo, sha, damaged=isinstance(error, MissingObjectError)):
+            damaged = isinstance(error, MissingObjectError)
+            if not (fetch or damaged) or not await self._recover(repo, sha, damaged=damaged):
                 raise
-        return await self._thread(attempt)
+        return await self._thread(lambda: self._with(repo, read))
 
     async def _recover(self, repo: str, sha: str, *, damaged: bool) -> bool:
         """Fetch what a partial import or a damaged mirror has not of a commit; return whether anything was done."""
@@ -200,8 +197,6 @@ class Source(Places):
         if damaged:
             async with self._alone(repo):
                 await self._discard(repo)
-            # Repositories that are garbage still hold their packs open, and libgit2 goes by a pack's path.
-            await self._thread(gc.collect)
         await self.fetch(repo, sha, remote)
         return True
 
@@ -214,11 +209,13 @@ class Source(Places):
 
     async def resolve(self, repo: str, ref: str) -> str:
         """Return the commit id of a branch, a tag, a full ref or a full id; NotFoundError if there is none."""
-        return await self._thread(lambda: objects.resolve(self._open(repo), repo, ref))
+        return await self._thread(lambda: self._with(repo, lambda opened: objects.resolve(opened, repo, ref)))
 
     async def commit(self, repo: str, sha: str) -> CommitInfo:
         """Return what people see of a commit."""
-        return await self._thread(lambda: objects.info(objects.commit(self._open(repo), repo, sha)))
+        return await self._read(
+            repo, sha, lambda opened: objects.info(objects.commit(opened, repo, sha)), fetch=False
+        )
 
     async def commit_title(self, repo: str, sha: str) -> str:
         """Return the first line of a commit's message."""
@@ -228,23 +225,44 @@ class Source(Places):
         """Return a commit's whole message."""
         return (await self.read_commit(repo, sha)).message
 
-    async def read_commit(self, repo: str, sha: str) -> Commit:
-        """Return a whole commit."""
-        return await self._thread(lambda: objects.whole(objects.commit(self._open(repo), repo, sha)))
+    async def read_commit(self, repo: str, sha: str, *, fetch: bool = False) -> Commit:
+        """Return a whole commit. With `fetch` it comes from the repository's remote, where it is not here."""
+        return await self._read(
+            repo, sha, lambda opened: objects.whole(objects.commit(opened, repo, sha)), fetch=fetch
+        )
 
-    async def log(self, repo: str, ref: str, *, limit: int = 50, skip: int = 0) -> list[CommitInfo]:
-        """Return the commits that a ref or commit leads to, the newest first; up to 1,000, after `skip` others."""
+    async def log(
+        self, repo: str, ref: str, *, limit: int = 50, skip: int = 0, fetch: bool = False
+    ) -> list[CommitInfo]:
+        """Return the commits that a ref or commit leads to, the newest first; up to 1,000, after `skip` others.
 
-        def read() -> list[CommitInfo]:
-            opened = self._open(repo)
-            start = objects.resolve(opened, repo, ref)
-            return objects.log(opened, repo, start, limit=limit, skip=skip)
+        They end where what is here of history ends. See `read_commit` for `fetch`.
+        """
+        start = ref if objects.is_sha(ref) else await self.resolve(repo, ref)
+        return await self._read(
+            repo, start, lambda opened: objects.log(opened, repo, start, limit=limit, skip=skip), fetch=fetch
+        )
 
-        return await self._thread(read)
+    async def read_tree(
+        self,
+        repo: str,
+        sha: str,
+        path: str = "",
+        *,
+        limit: int = objects.MOST_LISTED,
+        skip: int = 0,
+        fetch: bool = False,
+    ) -> list[TreeEntry]:
+        """Return what a folder of a commit holds, in git's order, after `skip` others; NotFoundError without one.
 
-    async def read_tree(self, repo: str, sha: str, path: str = "") -> list[TreeEntry]:
-        """Return what a folder of a commit holds; NotFoundError where there is none."""
-        return await self._thread(lambda: objects.read_tree(self._open(repo), repo, sha, path))
+        See `read_commit` for `fetch`.
+        """
+        return await self._read(
+            repo,
+            sha,
+            lambda opened: objects.read_tree(opened, repo, sha, path, limit=limit, skip=skip),
+            fetch=fetch,
+        )
 
     async def read_file(self, repo: str, sha: str, path: str, *, limit: int = 1 << 20) -> bytes | None:
         """Return a regular file of a commit, None where there is none; LimitExceededError above `limit` bytes."""

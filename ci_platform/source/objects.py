@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count, islice
-from typing import Any, Literal
+from typing import Any
 
 import pygit2
 
 from ci_platform import commit_trees
 from ci_platform.errors import InvalidInputError, LimitExceededError, MissingObjectError, NotFoundError
+from pipelines.contract import Commit, CommitInfo, EntryKind, TreeEntry
 
 LONGEST_REF = 1024
 MOST_LOGGED = 10_000
@@ -26,52 +27,21 @@ _BLOB_LIMIT = 1 << 30
 """Bytes of one file: libgit2 has it in memory as a whole."""
 
 _FOLDER_FILES = 1000
-_MOST_LISTED = 5000
+MOST_LISTED = 5000
+"""Entries of a folder that are returned at once."""
+
 _TITLE = 200
 _KINDS: dict[int, EntryKind] = {0o040000: "folder", 0o120000: "symlink", 0o160000: "submodule"}
 
-EntryKind = Literal["file", "script", "symlink", "folder", "submodule"]
 
-
-@dataclass(frozen=True, slots=True)
-class CommitInfo:
-    """What people see of a commit. `title` is its first line, at most 200 characters."""
-
-    sha: str
-    title: str
-    author: str
-    committed_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """A whole commit. What is not UTF-8 in it is replaced."""
-
-    sha: str
-    tree: str
-    parents: tuple[str, ...]
-    author: str
-    author_email: str
-    authored_at: datetime
-    committer: str
-    committer_email: str
-    committed_at: datetime
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class TreeEntry:
-    """One name in a folder of a commit. `size` in bytes, of files that are here; bytes of a name are replaced."""
-
-    name: str
-    kind: EntryKind
-    id: str
-    size: int | None
+def is_sha(text: str) -> bool:
+    """Whether this is a commit id in full."""
+    return _SHA.fullmatch(text) is not None
 
 
 def check_sha(sha: str) -> str:
     """Return the commit id if it is one in full; InvalidInputError otherwise."""
-    if not _SHA.fullmatch(sha):
+    if not is_sha(sha):
         raise InvalidInputError(f"a commit is named by 40 hexadecimal digits, got {sha[:60]!r}")
     return sha
 
@@ -287,8 +257,12 @@ def read_folder(
     return found
 
 
-def read_tree(opened: pygit2.Repository, repo: str, sha: str, path: str) -> list[TreeEntry]:
+def read_tree(
+    opened: pygit2.Repository, repo: str, sha: str, path: str, *, limit: int = MOST_LISTED, skip: int = 0
+) -> list[TreeEntry]:
     """Return what a folder of a commit holds, in git's order. The empty path is the commit's own folder."""
+    if not 1 <= limit <= MOST_LISTED or skip < 0:
+        raise InvalidInputError(f"a folder is listed in pages of 1 to {MOST_LISTED:,} entries, not {limit}")
     objects, tree = Objects(opened), commit(opened, repo, sha).tree_id.raw
     if path:
         found = commit_trees.find(objects, tree, path)
@@ -296,10 +270,7 @@ def read_tree(opened: pygit2.Repository, repo: str, sha: str, path: str) -> list
             raise NotFoundError(f"{repo!r} has no folder {path[:200]!r} at {sha}")
         tree = found.oid
     content = objects.read(tree, limit=_TREE_LIMIT, name=path or "the folder")
-    entries = [_entry(objects, item) for item in islice(commit_trees.items(content), _MOST_LISTED + 1)]
-    if len(entries) > _MOST_LISTED:
-        raise LimitExceededError(f"the folder {path!r} has more than {_MOST_LISTED} entries")
-    return entries
+    return [_entry(objects, item) for item in islice(commit_trees.items(content), skip, skip + limit)]
 
 
 def _entry(objects: Objects, item: commit_trees.Item) -> TreeEntry:

@@ -23,6 +23,18 @@ from ci_platform.source.names import check_repo
 T = TypeVar("T")
 
 
+def read_and_close(opened: pygit2.Repository, read: Callable[[pygit2.Repository], T]) -> T:
+    """Return what `read` returns, and close the repository.
+
+    pygit2's repositories refer to themselves: otherwise they keep their packs open until garbage is collected, and
+    libgit2 takes a pack of the same path for the same pack, also where a damaged one was replaced meanwhile.
+    """
+    try:
+        return read(opened)
+    finally:
+        opened.free()
+
+
 class Places:
     """The folders of repositories: `git/` has those that we serve, `mirrors/` those of forges.
 
@@ -60,6 +72,10 @@ class Places:
             return pygit2.Repository(str(path), pygit2.enums.RepositoryOpenFlag.NO_SEARCH)
         except pygit2.GitError:
             raise NotFoundError(f"there is no repository {repo!r}") from None
+
+    def _with(self, repo: str, read: Callable[[pygit2.Repository], T]) -> T:
+        """Open a repository, read of it, close it."""
+        return read_and_close(self._open(repo), read)
 
     @asynccontextmanager
     async def writing(self, repo: str) -> AsyncIterator[None]:
@@ -116,8 +132,8 @@ class Places:
             await self._thread(lambda: self._fork(parent, target))
 
     def _fork(self, parent: str, target: Path) -> None:
-        opened = self._open(parent)
-        folders.fork(self._served(parent), target, objects.own_refs(opened), objects.head(opened))
+        refs, head = self._with(parent, lambda opened: (objects.own_refs(opened), objects.head(opened)))
+        folders.fork(self._served(parent), target, refs, head)
 
     @asynccontextmanager
     async def making(self, repo: str) -> AsyncIterator[Path]:

@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 
 from ci_platform import copy_on_write
-from ci_platform.capabilities import ArtifactsCapability, RunIdentity, SandboxCapability
+from ci_platform.artifacts import RepositoryCapability
+from ci_platform.capabilities import RunIdentity, SandboxCapability
 from ci_platform.errors import ConflictError, FailedError, ForbiddenError, InvalidInputError, NotFoundError
 from ci_platform.execution import Execution
 from ci_platform.logs import Logs
@@ -41,7 +42,7 @@ class World:
         self.sandbox = IsolateSandbox()
         execution = Execution(self.workspaces, Logs(self.root / "logs"), {"isolate": self.sandbox})
         settings = Settings(data=self.root / "data", **self.settings)
-        self.artifacts = ArtifactsCapability(self.workspaces)
+        self.artifacts = RepositoryCapability(self.workspaces, self.source)
         self.commands = SandboxCapability(execution, settings)
 
 
