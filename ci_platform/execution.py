@@ -266,7 +266,9 @@ class Execution:
         self, command: Command, job: SandboxJob, outcome: SandboxOutcome, printer: Printer
     ) -> CommandResult:
         _raise_over_limit(job, outcome)
-        if outcome.exit_code == 0:
+        if outcome.exit_code != 0:
+            _raise_if_full(job.tree.upper)
+        else:
             report = await self._workspaces.commit(job.tree)
             if conflicts := describe(report):
                 printer.say("notice", conflicts)
@@ -307,6 +309,13 @@ def _raise_over_limit(job: SandboxJob, outcome: SandboxOutcome) -> None:
     }
     if outcome.reason in over:
         raise LimitExceededError(f"{shlex.join(job.argv)!r:.200} {over[outcome.reason]}")
+
+
+def _raise_if_full(path: Path) -> None:
+    """Answer for a command that failed where nothing could be written: that may be why, and is no fault of its own."""
+    disk = os.statvfs(path)
+    if disk.f_bavail * disk.f_frsize < MEBIBYTE or (disk.f_files and not disk.f_favail):
+        raise UnavailableError("the command failed while the platform's disk was full")
 
 
 def _cut(text: str) -> str:
