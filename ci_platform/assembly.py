@@ -6,13 +6,13 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import anyio
 import anyio.abc
 
 from ci_platform import copy_on_write, data_lock, isolation
 from ci_platform.access import Access
+from ci_platform.admission import Admission
 from ci_platform.artifacts import RepositoryCapability
 from ci_platform.capabilities import ForgeCapability, SandboxCapability
 from ci_platform.deliveries import Deliveries
@@ -22,13 +22,18 @@ from ci_platform.execution import Execution
 from ci_platform.forges import Forge
 from ci_platform.forges.github import GitHubForge
 from ci_platform.forges.local import LocalForge
+from ci_platform.garbage.collector import Collector
+from ci_platform.garbage.room import Room
+from ci_platform.garbage.room_keeper import RoomKeeper
+from ci_platform.garbage.stores import room_of, stores_of
 from ci_platform.gates import Gates
 from ci_platform.git_store import GitStore
 from ci_platform.image_capability import ImagesCapability
 from ci_platform.image_making import ImageMaking
 from ci_platform.images import PinnedImages, read_names
 from ci_platform.imports import Imports
-from ci_platform.logs import LogKey, Logs
+from ci_platform.listeners import closing, noticing
+from ci_platform.logs import Logs
 from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
 from ci_platform.pushes import Pushes
@@ -50,29 +55,14 @@ from ci_platform.survival import Survival
 from ci_platform.trees import TreeLimits
 from ci_platform.workspaces import Workspaces
 from dynflow.clock import Clock, SystemClock
-from dynflow.engines import InstanceRef
 from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.isolates import IsolateLimits, ProcessLoader
 from dynflow.router import create_dynamic_workflow_entrypoint
-from dynflow.types import HistoryEvent
 from pipelines.contract import SandboxKind
 
 _log = logging.getLogger(__name__)
 
 WORKFLOW = "ci"
-
-# Gates open and close, and runs end, before people's eyes; the progress of steps can be a moment late.
-_URGENT = frozenset(
-    {
-        "wait.started",
-        "wait.completed",
-        "wait.timed_out",
-        "workflow.paused",
-        "workflow.completed",
-        "workflow.errored",
-        "workflow.terminated",
-    }
-)
 
 _PAUSE_SECONDS = 1.0
 
@@ -98,6 +88,9 @@ class Platform:
     source: Source
     workspaces: Workspaces
     execution: Execution
+    collector: Collector
+    room: Room
+    room_keeper: RoomKeeper
     sandboxes: Mapping[SandboxKind, Sandbox]
     releases: Releases
     engine: EmbeddedEngine
@@ -131,6 +124,7 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
             platform.runs.serve,
             platform.releases.serve,
             platform.refresher.serve,
+            platform.room_keeper.serve,
         ):
             services.start_soon(_kept_up, serve)
         services.start_soon(_housekeeping(platform).serve)
@@ -143,7 +137,7 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
 
 @asynccontextmanager
 async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[Platform]:
-    forges = _forges(settings, clock, store)
+    forges = make_forges(settings, clock, store)
     access, repositories = Access(store, clock), Repositories(store, forges, clock)
     imports = Imports(
         store,
@@ -152,10 +146,11 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         encryption=Encryption(settings.data / "encryption.key"),
         allow_file=settings.allow_file_remotes,
     )
+    remotes = Remotes(repositories, imports, forges)
     source = Source(
         settings.data / "source",
         allow_file=settings.allow_file_remotes,
-        remote_of=Remotes(repositories, imports, forges),
+        remote_of=remotes,
         limits=TreeLimits(files=settings.max_tree_files, size=settings.max_tree),
     )
     forced = None if settings.copy_on_write == "auto" else settings.copy_on_write
@@ -212,10 +207,11 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     code = PipelineCode(source, loader, identities, env, limits)
     engine.register(WORKFLOW, create_dynamic_workflow_entrypoint(code.load_runner))
     workflows = RunInstances(engine.binding(WORKFLOW), identities)
-    engine.add_listener(_noticing(notices))
-    engine.add_listener(_closing(logs))
     releases = Releases([*sandboxes.values(), execution], WORKFLOW)
-    engine.add_listener(releases.listen)
+    for listener in (noticing(notices, WORKFLOW), closing(logs, WORKFLOW), releases.listen):
+        engine.add_listener(listener)
+    room = room_of(settings)
+    admission = Admission(room.shortage)
     runs = Runs(
         store,
         clock,
@@ -225,20 +221,23 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         reports=reports,
         layers=workspaces,
         run_timeout=settings.run_timeout,
+        admission=admission,
     )
+    collector = Collector(
+        stores_of(
+            settings, clock, runs=runs, source=source, workspaces=workspaces, logs=logs, remote_of=remotes
+        ),
+        clock,
+    )
+    room_keeper = RoomKeeper(collector, room, clock, runs.let_go)
+    admission.on_refusal = room_keeper.wake
     deliveries = Deliveries(
         store, clock, forges=forges, runs=runs, commits=code, allow_forks=settings.allow_forks
     )
     pushes = Pushes(store, deliveries, source)
     git_store = GitStore(repositories, source, imports, pushes, access)
 
-    # What a killed process left goes before anything new starts.
-    touched = await source.sweep()
-    await execution.recover(await runs.open_ids())
-    await workspaces.sweep(await runs.kept_ids())
-    await pushes.reconcile(touched)
-    await source.reconciled()
-    await git_store.sweep()
+    await _recover(source, execution, workspaces, logs, runs, pushes, git_store)
     try:
         async with isolation.opened(loader, settings), engine:
             try:
@@ -267,6 +266,9 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
                     source=source,
                     workspaces=workspaces,
                     execution=execution,
+                    collector=collector,
+                    room=room,
+                    room_keeper=room_keeper,
                     sandboxes=sandboxes,
                     releases=releases,
                     engine=engine,
@@ -281,13 +283,30 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
             await sandbox.close()
 
 
+async def _recover(
+    source: Source,
+    execution: Execution,
+    workspaces: Workspaces,
+    logs: Logs,
+    runs: Runs,
+    pushes: Pushes,
+    git_store: GitStore,
+) -> None:
+    """Take away what a killed process left, before anything new starts."""
+    touched = await source.sweep()
+    await execution.recover(await runs.open_ids())
+    await workspaces.sweep(await runs.kept_ids())
+    await anyio.to_thread.run_sync(logs.sweep)
+    await pushes.reconcile(touched)
+    await source.reconciled()
+    await git_store.sweep()
+
+
 def _housekeeping(platform: Platform) -> Retention:
-    """Return what forgets old runs and keeps the data folder within its budget."""
+    """Return what forgets old runs and keeps the data folder within its budgets."""
 
     async def tidy() -> None:
-        await platform.logs.expire(platform.settings.retention)
-        await platform.workspaces.forget_failures(platform.settings.keep_failures)
-        await platform.workspaces.evict(platform.settings.tree_cache)
+        await platform.collector.collect()
         await platform.source.maintain()
 
     return Retention(
@@ -356,7 +375,8 @@ def _limits(settings: Settings) -> SandboxLimits:
     )
 
 
-def _forges(settings: Settings, clock: Clock, store: Store) -> dict[str, Forge]:
+def make_forges(settings: Settings, clock: Clock, store: Store) -> dict[str, Forge]:
+    """Return the forges by name."""
     token, secret = settings.github_token, settings.github_webhook_secret
     github = GitHubForge(
         api_url=settings.github_api_url,
@@ -369,27 +389,3 @@ def _forges(settings: Settings, clock: Clock, store: Store) -> dict[str, Forge]:
         "github": github,
         "local": LocalForge(store, clock, lambda repo: f"{settings.base_url}/git/{repo}.git"),
     }
-
-
-def _closing(logs: Logs) -> Any:
-    """Return what ends the logs of steps and runs that are over, so that who follows them comes to an end."""
-
-    def listener(ref: InstanceRef, event: HistoryEvent) -> None:
-        if ref.workflow != WORKFLOW:
-            return
-        if event.type in {"step.completed", "step.errored"}:
-            logs.close(LogKey(ref.id, event.data["step"], event.data["count"]))
-        elif event.type in {"workflow.completed", "workflow.errored", "workflow.terminated"}:
-            logs.close_run(ref.id)
-
-    return listener
-
-
-def _noticing(notices: Notices) -> Any:
-    """Return what has a run looked at when something happens to it: at once where somebody may wait for it."""
-
-    def listener(ref: InstanceRef, event: HistoryEvent) -> None:
-        if ref.workflow == WORKFLOW:
-            notices.add(ref.id, urgent=event.type in _URGENT)
-
-    return listener

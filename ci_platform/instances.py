@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from dynflow.types import HistoryEvent, InstanceStatus
@@ -48,3 +49,6 @@ class Layers(Protocol):
 
     async def delete_run(self, run_id: str) -> None:
         """Remove the run's workspaces."""
+
+    def rerunning(self, run_id: str) -> AbstractAsyncContextManager[None]:
+        """Keep the run's workspaces until it is open again; ConflictError where they were collected."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import os
 import re
+import secrets
 import shutil
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -21,12 +23,15 @@ from ci_platform import log_files
 from ci_platform.connections import ConnectionLog
 from ci_platform.errors import InvalidInputError
 from ci_platform.log_files import LONGEST_LINE, MEBIBYTE, LineKind, LogChunk, LogFile, LogLine, closed_mark
-from dynflow.clock import Clock, SystemClock, TimerHandle, to_microseconds
+from dynflow.clock import Clock, SystemClock, TimerHandle
 
 __all__ = ["LineKind", "LogChunk", "LogKey", "LogLine", "LogWriter", "Logs"]
 
 _PARTIAL_AFTER_US = 300_000
 """How long half a line waits for the rest: long enough not to cut lines of a busy program, short for a prompt."""
+
+_COLLECTED = "collected"
+"""In a run's folder: its logs were deleted to make room."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -100,8 +105,15 @@ class Logs:
 
         A log that does not exist (yet) is empty.
         """
-        path = self._path(key)
-        return await anyio.to_thread.run_sync(log_files.read, path, offset, limit)
+        return await anyio.to_thread.run_sync(self._read, self._path(key), offset, limit)
+
+    def _read(self, path: Path, offset: int, limit: int) -> LogChunk:
+        collected = path.parent / _COLLECTED
+        if path.exists() or not collected.exists():
+            return log_files.read(path, offset, limit)
+        at = datetime.fromtimestamp(collected.stat().st_mtime, UTC)
+        said = [LogLine(1, at, "this log was deleted to make room", "notice")]
+        return LogChunk([] if offset else said, 1, complete=True)
 
     async def follow(self, key: LogKey, offset: int = 0) -> AsyncIterator[LogChunk]:
         """Yield chunks from `offset` on as they are written, until the log is closed."""
@@ -127,16 +139,54 @@ class Logs:
 
     def delete(self, run_id: str) -> None:
         """Delete all logs of a run."""
-        folder = self._folder(run_id)
+        trash = self._trash()
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+            self._folder(run_id).rename(trash)
+            shutil.rmtree(trash)
+        self._wake_all(run_id)
+
+    @property
+    def root(self) -> Path:
+        """Where each run has a folder."""
+        return self._root
+
+    def is_growing(self, run_id: str) -> bool:
+        """Whether something is writing a log of the run."""
+        folder = self._folder(run_id)
+        return any(path.parent == folder and file.users for path, file in self._files.items())
+
+    async def collect(self, run_id: str) -> bool:
+        """Delete all logs of a run, so that they say so when they are read; False while one of them grows.
+
+        Out of sight by renames, for which no disk is too full, and in one go: nobody begins to write meanwhile.
+        """
+        if self.is_growing(run_id):
+            return False
+        folder, trash = self._folder(run_id), list[Path]()
+        for path in sorted(folder.glob("*")):
+            mark = folder / _COLLECTED
+            if path != mark:
+                trash.append(self._trash())
+                path.rename(mark if path.suffix == ".log" and not mark.exists() else trash[-1])
+        self._wake_all(run_id)
+        await anyio.to_thread.run_sync(_empty, folder / _COLLECTED, trash)
+        return True
+
+    def sweep(self) -> None:
+        """Delete what a killed process was deleting; call once at start."""
+        for path in self._root.glob(".trash-*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _trash(self) -> Path:
+        return self._root / f".trash-{secrets.token_hex(8)}"
+
+    def _wake_all(self, run_id: str) -> None:
+        folder = self._folder(run_id)
         for path in [path for path in self._changed if path.parent == folder]:
             self._wake(path)
-
-    async def expire(self, age: timedelta) -> int:
-        """Delete the logs of runs that nothing was written to for `age`; returns how many runs."""
-        oldest = (to_microseconds(self._clock.now()) - age / timedelta(microseconds=1)) / 1e6
-        return await anyio.to_thread.run_sync(_expire, self._root, oldest)
 
     def _folder(self, run_id: str) -> Path:
         if not _RUN_ID.fullmatch(run_id):
@@ -218,13 +268,11 @@ def _clean(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\0", "\ufffd")
 
 
-def _expire(root: Path, oldest: float) -> int:
-    expired = 0
-    for folder in [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []:
-        if max((file.stat().st_mtime for file in folder.iterdir()), default=0.0) < oldest:
-            shutil.rmtree(folder)
-            expired += 1
-    return expired
+def _empty(mark: Path, trash: list[Path]) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.truncate(mark, 0)
+    for path in trash:
+        path.unlink(missing_ok=True)
 
 
 def _slug(step: str) -> str:

@@ -23,6 +23,10 @@ class OpenTree:
     lowers: tuple[Path, ...]
     stamps: copy_on_write.Stamps | None = None
 
+    def is_of(self, workspace: Path) -> bool:
+        """Whether it is a tree of the workspace in this folder, or stands on a layer of its."""
+        return self.workspace_id == workspace.name or any(workspace in lower.parents for lower in self.lowers)
+
     def as_plain(self) -> dict[str, Any]:
         """Return it as JSON takes it; without stamps, which only copies have."""
         plain = asdict(self) | {"folder": str(self.folder), "lowers": [str(lower) for lower in self.lowers]}

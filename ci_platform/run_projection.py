@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import anyio
 
+from ci_platform.admission import Admission
 from ci_platform.backoff import backoff
 from ci_platform.errors import UnavailableError
 from ci_platform.gates import Gates
@@ -51,7 +52,7 @@ _LOOK_EVERY = timedelta(minutes=1)
 class RunProjection(RunQueries):
     """Sees runs to their conclusions. `serve` runs beside the server, in the same event loop."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the services that it works through
         self,
         store: Store,
         clock: Clock,
@@ -62,10 +63,12 @@ class RunProjection(RunQueries):
         reports: Reports,
         layers: Layers,
         run_timeout: timedelta = timedelta(hours=6),
+        admission: Admission | None = None,
     ) -> None:
         super().__init__(store, clock, workflows)
         self._notices, self._gates, self._reports = notices, gates, reports
         self._layers, self._run_timeout = layers, run_timeout
+        self._admission = admission or Admission()
         self._busy: set[str] = set()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._failures: dict[str, int] = {}
@@ -128,6 +131,8 @@ class RunProjection(RunQueries):
         if handle is None:
             return
         if run.rerun_pending:
+            if run.stop_conclusion is None and await self._held_back(run):
+                return
             await self._carry_out_rerun(run, handle)
         status = await handle.status()
         if run.stop_conclusion is not None and phase_of(status) != "finished":
@@ -137,12 +142,11 @@ class RunProjection(RunQueries):
         if await self._gates.send_approvals(run_id, handle, status):
             status = await handle.status()
         if await self._store.write(lambda tx: self._write_down(tx, run_id, run.attempt, status)):
-            concluded, self._concluded = self._concluded, anyio.Event()
-            concluded.set()
+            self._tell_waiters()
         self._reports.wake()
 
     async def _instance(self, run: Run, *, is_new: bool = False) -> InstanceHandle | None:
-        """Return the run's instance, created if it is not yet; None where the run was concluded without.
+        """Return the run's instance, created if it is not yet; None where the run was concluded without, or is held.
 
         A run that is new takes over nothing: an instance of its id is of a row that was lost (a database
         restored from an older copy), and its workspaces are gone too.
@@ -162,11 +166,37 @@ class RunProjection(RunQueries):
                 run, Stop("error", "the engine has no record of this run any more")
             )
             return None
+        if await self._held_back(run):
+            return None
         if run.rerun_pending:  # what it is rerun from is lost: its files would be those of nothing
             await self._layers.delete_run(run.id)
         with suppress(InstanceExistsError):
             await self._workflows.create(id=run.id, params=_params(run))
         return cast("InstanceHandle", await self._workflows.get(run.id))
+
+    async def _held_back(self, run: Run) -> bool:
+        """Whether a run may not begin now; the reason is shown then."""
+        why = self._admission.refusal(run.id)
+        if why is not None and why != run.waiting_for:
+            now = {"phase": "queued", "waiting_for": why}
+
+            def show(tx: Transaction) -> None:
+                if tx.change(Run, now, col(Run.id) == run.id, col(Run.conclusion).is_(None)):
+                    self._reports.put_status(tx, run, "pending", f"queued, waiting for {why}")
+
+            await self._store.write(show)
+            self._reports.wake()
+        return why is not None
+
+    def let_go(self) -> None:
+        """Look at the runs again that were held back, where they may begin by now."""
+        for run_id in self._admission.released():
+            self._notices.add(run_id)
+            self._tell_waiters()
+
+    def _tell_waiters(self) -> None:
+        concluded, self._concluded = self._concluded, anyio.Event()
+        concluded.set()
 
     async def _conclude_without_instance(self, run: Run, stop: Stop) -> None:
         outcome, now = Outcome(stop.conclusion, stop.reason), self._clock.now()
@@ -176,8 +206,7 @@ class RunProjection(RunQueries):
             self._conclude(tx, run, outcome, now)
 
         await self._store.write(write)
-        self._concluded.set()
-        self._concluded = anyio.Event()
+        self._tell_waiters()
         self._reports.wake()
 
     async def _carry_out_rerun(self, run: Run, handle: InstanceHandle) -> None:

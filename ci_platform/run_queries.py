@@ -102,6 +102,11 @@ class RunQueries:
             run.id for run in await self._store.read(lambda tx: tx.all(Run, col(Run.conclusion).is_(None)))
         }
 
+    async def repos(self, *, still_open: bool = False) -> dict[str, str]:
+        """Return the repositories of all runs that are kept, or of those that have not ended, by run."""
+        where = [col(Run.conclusion).is_(None)] if still_open else []
+        return {run.id: run.repo for run in await self._store.read(lambda tx: tx.all(Run, *where))}
+
     async def expired(self, retention: timedelta, *, limit: int = 100) -> Sequence[str]:
         """Return runs that ended longer ago than `retention`, the oldest first."""
         before = self._clock.now() - retention

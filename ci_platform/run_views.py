@@ -107,7 +107,7 @@ def run_view(
         attempt=run.attempt,
         pipeline_digest=run.pipeline_digest,
         status=_phase(run, live),
-        waiting_for=waiting_for(live) if live is not None else run.waiting_for,
+        waiting_for=waiting_for(live) if live is not None and not run.rerun_pending else run.waiting_for,
         stopping=run.stop_conclusion is not None and run.conclusion is None,
         conclusion=cast("Conclusion | None", run.conclusion),
         reason=run.conclusion_reason or (run.stop_reason if run.conclusion is None else None),

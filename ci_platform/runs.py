@@ -126,7 +126,11 @@ class Runs(RunProjection):
             self._reports.put_status(tx, again, "pending", "queued")
             return again
 
-        again = await self._store.write(mark)
+        if from_step is None:
+            again = await self._store.write(mark)
+        else:
+            async with self._layers.rerunning(run_id):
+                again = await self._store.write(mark)
         self._reports.wake()
         self._notices.add(run_id)
         return run_view(again)
@@ -153,9 +157,13 @@ class Runs(RunProjection):
 
     async def events(self, run_id: str, cursor: int | None = None) -> AsyncIterator[HistoryEvent]:
         """Yield the run's history after `cursor`, then what happens, until it has ended. Raises NotFoundError."""
-        run = await self._store.read(lambda tx: existing_run(tx, run_id))
-        if run.conclusion is None:
-            await self._instance(run)  # its row can be there a moment before its instance
+        while True:
+            changed = self._concluded
+            run = await self._store.read(lambda tx: existing_run(tx, run_id))
+            # Its row can be there a moment before its instance, or much longer where it is held back.
+            if run.conclusion is not None or await self._instance(run) is not None:
+                break
+            await changed.wait()
         async for event in super().events(run_id, cursor):
             yield event
 

@@ -13,11 +13,10 @@ import tomllib
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -25,39 +24,10 @@ from pydantic import (
     field_validator,
 )
 
-from ci_platform.egress.policy import Rule
 from ci_platform.errors import InvalidInputError
-from dynflow.durations import parse_duration
+from ci_platform.setting_types import MEBIBYTE, Duration, Hosts, Size
 
 _PREFIX = "DYNFLOW_"
-_MEBIBYTE = 1024 * 1024
-_UNITS = {"B": 1, "KB": 1024, "MB": _MEBIBYTE, "GB": 1024 * _MEBIBYTE}
-
-
-def _parse_duration(value: object) -> timedelta:
-    if isinstance(value, str) and value.replace(".", "", 1).isdecimal():
-        return parse_duration(float(value))
-    return parse_duration(value)
-
-
-def _parse_size(value: object) -> object:
-    if isinstance(value, str):
-        number, _, unit = value.strip().partition(" ")
-        if number.isdecimal() and unit.upper() in _UNITS:
-            return int(number) * _UNITS[unit.upper()]
-    return value
-
-
-def _parse_hosts(value: object) -> object:
-    texts = [text.strip() for text in value.split(",") if text.strip()] if isinstance(value, str) else value
-    for text in texts if isinstance(texts, list | tuple) else ():
-        Rule.parse(str(text))
-    return texts
-
-
-Duration = Annotated[timedelta, BeforeValidator(_parse_duration)]
-Hosts = Annotated[tuple[str, ...], BeforeValidator(_parse_hosts)]
-Size = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
 
 
 def default_data_folder() -> Path:
@@ -113,8 +83,8 @@ class Settings(BaseModel):
         timedelta(days=1), description="How long an undeliverable status or comment is tried again."
     )
 
-    max_body: Size = Field(25 * _MEBIBYTE, description="Largest request body (GitHub's own cap is 25 MB).")
-    max_push: Size = Field(2048 * _MEBIBYTE, description="Largest pack that a git push may bring.")
+    max_body: Size = Field(25 * MEBIBYTE, description="Largest request body (GitHub's own cap is 25 MB).")
+    max_push: Size = Field(2048 * MEBIBYTE, description="Largest pack that a git push may bring.")
     run_timeout: Duration = Field(
         timedelta(hours=6),
         description="How long a run may work without waiting; then it is stopped, timed out.",
@@ -123,17 +93,17 @@ class Settings(BaseModel):
         timedelta(seconds=30),
         description="How long a pipeline's own code may compute without waiting for anything.",
     )
-    pipeline_memory: Size = Field(256 * _MEBIBYTE, description="Memory that a pipeline's own code may use.")
+    pipeline_memory: Size = Field(256 * MEBIBYTE, description="Memory that a pipeline's own code may use.")
     command_timeout: Duration = Field(
         timedelta(hours=1), description="Longest time one command may run, whatever its pipeline says."
     )
-    command_memory: Size = Field(2048 * _MEBIBYTE, description="Memory that one command may use.")
+    command_memory: Size = Field(2048 * MEBIBYTE, description="Memory that one command may use.")
     command_cpu: Duration | None = Field(
         None,
         description="Time that all processors together may work for one command. Default: its timeout alone.",
     )
     command_disk: Size = Field(
-        20 * 1024 * _MEBIBYTE, description="Disk that one command's changes of its workspace may use."
+        20 * 1024 * MEBIBYTE, description="Disk that one command's changes of its workspace may use."
     )
     command_files: int = Field(
         1_000_000, ge=1, description="Files and folders that one command may make or change in its workspace."
@@ -149,7 +119,7 @@ class Settings(BaseModel):
         description="Processors that one command may use, such as 1.5. Default: all.",
     )
     max_log: Size = Field(
-        64 * _MEBIBYTE, description="What one step may print; the rest is dropped, and said."
+        64 * MEBIBYTE, description="What one step may print; the rest is dropped, and said."
     )
     concurrency: int = Field(
         default_factory=lambda: max(4, 2 * (os.cpu_count() or 1)),
@@ -161,14 +131,12 @@ class Settings(BaseModel):
         ge=1,
         description="The same, within one repository. Default: three quarters of it, so that one is left.",
     )
-    tree_cache: Size = Field(
-        10 * 1024 * _MEBIBYTE, description="Disk that commits' files may use while no run needs them."
-    )
+    tree_cache: Size = Field(10 * 1024 * MEBIBYTE, description="Disk that commits' files may use.")
     max_tree_files: int = Field(
         1_000_000, ge=1, description="Files and folders that a commit may have to be a workspace."
     )
     max_tree: Size = Field(
-        16 * 1024 * _MEBIBYTE, description="What the files of a commit may be together to be a workspace."
+        16 * 1024 * MEBIBYTE, description="What the files of a commit may be together to be a workspace."
     )
     keep_failures: Duration = Field(
         timedelta(days=1),
@@ -176,6 +144,34 @@ class Settings(BaseModel):
     )
     retention: Duration = Field(
         timedelta(days=30), description="How long finished runs and their logs are kept."
+    )
+    mirror_budget: Size = Field(
+        20 * 1024 * MEBIBYTE, description="Disk that mirrors of forges' repositories may use."
+    )
+    workspace_budget: Size = Field(
+        20 * 1024 * MEBIBYTE,
+        description="Disk that workspaces of ended runs may use: snapshots, and what a rerun from a step needs.",
+    )
+    failure_budget: Size = Field(
+        5 * 1024 * MEBIBYTE, description="Disk that the files of failed commands may use."
+    )
+    log_budget: Size = Field(10 * 1024 * MEBIBYTE, description="Disk that logs may use.")
+    keep_recent: Duration = Field(
+        timedelta(hours=1), description="What was used in this time is not collected, whatever a budget says."
+    )
+    keep_newest: Duration = Field(
+        timedelta(days=7),
+        description="How long the newest tree, ended workspace and log of each repository is not collected either.",
+    )
+    min_free: Size | None = Field(
+        None,
+        description="Disk that must be free for new runs to begin. With less they queue, and garbage is collected at "
+        "once. Default: a twentieth of the disk, at most 1 GB.",
+    )
+    min_free_files: int | None = Field(
+        None,
+        ge=0,
+        description="The same in files and folders (inodes). Default: a fiftieth of them, at most 100,000.",
     )
 
     copy_on_write: Literal["auto", "overlay", "reflink", "copy"] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any
 
 from ci_platform import layer_copies, layers
 from ci_platform.errors import NotFoundError
+
+COLLECTED = "its files were collected to make room; rerun the run from the start to make them again"
 
 SQUASH_ABOVE = 16
 """Layers above which they are merged. The kernel mounts 500, but mount(2) takes one page of paths."""
@@ -96,12 +99,30 @@ class Stack:
         try:
             found: dict[str, Any] = json.loads((self.folder / "workspace.json").read_bytes())
         except FileNotFoundError:
-            raise NotFoundError(f"there is no workspace {self.folder.name!r}") from None
+            why = f": {COLLECTED}" if self.is_collected() else ""
+            raise NotFoundError(f"there is no workspace {self.folder.name!r}{why}") from None
         return found
+
+    def is_collected(self) -> bool:
+        """Whether the workspace's files were collected."""
+        return (self.folder / "collected.json").exists()
+
+    def collect(self) -> None:
+        """Let the workspace be one whose files were collected; a rename, for which no disk is too full.
+
+        What then is in the folder but that file is rubbish.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "workspace.json").rename(self.folder / "collected.json")
+
+    def rubbish(self) -> list[Path]:
+        """Return what a collected workspace still has."""
+        others = [path for path in self.folder.iterdir() if path.name != "collected.json"]
+        return others if self.is_collected() else []
 
     def layers(self) -> list[Layer]:
         """Return the layers in force, oldest first."""
-        folders = sorted((self.folder / "layers").iterdir())
+        folders = sorted((self.folder / "layers").glob("*"))
         return [_layer(path) for path in folders if not (path / "forgotten").exists()]
 
     def newest_order(self) -> int:

@@ -14,17 +14,17 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ci_platform import layers
 from ci_platform.trees import Owner
 
-_EVICT_NOT_BEFORE = 600.0
+SAFE_FOR = 600.0
 """Seconds after its last use in which a tree is safe: whoever asked for it has pinned it long before."""
 
-_CHEAP_FOR = 3600.0
+CHEAP_FOR = 3600.0
 """Seconds after its last use in which a tree stays that costs next to nothing to build again (`cheap`)."""
 
 
@@ -145,45 +145,27 @@ class TreeStore:
             if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
                 raise
 
-    def _all(self, *folders: Path) -> list[StoredTree]:
-        found = (self._read(path) for folder in folders if folder.is_dir() for path in folder.iterdir())
-        return sorted((tree for tree in found if tree), key=lambda tree: tree.used_at, reverse=True)
+    def all(self) -> list[tuple[str, StoredTree]]:
+        """Return all trees with their repositories. None of them counts as used by that."""
+        found = list[tuple[str, StoredTree]]()
+        for folder in self._root.glob("[!.]*/*/*"):
+            if tree := self._read(folder):
+                found.append((f"{folder.parent.parent.name}/{folder.parent.name}", tree))
+        return found
 
-    def evict(self, budget: int, keep: Collection[Path]) -> int:
-        """Remove trees, longest unused first, until `budget` bytes are left; returns the bytes freed.
+    def remove(self, repo: str, key: str) -> bool:
+        """Remove a tree, unless it was used in the last ten minutes or another one stands on it.
 
-        Trees whose files are in `keep`, those below one that stays and whatever was used in the last ten
-        minutes stay. Cheap ones go when they were not used for an hour.
+        Nobody may ask for trees of the repository meanwhile.
         """
-        repositories = [path for owner in self._root.glob("[!.]*") for path in owner.iterdir()]
-        trees = self._all(*repositories)
-        pinned = self._pinned(trees, keep)
-        now, total, freed = time.time(), sum(tree.size for tree in trees), 0
-        for tree in reversed(trees):
-            unused = tree.cheap and tree.used_at < now - _CHEAP_FOR
-            if (unused or total - freed > budget) and tree.folder not in pinned and tree.folder.exists():
-                freed += self._evict_with_deltas(tree, trees)
-        return freed
-
-    def _pinned(self, trees: Collection[StoredTree], keep: Collection[Path]) -> set[Path]:
-        oldest, kept = time.time() - _EVICT_NOT_BEFORE, set(keep)
-        by_folder = {tree.folder: tree for tree in trees}
-        pinned = set[Path]()
-        for tree in trees:
-            wanted: StoredTree | None = tree if tree.path in kept or tree.used_at > oldest else None
-            while wanted is not None and wanted.folder not in pinned:
-                pinned.add(wanted.folder)
-                wanted = by_folder.get(wanted.folder.parent / wanted.base) if wanted.base else None
-        return pinned
-
-    def _evict_with_deltas(self, base: StoredTree, trees: Collection[StoredTree]) -> int:
-        """Remove a tree after those that stand on it; returns the bytes of all."""
-        freed = 0
-        for tree in trees:
-            if tree.folder.parent == base.folder.parent and tree.base == base.key and tree.folder.exists():
-                freed += self._evict_with_deltas(tree, trees)
-        self._discard(base.folder)
-        return freed + base.size
+        tree = self._read(self._root / repo / key)
+        if tree is None:
+            return True
+        others = (self._read(self._root / repo / name) for name in self.keys(repo))
+        if tree.used_at > time.time() - SAFE_FOR or any(each and each.base == key for each in others):
+            return False
+        self._discard(tree.folder)
+        return True
 
     def _discard(self, folder: Path) -> None:
         trash = self._root / ".trash" / secrets.token_hex(8)

@@ -7,14 +7,11 @@ for speed, made again when missing). Each step from one state to the next is one
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +22,7 @@ from ci_platform import copy_on_write, layer_views, layers, sealing
 from ci_platform.commit_reports import CommitReport, Conflict, conflicts_with, describe
 from ci_platform.cones import Cone
 from ci_platform.copy_on_write import Method
-from ci_platform.errors import ConflictError, InvalidInputError, LimitExceededError
+from ci_platform.errors import ConflictError, LimitExceededError
 from ci_platform.open_trees import OpenTree
 from ci_platform.origins import Origin
 from ci_platform.sandboxes import SANDBOX_UID, Tree
@@ -33,29 +30,20 @@ from ci_platform.snapshots import Snapshot, View, layer_facts, snapshots_of
 from ci_platform.source import Checkout, GitFolder, Source, check_repo, check_sha
 from ci_platform.stacks import LayerAuthor, Stack
 from ci_platform.trees import Owner
+from ci_platform.workspace_places import WorkspacePlaces
 from pipelines.contract import Workspace
 
 T = TypeVar("T")
 
 __all__ = ["CommitReport", "Conflict", "LayerAuthor", "Workspaces", "describe"]
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _KEPT_FAILURES = 3
 """Of one workspace: enough to compare attempts, little enough to forget about."""
 
 _NOBODY = LayerAuthor("", 0, 0)
 
 
-@dataclass(slots=True)
-class _State:
-    """What this process knows of a workspace beyond its files."""
-
-    lock: anyio.Lock = field(default_factory=anyio.Lock)
-    last_order: int = 0
-    started: set[LayerAuthor] = field(default_factory=set)
-
-
-class Workspaces:
+class Workspaces(WorkspacePlaces):
     """All workspaces of a platform.
 
     *Order of calls*: `sweep` once at start; `fork`, then any number of `prepare` -> `commit` or `drop`.
@@ -70,25 +58,9 @@ class Workspaces:
     def __init__(
         self, root: Path, source: Source, method: Method, *, durable: bool = True, threads: int = 4
     ) -> None:
-        self._root, self._source, self._method, self._durable = root, source, method, durable
+        super().__init__(root, threads=threads)
+        self._source, self._method, self._durable = source, method, durable
         self._owner = Owner.of_sandboxes(SANDBOX_UID)
-        self._limiter = anyio.CapacityLimiter(threads)
-        self._states: dict[str, _State] = {}
-        self._open: dict[Path, OpenTree] = {}
-        for name in (".new", ".trash"):
-            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-        root.chmod(0o700)
-
-    async def _thread(self, function: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(function, limiter=self._limiter)
-
-    def _state(self, workspace_id: str) -> _State:
-        return self._states.setdefault(workspace_id, _State())
-
-    def _stack(self, workspace_id: str) -> Stack:
-        if not _ID.fullmatch(workspace_id):
-            raise InvalidInputError(f"a workspace id has letters, digits and _.-, got {workspace_id[:140]!r}")
-        return Stack(self._root / workspace_id)
 
     async def fork(
         self, workspace_id: str, repo: str, sha: str, *, cone: Cone | None = None, alone: bool = False
@@ -100,12 +72,19 @@ class Workspaces:
         """
         stack = self._stack(workspace_id)
         wanted = Origin(check_repo(repo), check_sha(sha), cone, alone)
-        if not await self._thread(stack.exists):
+        if not await self._exists(stack):
             checkout = await self._checkout(wanted)
             record = replace(wanted, git=checkout.git).as_json()
             await self._thread(lambda: self._create(stack, record))
         await self._check_origin(stack, wanted)
         return Workspace(workspace_id, repo, sha)
+
+    async def _exists(self, stack: Stack) -> bool:
+        """Whether a workspace is there. One whose files were collected makes place for a new one."""
+        async with self._state(stack.folder.name).lock:
+            if await self._thread(stack.is_collected):
+                await self._thread(lambda: self._remove(stack.folder))
+            return await self._thread(stack.exists)
 
     async def _check_origin(self, stack: Stack, wanted: Origin) -> None:
         found = Origin.from_json(await self._thread(stack.describe))
@@ -120,7 +99,7 @@ class Workspaces:
         stack = self._stack(workspace_id)
         origin = Origin.from_json(await self._thread(self._stack(source_id).describe))
         wanted = replace(origin, snapshot=f"{source_id}@{name}")
-        if not await self._thread(stack.exists):
+        if not await self._exists(stack):
             async with self.view(source_id, name) as view:
                 await self._thread(lambda: self._create(stack, wanted.as_json(), view.own))
         await self._check_origin(stack, wanted)
@@ -162,7 +141,7 @@ class Workspaces:
         stack, state = self._stack(workspace_id), self._state(workspace_id)
         async with state.lock:
             base = await self._base(stack)
-            first, in_use = author not in state.started, self._in_use()
+            first, in_use = author not in state.started, self.in_use()
             # Shielded: a folder that nobody knows of would stay until the next start.
             with anyio.CancelScope(shield=True):
                 opened = await self._thread(lambda: self._prepare(stack, author, base, in_use, first=first))
@@ -218,9 +197,6 @@ class Workspaces:
         if os.geteuid() == 0:
             os.chown(path, self._owner.uid, self._owner.gid)
         path.chmod(0o755)
-
-    def _in_use(self) -> set[Path]:
-        return {lower for opened in self._open.values() for lower in opened.lowers}
 
     async def _copy(self, opened: OpenTree) -> Tree:
         """Copy the merged view, for machines without overlayfs."""
@@ -306,37 +282,9 @@ class Workspaces:
         stack = self._stack(opened.workspace_id)
         async with self._state(opened.workspace_id).lock:
             self._open.pop(opened.folder, None)
-            in_use = self._in_use()
+            in_use = self.in_use()
             unused = await self._thread(lambda: [self._trash(path) for path in stack.garbage(in_use)])
         await self._thread(lambda: self._remove(opened.folder, *unused))
-
-    def _trash(self, path: Path) -> Path:
-        """Take a folder out of sight by a rename; removing it may take long."""
-        trash = self._root / ".trash" / secrets.token_hex(8)
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(trash)
-        return trash
-
-    def _remove(self, *paths: Path) -> None:
-        for path in paths:
-            layers.remove_tree(self._trash(path))
-
-    async def rewind(self, workspace_id: str, steps: Collection[tuple[str, int]]) -> int:
-        """Forget the layers of these (step, count); returns how many there were. The files go when unused."""
-        stack, state = self._stack(workspace_id), self._state(workspace_id)
-        async with state.lock:
-            return await self._thread(lambda: _rewind(stack, steps))
-
-    async def rewind_run(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
-        """Forget what these (step, count) changed in any workspace of a run."""
-        for workspace_id in await self.of_run(run_id):
-            await self.rewind(workspace_id, steps)
-
-    async def of_run(self, run_id: str) -> list[str]:
-        """Return the ids of a run's workspaces: those that start with its id and a dot."""
-        self._stack(run_id)
-        found = await self._thread(lambda: sorted(self._root.glob(f"{run_id}.*")))
-        return [path.name for path in found]
 
     async def read(self, workspace_id: str, path: str, *, limit: int = 1 << 20) -> bytes | None:
         """Return a regular file as the workspace stands, None where there is none or it is a link."""
@@ -345,67 +293,8 @@ class Workspaces:
             base = await self._base(stack)
             return await self._thread(lambda: layer_views.read((*stack.live_trees(), *base), path, limit))
 
-    async def delete(self, workspace_id: str) -> None:
-        """Remove a workspace; nothing where there is none. ConflictError while a command uses it."""
-        stack, state = self._stack(workspace_id), self._state(workspace_id)
-        async with state.lock:
-            if any(opened.workspace_id == workspace_id for opened in self._open.values()):
-                raise ConflictError(f"the workspace {workspace_id!r} is in use")
-            await self._thread(lambda: self._remove(stack.folder))
-        self._states.pop(workspace_id, None)
-
-    async def delete_run(self, run_id: str) -> None:
-        """Remove all workspaces of a run."""
-        for workspace_id in await self.of_run(run_id):
-            await self.delete(workspace_id)
-
-    async def sweep(self, live: Collection[str] | None = None) -> int:
-        """Remove what a killed process left half done; call once at start. Returns the workspaces removed.
-
-        `live` names runs or workspaces (a run's have ids that start with its id and a dot); others are removed.
-        None keeps all.
-        """
-        return await self._thread(lambda: self._sweep(live))
-
-    def _sweep(self, live: Collection[str] | None) -> int:
-        for folder in (self._root / ".new", self._root / ".trash"):
-            for path in folder.iterdir():
-                layers.remove_tree(path)
-        removed = 0
-        for path in self._root.glob("[!.]*"):
-            if live is None or path.name in live or path.name.partition(".")[0] in live:
-                for leftover in (*path.glob("pending/*"), *Stack(path).garbage(self._in_use())):
-                    if leftover not in self._open:  # its command goes on
-                        self._remove(leftover)
-            else:
-                self._remove(path)
-                removed += 1
-        return removed
-
-    async def evict(self, budget: int) -> int:
-        """Remove commits' trees that no workspace stands on, down to `budget` bytes; returns the bytes freed."""
-        return await self._source.evict(budget, self._in_use())
-
-    async def forget_failures(self, older_than: timedelta) -> int:
-        """Remove what failed commands left longer ago; returns how many there were."""
-        seconds = older_than.total_seconds()
-
-        def forget() -> int:
-            found = [old for path in self._root.glob("[!.]*") for old in Stack(path).outdated(seconds)]
-            self._remove(*found)
-            return len(found)
-
-        return await self._thread(forget)
-
 
 def _forget_earlier(stack: Stack, author: LayerAuthor, *, first: bool) -> None:
     for layer in stack.layers():
         if layer.author.same_step(author) and (first or layer.author.attempt < author.attempt):
             layer.forget()
-
-
-def _rewind(stack: Stack, steps: Collection[tuple[str, int]]) -> int:
-    forgotten = [layer for layer in stack.layers() if (layer.author.step, layer.author.count) in steps]
-    for layer in forgotten:
-        layer.forget()
-    return len(forgotten)

@@ -31,7 +31,7 @@ from ci_platform.source.checkouts import Checkout, Checkouts
 from ci_platform.source.names import check_repo
 from ci_platform.source.objects import check_sha
 from ci_platform.source.places import Places, read_and_close
-from ci_platform.tree_store import TreeStore
+from ci_platform.tree_store import StoredTree, TreeStore
 from ci_platform.trees import Owner, TreeLimits
 from ci_platform.workspace_git import GitFolder
 from pipelines.contract import Commit, CommitInfo, TreeEntry
@@ -113,6 +113,7 @@ class Source(Places):
         `ref` is where the remote should have it, for servers that give no commit by its id. Raises FailedError
         where the remote has no such commit, UnavailableError where it cannot be reached in time.
         """
+        self._used(repo)
         if await self.has(repo, sha):
             return
         if await self.exists(repo):
@@ -299,14 +300,42 @@ class Source(Places):
         `git` is that of an earlier checkout of the same commit, which is taken as long as it is here.
         """
         check_sha(folder.sha)
+        self._used(repo)
         async with self._builds(repo):
             return await self._read(
                 repo, folder.sha, lambda opened: self._checkouts.with_git(repo, opened, folder, git)
             )
 
-    async def evict(self, budget: int, keep: Collection[Path]) -> int:
-        """Remove trees, longest unused first, down to `budget` bytes, sparing `keep`; returns bytes freed."""
-        return await self._thread(lambda: self._trees.evict(budget, keep))
+    # Garbage
+
+    async def trees(self) -> list[tuple[str, StoredTree]]:
+        """Return the trees on disk with their repositories."""
+        return await self._thread(self._trees.all)
+
+    async def remove_tree(self, repo: str, key: str) -> bool:
+        """Remove a tree that nobody uses; False where it is safe by now, see `TreeStore.remove`."""
+        async with self._builds(repo):
+            return await self._thread(lambda: self._trees.remove(repo, key))
+
+    async def tree_ids(self, commits: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Return (repository, tree id) for each (repository, commit id) that is here."""
+        return await self._thread(lambda: {found for each in commits if (found := self._tree_id(*each))})
+
+    def _tree_id(self, repo: str, sha: str) -> tuple[str, str] | None:
+        try:
+            opened = self._open(repo)
+            return repo, read_and_close(opened, lambda it: str(objects.commit(it, repo, sha).tree_id))
+        except (NotFoundError, FailedError, pygit2.GitError):
+            return None
+
+    async def remove_mirror(self, repo: str, used_before: float) -> bool:
+        """Remove a mirror, to be fetched again when it is needed; False where it was used since `used_before`."""
+        path = self._mirrored(check_repo(repo))
+        async with self._alone(repo), self._builds(repo):
+            if not await self._thread(lambda: folders.used_before(path, used_before)):
+                return False
+            await self._discard(repo)
+        return True
 
     async def sweep(self) -> set[str]:
         """Repair what a killed process left half done, and end what it left running. Call once at start.

@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from ci_platform import layers
@@ -214,6 +215,35 @@ def sweep(root: Path, trash: Path) -> None:
     if trash.is_dir():
         for path in list(trash.iterdir()):
             layers.remove_tree(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a repository takes: bytes on disk, files and folders; `used_at` in seconds since the epoch."""
+
+    repo: str
+    size: int
+    files: int
+    used_at: float
+
+
+def held(root: Path) -> list[Held]:
+    """Return what the repositories below a folder take."""
+    found = list[Held]()
+    for repo in served(root):
+        path = root / f"{repo}.git"
+        with suppress(FileNotFoundError):
+            used_at = path.stat().st_mtime
+            found.append(Held(repo, *layers.taken(path), used_at))
+    return found
+
+
+def used_before(path: Path, moment: float) -> bool:
+    """Whether a repository was used last before a moment, in seconds since the epoch; so was one that is gone."""
+    try:
+        return path.stat().st_mtime <= moment
+    except FileNotFoundError:
+        return True
 
 
 def served(root: Path) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ import anyio
 import anyio.to_thread
 import pygit2
 
-from ci_platform import git_commands, layers
+from ci_platform import full_disk, git_commands, layers
 from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
 from ci_platform.mirroring import promised
 from ci_platform.named_locks import NamedLocks
 from ci_platform.source import folders, objects
+from ci_platform.source.folders import Held
 from ci_platform.source.names import check_repo
 
 T = TypeVar("T")
@@ -53,7 +55,7 @@ class Places:
         objects.isolate_libgit2()
 
     async def _thread(self, function: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(function, limiter=self._limiter)
+        return await anyio.to_thread.run_sync(full_disk.told(function), limiter=self._limiter)
 
     def _served(self, repo: str) -> Path:
         return self._root / "git" / f"{check_repo(repo)}.git"
@@ -65,6 +67,15 @@ class Places:
         """Return the repository's folder: the one that is served if there is one, else the mirror's."""
         served = self._served(repo)
         return served if served.is_dir() else self._mirrored(repo)
+
+    def _used(self, repo: str) -> None:
+        """Note that a mirror is in use."""
+        with suppress(OSError):
+            os.utime(self._mirrored(check_repo(repo)))
+
+    async def mirrors(self) -> list[Held]:
+        """Return the mirrors on disk, with what they take and when they were used last."""
+        return await self._thread(lambda: folders.held(self._root / "mirrors"))
 
     def _open(self, repo: str) -> pygit2.Repository:
         path = self.path(repo)

@@ -11,8 +11,9 @@ from typing import Any
 
 import anyio
 
+from ci_platform.admission import Admission
 from ci_platform.deliveries import CommitInfo, Deliveries
-from ci_platform.errors import FailedError, UnavailableError
+from ci_platform.errors import ConflictError, FailedError, UnavailableError
 from ci_platform.forges import Change, Forge
 from ci_platform.forges.local import LocalForge
 from ci_platform.gates import Gates
@@ -147,9 +148,16 @@ class Rewound:
 
     calls: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    collected: set[str] = field(default_factory=set)
 
     async def delete_run(self, run_id: str) -> None:
         self.deleted.append(run_id)
+
+    @asynccontextmanager
+    async def rerunning(self, run_id: str) -> AsyncIterator[None]:
+        if run_id in self.collected:
+            raise ConflictError("collected to make room")
+        yield
 
     async def rewind_run(self, run_id: str, steps: Collection[tuple[str, int]]) -> None:
         self.calls.append((run_id, list(steps)))
@@ -169,6 +177,7 @@ class Harness:
     commits: Commits
     layers: Rewound
     done: list[str]
+    shortage: list[str]
 
     async def start(self, branch: str = "topic", sha: str = SHA, **fields: Any) -> RunView:
         return await self.runs.start(request(branch, sha, **fields))
@@ -226,6 +235,8 @@ def request(branch: str = "topic", sha: str = SHA, **fields: Any) -> RunRequest:
 @asynccontextmanager
 async def harness(store: Store, clock: ManualClock, folder: Path) -> AsyncIterator[Harness]:
     done: list[str] = []
+    shortage: list[str] = []
+    admission = Admission(lambda: next(iter(shortage), None))
     engine = EmbeddedEngine(folder / "engine.db", clock=clock, synchronous="NORMAL")
     engine.register("ci", Pipeline, env={"DONE": done})
     notices = Notices(clock)
@@ -235,7 +246,16 @@ async def harness(store: Store, clock: ManualClock, folder: Path) -> AsyncIterat
     reports = Reports(store, clock, forges=forges, public_url="http://here")
     gates = Gates(store, clock, notices)
     workflows, layers, commits = Breakable(engine.binding("ci")), Rewound(), Commits()
-    runs = Runs(store, clock, notices, workflows=workflows, gates=gates, reports=reports, layers=layers)
+    runs = Runs(
+        store,
+        clock,
+        notices,
+        workflows=workflows,
+        gates=gates,
+        reports=reports,
+        layers=layers,
+        admission=admission,
+    )
     deliveries = Deliveries(store, clock, forges=forges, runs=runs, commits=commits)
     async with engine:
         yield Harness(
@@ -251,6 +271,7 @@ async def harness(store: Store, clock: ManualClock, folder: Path) -> AsyncIterat
             commits=commits,
             layers=layers,
             done=done,
+            shortage=shortage,
         )
 
 

@@ -290,16 +290,21 @@ async def test_logs_of_a_run_are_deleted_together(logs: Logs) -> None:
     assert await texts(logs, other) == ["x"]
 
 
-async def test_old_logs_expire(tmp_path: Path) -> None:
-    clock = ManualClock(datetime.now(UTC))
-    logs = Logs(tmp_path, clock=clock)
+async def test_collected_logs_say_so_and_grow_again(logs: Logs, tmp_path: Path) -> None:
+    other = LogKey(KEY.run_id, "other")
+    growing = logs.writer(KEY)
+    growing.write(b"x\n")
+    assert await logs.collect(KEY.run_id) is False
+    growing.finish()
+    logs.writer(other).finish()
+    assert await logs.collect(KEY.run_id) is True
+    assert await texts(logs) == await texts(logs, other) == ["this log was deleted to make room"]
+    assert [path.name for path in (tmp_path / "logs").glob("*/*")] == ["collected"]
+    assert (tmp_path / "logs" / KEY.run_id / "collected").stat().st_size == 0
     writer = logs.writer(KEY)
-    writer.write(b"x\n")
+    writer.write(b"again\n")
     writer.finish()
-    assert await logs.expire(timedelta(days=1)) == 0
-    clock.advance(timedelta(days=2))
-    assert await logs.expire(timedelta(days=1)) == 1
-    assert await texts(logs) == []
+    assert await texts(logs) == ["again"]
 
 
 async def test_no_step_name_can_be_chosen_to_write_into_anothers_log(logs: Logs, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import io
 import os
 import tarfile
 from collections.abc import AsyncIterator
-from datetime import timedelta
 from pathlib import Path
 
 import anyio
@@ -109,8 +108,10 @@ async def test_what_a_failed_command_left_is_kept_for_a_while(desk: Desk) -> Non
     seen = await files(desk, failed.name)
     assert (seen["report"], seen["one"], "README.md" in seen) == (b"partly\n", b"1\n", False)
     assert "report" not in await files(desk, "1"), "nobody stands on it"
-    assert await desk.workspaces.forget_failures(timedelta(hours=1)) == 0
-    assert await desk.workspaces.forget_failures(timedelta(0)) == 1
+    folder = failed.name.removeprefix("failed-")
+    async with desk.workspaces.view(ID, failed.name):
+        assert await desk.workspaces.remove_failure(ID, folder) is False, "somebody looks at it"
+    assert await desk.workspaces.remove_failure(ID, folder) is True
     with pytest.raises(NotFoundError, match="failed-"):
         await files(desk, failed.name)
 

@@ -422,20 +422,41 @@ async def test_our_own_repositories(source: Source) -> None:
         await source.resolve(REPO, "trunk")
 
 
-async def test_eviction_takes_the_longest_unused_and_spares_what_is_in_use(
-    source: Source, remote: WorkingCopy, tmp_path: Path
+async def test_a_tree_is_removed_unless_it_was_used_just_now_or_another_one_stands_on_it(
+    source: Source, remote: WorkingCopy
 ) -> None:
-    shas = [
-        await fetched(source, remote, remote.commit({f"{n}-{m}": b"%d" % n for m in range(1100)}))
-        for n in (1, 2, 3)
-    ]
-    trees = [(await source.materialise(REPO, sha))[0] for sha in shas]
-    assert await source.evict(0, []) == 0, "what was just used stays"
-    for age, tree in enumerate(reversed(trees)):
-        os.utime(tree.parent, (time.time() - 5000 * (age + 1),) * 2)
-    assert await source.evict(0, [trees[0]]) > 0
-    assert [tree.exists() for tree in trees] == [True, False, False]
-    assert (await source.materialise(REPO, shas[2]))[0].exists()
+    files: dict[str, Content] = {f"1-{m}": b"1" for m in range(20)}
+    shas = [await fetched(source, remote, remote.commit(each)) for each in (files, {"1-1": b"2"})]
+    (base,), (delta, _) = [await source.materialise(REPO, sha) for sha in shas]
+    keys = {path.parent.name: path.parent for path in (delta, base)}
+    assert {(repo, tree.key) for repo, tree in await source.trees()} == {(REPO, key) for key in keys}
+    assert [await source.remove_tree(REPO, key) for key in keys] == [False, False], "just used"
+    for folder in keys.values():
+        os.utime(folder, (time.time() - 5000,) * 2)
+    assert await source.remove_tree(REPO, base.parent.name) is False
+    assert [await source.remove_tree(REPO, key) for key in keys] == [True, True]
+    assert await source.trees() == []
+    assert (await source.materialise(REPO, shas[1]))[0].exists(), "it is made again"
+    assert await source.remove_tree(REPO, "base-nothing") is True
+
+
+async def test_a_mirror_is_removed_unless_it_was_used_and_fetched_again_when_needed(
+    tmp_path: Path, remote: WorkingCopy
+) -> None:
+    async def remote_of(_repo: str) -> Remote:
+        return Remote(remote.url)
+
+    source = Source(tmp_path / "other", allow_file=True, remote_of=remote_of)
+    sha = await fetched(source, remote, remote.commit({"a": b"1"}))
+    (held,) = await source.mirrors()
+    assert (held.repo, held.size > 0, held.files > 5) == (REPO, True, True)
+    assert await source.remove_mirror(REPO, time.time() - 600) is False
+    assert await source.read_file(REPO, sha, "a") == b"1"
+    assert await source.remove_mirror(REPO, time.time() + 1) is True
+    assert await source.mirrors() == []
+    assert await source.remove_mirror(REPO, 0) is True
+    assert await source.read_file(REPO, sha, "a") == b"1"
+    assert len(await source.mirrors()) == 1
 
 
 async def test_hooks_and_configuration_of_users_do_not_run(

@@ -1,0 +1,74 @@
+"""Which stores a platform has, each with its allowance from the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+
+from ci_platform.fetching import Remote
+from ci_platform.garbage import Allowance, Collectable
+from ci_platform.garbage.logs import RunLogs
+from ci_platform.garbage.mirrors import Mirrors
+from ci_platform.garbage.room import Room
+from ci_platform.garbage.trees import Trees
+from ci_platform.garbage.workspaces import EndedRuns, Failures, wanted_commits
+from ci_platform.logs import Logs
+from ci_platform.run_queries import RunQueries
+from ci_platform.settings import Settings
+from ci_platform.source import Source
+from ci_platform.workspaces import Workspaces
+from dynflow.clock import Clock
+
+
+def stores_of(
+    settings: Settings,
+    clock: Clock,
+    *,
+    runs: RunQueries,
+    source: Source,
+    workspaces: Workspaces,
+    logs: Logs,
+    remote_of: Callable[[str], Awaitable[Remote | None]],
+) -> list[Collectable]:
+    """Return what can be collected of a data folder."""
+
+    async def open_repos() -> set[str]:
+        return set((await runs.repos(still_open=True)).values())
+
+    async def commits() -> set[tuple[str, str]]:
+        return await wanted_commits(workspaces, runs.open_ids)
+
+    return [
+        Mirrors(source, _allowance(settings, settings.mirror_budget), wanted=open_repos, remote_of=remote_of),
+        Trees(
+            source,
+            _allowance(settings, settings.tree_cache, newest=1),
+            in_use=workspaces.in_use,
+            wanted=commits,
+        ),
+        EndedRuns(
+            workspaces,
+            _allowance(settings, settings.workspace_budget, newest=1),
+            still_open=runs.open_ids,
+        ),
+        Failures(workspaces, _allowance(settings, settings.failure_budget), kept_for=settings.keep_failures),
+        RunLogs(
+            logs,
+            _allowance(settings, settings.log_budget, newest=1),
+            clock,
+            kept_for=settings.retention,
+            still_open=runs.open_ids,
+            repos=runs.repos,
+        ),
+    ]
+
+
+def _allowance(settings: Settings, budget: int, newest: int = 0) -> Allowance:
+    newest_for = settings.keep_newest if newest else timedelta()
+    return Allowance(budget, settings.keep_recent, newest, newest_for)
+
+
+def room_of(settings: Settings) -> Room:
+    """Return the room of the file systems that a platform writes to; Docker's own is not among them."""
+    folders = [settings.data, settings.data / "source", settings.workspaces_path, settings.logs_path]
+    return Room(folders, min_free=settings.min_free, min_files=settings.min_free_files)
