@@ -223,7 +223,7 @@ class WorkerLoader(ABC):
 _HOME = {
     "ProcessLoader": "dynflow.isolates.loader",
     "TrustedLoader": "dynflow.isolates.trusted",
-    "describe_walls": "dynflow.isolates.pool",
+    "describe_walls": "dynflow.isolates.zygotes",
 }
 
 

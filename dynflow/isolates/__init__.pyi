@@ -8,10 +8,10 @@ from typing import Any, Protocol, Self, TypeAlias
 from dynflow.isolates.limits import CallLimits as CallLimits
 from dynflow.isolates.limits import IsolateLimits as IsolateLimits
 from dynflow.isolates.loader import ProcessLoader as ProcessLoader
-from dynflow.isolates.pool import describe_walls as describe_walls
 from dynflow.isolates.tails import Tail as Tail
 from dynflow.isolates.tails import TailEvent as TailEvent
 from dynflow.isolates.trusted import TrustedLoader as TrustedLoader
+from dynflow.isolates.zygotes import describe_walls as describe_walls
 from dynflow.types import StepContext
 from dynflow.workflow import StepPort, WorkflowStep
 

@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 from uuid import uuid4
@@ -28,11 +28,12 @@ from dynflow.isolates.bindings import HostBinding, Wrap, make_bindings
 from dynflow.isolates.cgroup import machine_memory
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
 from dynflow.isolates.places import Places
-from dynflow.isolates.pool import IsolatePool, IsolateProcess, describe_walls
+from dynflow.isolates.pool import IsolatePool
 from dynflow.isolates.process import Isolate, OnOutput
 from dynflow.isolates.session import Session, error_of, load_error_of
 from dynflow.isolates.tails import Tails, last_words
 from dynflow.isolates.warm import IsolateKeeper
+from dynflow.isolates.zygotes import IsolateProcess, describe_walls
 from dynflow.loop import WorkflowLoop, outside
 from dynflow.serialization import pack
 from dynflow.workflow import WorkflowStep
@@ -49,10 +50,11 @@ class ProcessLoader(WorkerLoader):
     calls of one tenant (see `WorkerCode`) have an isolate at the same time, see places.py; runs of workflows are not
     among them, for engines bound those.
     `on_output` gets what tenants print, with who printed it (None: the logger `dynflow.output`). `preload` names
-    packages that tenants may import besides the standard library. `total_memory` is what all isolates together may
-    use, in bytes, where the wall `cgroup` stands (None: three quarters of the machine's). `walls` are those of
-    `dynflow.isolates.confinement`. Without the essential ones `allow_unconfined` must be true; then those that cannot
-    be put up on this machine are left out.
+    packages that tenants may import besides the standard library; they are imported before the forks, so they must
+    start no thread then, and draw nothing from OpenSSL's generator, which would go on alike in each. `total_memory`
+    is what all isolates together may use, in bytes, where the wall `cgroup` stands (None: three quarters of the
+    machine's). `walls` are those of `dynflow.isolates.confinement`. Without the essential ones `allow_unconfined` must
+    be true; then those that cannot be put up on this machine are left out.
     """
 
     def __init__(  # noqa: PLR0913 - settings, each with its default
@@ -75,7 +77,7 @@ class ProcessLoader(WorkerLoader):
                 "of this process. For code that you trust use TrustedLoader, or give allow_unconfined=True"
             )
         memory = machine_memory() * 3 // 4 if total_memory is None else total_memory
-        self._pool_options = (tuple(walls), tuple(preload), ready, memory)
+        self._walls, self._pool_options = tuple(walls), (tuple(preload), ready, memory)
         self._allow_unconfined = allow_unconfined
         self._pool: IsolatePool[Isolate] | None = None
         self._on_output = on_output or _log_output
@@ -90,20 +92,19 @@ class ProcessLoader(WorkerLoader):
         """Tasks in which tails hear of something."""
 
     async def __aenter__(self) -> Self:
-        pool = IsolatePool(*self._pool_options, self._connect)
         try:
-            await pool.start()
+            self._pool = await self._start_pool(self._walls)
         except IsolateError:
-            await pool.close()
             if not self._allow_unconfined:
                 raise
-            walls, preload, ready, memory = self._pool_options
             found = await asyncio.to_thread(describe_walls)
-            standing = tuple(name for name in walls if found[name].startswith("up"))
-            pool = IsolatePool(standing, preload, ready, memory, self._connect)
-            await pool.start()
-        self._pool = pool
+            self._pool = await self._start_pool(each for each in self._walls if found[each].startswith("up"))
         return self
+
+    async def _start_pool(self, walls: Iterable[str]) -> IsolatePool[Isolate]:
+        pool = IsolatePool(tuple(walls), *self._pool_options, self._connect)
+        await pool.start()
+        return pool
 
     async def __aexit__(self, *exc_info: object) -> None:
         pool, self._pool = self._pool, None

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from dynflow.errors import DynflowError, InvalidArgumentError, IsolateCrashedError, IsolateLimitError
 from dynflow.isolates import Caller, IsolateLimits
-from dynflow.isolates.pool import IsolateProcess
 from dynflow.isolates.tails import Tails, size_of
 from dynflow.isolates.watchdog import Watchdog
 from dynflow.isolates.wire import Call, CallFuture, OversizeError, Peer, ProtocolError, WireLimits
+from dynflow.isolates.zygotes import IsolateProcess
 from dynflow.serialization import MEBIBYTE
 
 # Frames a second from one isolate before its host reads it more slowly: parsing them costs the host 10 µs each.
@@ -105,6 +105,11 @@ class Isolate(asyncio.Protocol):
     def is_usable(self) -> bool:
         """Whether nothing has gone wrong and nothing is under way."""
         return self.failed is None and not self.peer.unanswered() and not self.peer.performing
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process runs: one that died a moment ago may seem usable."""
+        return self._process.is_alive()
 
     def begin(self, session: Guest, limits: IsolateLimits) -> None:
         """Give it to `session`, whose call has these limits."""

@@ -51,7 +51,7 @@ class IsolateKeeper:
         while found := self._by_key.get(key):
             isolate = found[-1]
             self._forget(isolate)
-            if isolate.is_usable and isolate.watchdog.has_cpu_left():
+            if isolate.is_usable and isolate.is_alive and isolate.watchdog.has_cpu_left():
                 return isolate
             self.end(isolate)
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dynflow.errors import IsolateError, IsolateLimitError
-from dynflow.isolates import Capability, ProcessLoader, WorkerCode, cgroup, describe_walls, pool
+from dynflow.isolates import Capability, ProcessLoader, WorkerCode, cgroup, describe_walls, zygotes
 
 MEBIBYTE = 1024 * 1024
 
@@ -83,7 +83,7 @@ async def test_memory_of_all_isolates_together_has_an_end() -> None:
 async def test_where_there_is_no_room_for_another_isolate_its_call_fails_and_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool, "_TASKS", 5)  # the outer process, the zygote, three isolates
+    monkeypatch.setattr(zygotes, "_TASKS", 5)  # the outer process, the zygote, three isolates
     async with ProcessLoader(ready=0, warm=0) as loader:
         meet = Meet(4)
         calls = [asyncio.ensure_future(stub.fetch(1)) for stub in stubs(loader, 3, meet)]

@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 from dynflow.errors import IsolateCrashedError, IsolateError
-from dynflow.isolates import ProcessLoader, WorkerCode, WorkerStub, pool
+from dynflow.isolates import ProcessLoader, WorkerCode, WorkerStub, zygotes
 from dynflow.isolates.confinement import WALLS
-from dynflow.isolates.pool import IsolatePool, IsolateProcess
+from dynflow.isolates.pool import IsolatePool
+from dynflow.isolates.zygotes import IsolateProcess
 
 ROOT = Path(__file__).parents[3]
 DEADLINE = 30
@@ -117,7 +118,7 @@ async def test_a_zygote_that_does_not_answer_is_replaced(monkeypatch: pytest.Mon
         outer, zygote = family()
         zygote.suspend()
         with monkeypatch.context() as patch:
-            patch.setattr(pool, "_FORK_TIMEOUT", 0.2)
+            patch.setattr(zygotes, "_FORK_TIMEOUT", 0.2)
             with pytest.raises(IsolateCrashedError, match="does not answer"):
                 await worker(loader).get_entrypoint().f()
         assert await worker(loader).get_entrypoint().f() == 1
@@ -140,10 +141,47 @@ async def test_after_the_death_of_a_zygote_isolates_are_kept_ready_again() -> No
         await until(lambda: len(family()) == 4)
 
 
+@pytest.mark.parametrize("kept", ["ready", "warm"])
+async def test_an_isolate_that_died_a_moment_ago_is_given_to_nobody(kept: str) -> None:
+    code = WorkerCode("index.py", {"index.py": "def f(): return 1"})
+    async with ProcessLoader(ready=int(kept == "ready"), warm=int(kept == "warm")) as loader:
+        stub = loader.get("one", lambda: code)
+        if kept == "warm":
+            assert await stub.get_entrypoint().f() == 1
+        await until(lambda: len(family()) == 3)
+        await asyncio.sleep(0.1)  # connected, and kept
+        isolate = family()[-1]
+        isolate.kill()
+        while not _is_over(isolate):  # without a turn of this loop, which would hear of it
+            pass
+        assert await stub.get_entrypoint().f() == 1
+
+
+async def test_a_loader_that_is_cancelled_while_it_starts_leaves_nothing() -> None:
+    for turns in (0, 1, 2, 5, 20, 60):
+        starting = asyncio.create_task(ProcessLoader(ready=1).__aenter__())
+        for _ in range(turns):
+            await asyncio.sleep(0.002)
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            loader = await starting
+            await loader.__aexit__()
+        await until(lambda: family() == [])
+
+
+async def test_a_zygote_that_cannot_be_started_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = psutil.Process().num_fds()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(IsolateError, match=r"could not be started.*/nowhere/python"):
+        async with ProcessLoader():
+            pass
+    assert psutil.Process().num_fds() == before
+
+
 class _Child:
     """What a pool's user may make of a child."""
 
-    is_usable = True
+    is_usable = is_alive = True
 
     def __init__(self, process: IsolateProcess) -> None:
         self.process = process
