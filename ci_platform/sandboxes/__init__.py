@@ -38,6 +38,19 @@ class Tree:
 
 
 @dataclass(frozen=True, slots=True)
+class Mount:
+    """Files of their own in a job's sandbox, at `path` below its workspace or its home folder.
+
+    What a command changes in there goes into this tree and not into the job's. In the workspace, `path` is there
+    already, and nothing on the way to it is a link.
+    """
+
+    place: Literal["workspace", "home"]
+    path: str
+    tree: Tree
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxLimits:
     """What one command may use."""
 
@@ -91,6 +104,7 @@ class SandboxJob:
     limits: SandboxLimits = SandboxLimits()
     scope: str = ""
     services: tuple[Service, ...] = ()
+    mounts: tuple[Mount, ...] = ()
     say: Say = say_nothing
     survive: Path | None = None
     connected: Connected = field(default=_ignore, compare=False, repr=False)

@@ -11,7 +11,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ci_platform.sandboxes import cgroups, rootfs
@@ -29,15 +29,14 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Disk:
-    """Bytes and files below one folder, that of a command's changes.
+    """Bytes and files below the folders of a command's changes, all of them on one file system.
 
     `limit` and `most` are those that may come to what is there at first: nothing in an overlay's upper folder, the
     whole tree where it is a copy.
     """
 
-    def __init__(self, folder: int, limit: int, most: int, *, fresh: bool) -> None:
-        self._folder, self._limit, self._most = folder, limit, most
-        self._device = os.fstat(folder).st_dev
+    def __init__(self, folders: Sequence[int], limit: int, most: int, *, fresh: bool) -> None:
+        self._folders, self._limit, self._most = folders, limit, most
         self._before = (0, 0) if fresh else self._count()[:2]
         self._known = (0, 0)
         self._total = self._on_disk()
@@ -73,44 +72,18 @@ class Disk:
         return ("files", self._known[1]) if self._known[1] > self._most else None
 
     def _on_disk(self) -> tuple[int, int]:
-        found = os.fstatvfs(self._folder)
+        found = os.fstatvfs(self._folders[0])
         return (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_files - found.f_ffree
 
     def _count(self) -> tuple[int, int, int]:
         """Return bytes, files, and the depth at which it was given up."""
-        size, files, seen = 0, 0, set[int]()
-        with contextlib.ExitStack() as stack:
-            try:
-                top = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._folder)
-            except OSError:
-                return 0, 0, 0
-            open_folders = [(top, stack.enter_context(os.scandir(top)))]
-            try:
-                while open_folders:
-                    fd, entries = open_folders[-1]
-                    entry = next(entries, None)
-                    if entry is None:
-                        entries.close()
-                        os.close(fd)
-                        open_folders.pop()
-                        continue
-                    with contextlib.suppress(OSError):
-                        found = entry.stat(follow_symlinks=False)
-                        files += 1
-                        linked = found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode)
-                        if not linked or found.st_ino not in seen:
-                            size += found.st_blocks * 512
-                        if linked:
-                            seen.add(found.st_ino)
-                        if stat.S_ISDIR(found.st_mode):
-                            if len(open_folders) > _DEEPEST:
-                                return size, files, len(open_folders)
-                            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                            below = os.open(entry.name, flags, dir_fd=fd)
-                            open_folders.append((below, stack.enter_context(os.scandir(below))))
-            finally:
-                for fd, _ in open_folders:
-                    os.close(fd)
+        size = files = 0
+        seen = set[int]()
+        for folder in self._folders:
+            below, inside, deepest = _count_in(folder, seen)
+            size, files = size + below, files + inside
+            if deepest:
+                return size, files, deepest
         return size + self._without_a_name(), files, 0
 
     def _without_a_name(self) -> int:
@@ -122,6 +95,44 @@ class Disk:
                 if found.st_nlink == 0 and stat.S_ISREG(found.st_mode) and not _is_private(found.st_dev):
                     sizes[found.st_ino] = found.st_blocks * 512
         return sum(sizes.values())
+
+
+def _count_in(folder: int, seen: set[int]) -> tuple[int, int, int]:
+    """Return bytes, files, and the depth at which it was given up. `seen` are inodes with several names."""
+    size = files = 0
+    with contextlib.ExitStack() as stack:
+        try:
+            top = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+        except OSError:
+            return 0, 0, 0
+        open_folders = [(top, stack.enter_context(os.scandir(top)))]
+        try:
+            while open_folders:
+                fd, entries = open_folders[-1]
+                entry = next(entries, None)
+                if entry is None:
+                    entries.close()
+                    os.close(fd)
+                    open_folders.pop()
+                    continue
+                with contextlib.suppress(OSError):
+                    found = entry.stat(follow_symlinks=False)
+                    files += 1
+                    linked = found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode)
+                    if not linked or found.st_ino not in seen:
+                        size += found.st_blocks * 512
+                    if linked:
+                        seen.add(found.st_ino)
+                    if stat.S_ISDIR(found.st_mode):
+                        if len(open_folders) > _DEEPEST:
+                            return size, files, len(open_folders)
+                        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                        below = os.open(entry.name, flags, dir_fd=fd)
+                        open_folders.append((below, stack.enter_context(os.scandir(below))))
+        finally:
+            for fd, _ in open_folders:
+                os.close(fd)
+    return size, files, 0
 
 
 def _descriptors() -> Iterator[Path]:

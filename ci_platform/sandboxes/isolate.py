@@ -26,6 +26,7 @@ from ci_platform.sandboxes import (
     Sandbox,
     SandboxJob,
     SandboxOutcome,
+    Tree,
     berths,
     cgroups,
     messages,
@@ -262,8 +263,6 @@ class IsolateSandbox(Sandbox):
         }
         if any("\0" in text for text in (*job.argv, *env, *env.values())) or any("=" in key for key in env):
             raise FailedError("argv and env must not contain NUL characters, nor names of variables '='")
-        tree = job.tree
-        found = tree.upper.stat()
         return {
             "argv": list(job.argv),
             "env": env,
@@ -271,12 +270,10 @@ class IsolateSandbox(Sandbox):
             **_limits(job),
             "kept": self._kept.total_seconds(),
             "rlimits": self._rlimits(job),
-            "tree": {
-                "upper": str(tree.upper.resolve()),
-                "work": str(tree.work.resolve()) if tree.lowers else "",
-                "lowers": [str(lower.resolve()) for lower in tree.lowers],
-                "identity": [found.st_dev, found.st_ino],
-            },
+            "tree": _tree(job.tree),
+            "mounts": [
+                {"place": each.place, "path": each.path, "tree": _tree(each.tree)} for each in job.mounts
+            ],
         }
 
     def _rlimits(self, job: SandboxJob) -> dict[str, int]:
@@ -294,18 +291,10 @@ class IsolateSandbox(Sandbox):
     async def _take(self) -> Berth:
         """Return a prepared sandbox, a fresh one where those in stock died with their launcher."""
         while self._berths:
-            berth = self._berths.popleft()
-            if await berth.prepared():
+            if (berth := await _prepared(self._berths.popleft())) is not None:
                 return berth
-            berth.close()
-        berth = self._new_berth()
-        try:
-            if await berth.prepared():
-                return berth
-        except BaseException:
-            berth.close()
-            raise
-        berth.close()
+        if (berth := await _prepared(self._new_berth())) is not None:
+            return berth
         raise UnavailableError("isolate sandbox: its launcher ended; see the platform's stderr")
 
     def _refill(self) -> None:
@@ -358,6 +347,29 @@ class IsolateSandbox(Sandbox):
             self._launcher.wait()
         self._drop_berths()
         self._start()
+
+
+async def _prepared(berth: Berth) -> Berth | None:
+    """Return a berth that is ready, None where it is gone. Whoever is cancelled here leaves none that nobody has."""
+    try:
+        if await berth.prepared():
+            return berth
+    except BaseException:
+        berth.close()
+        raise
+    berth.close()
+    return None
+
+
+def _tree(tree: Tree) -> dict[str, Any]:
+    """Return what a supervisor mounts. It may have been prepared before the tree's file system was mounted."""
+    found = tree.upper.stat()
+    return {
+        "upper": str(tree.upper.resolve()),
+        "work": str(tree.work.resolve()) if tree.lowers else "",
+        "lowers": [str(lower.resolve()) for lower in tree.lowers],
+        "identity": [found.st_dev, found.st_ino],
+    }
 
 
 def _limits(job: SandboxJob) -> dict[str, Any]:

@@ -117,6 +117,19 @@ def limit_private_places(root: str, size: int) -> None:
     linux.mount("tmpfs", root + SCRATCH, None, flags, f"size={size}")
 
 
+def mount_point(root: str, place: str, path: str, uid: int) -> str:
+    """Return where a job's mount goes, made if it is in the home folder, which is empty. Nothing runs in there yet."""
+    if place == "workspace":
+        return f"{root}{WORKSPACE}/{path}"
+    target = root + HOME
+    for name in path.split("/"):
+        target += f"/{name}"
+        if not Path(target).exists():
+            Path(target).mkdir()
+            os.chown(target, uid, uid)
+    return target
+
+
 def close(root: str) -> None:
     """Make the root directory itself read-only."""
     fd = os.open(root, os.O_PATH | os.O_CLOEXEC)

@@ -107,11 +107,14 @@ class Berth:
         os.close(printing)
         return printed
 
-    def _settle(self, changes: int) -> None:
-        """Let go of what the ended command held. Nothing runs in there, so the overlay is really gone afterwards."""
-        os.close(changes)
-        with contextlib.suppress(OSError):
-            linux.unmount(rootfs.WORKSPACE)
+    def _settle(self, changes: list[int]) -> None:
+        """Let go of what the ended command held. Nothing runs in there, so the overlays are really gone afterwards."""
+        for descriptor in changes:
+            os.close(descriptor)
+        # With what is mounted below it. Names of the tenant's are not followed: the two are the sandbox's own.
+        for place in (rootfs.WORKSPACE, rootfs.HOME):
+            with contextlib.suppress(OSError):
+                linux.unmount(place, linux.MNT_DETACH)
 
     def _prepare(self) -> None:
         if self.parents is not None:
@@ -184,19 +187,12 @@ class Berth:
         with socket.create_server((ADDRESS, PORT), backlog=128) as listener:
             messages.send(self.channel, {"ready": self.init}, [listener.fileno()])
 
-    def _furnish(self, job: dict[str, Any]) -> int:
-        """Mount the workspace and leave the host's tree for good; returns the folder of the command's changes, open."""
-        tree = job["tree"]
-        upper = HOST + tree["upper"]
-        if _identity(upper) != tree["identity"]:
-            raise _StaleError(f"{tree['upper']} is on a file system that was mounted later")
-        changes = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        target = ROOT + rootfs.WORKSPACE
-        if tree["lowers"]:
-            lowers = [HOST + lower for lower in tree["lowers"]]
-            linux.mount_overlay(lowers, upper, HOST + tree["work"], target, as_root=self.as_root)
-        else:
-            linux.bind(upper, target, linux.ATTR_NOSUID | linux.ATTR_NODEV, recursive=False)
+    def _furnish(self, job: dict[str, Any]) -> list[int]:
+        """Mount the workspace, and leave the host's tree for good; returns the folders that take changes, open."""
+        changes = [self._show(job["tree"], ROOT + rootfs.WORKSPACE)]
+        for mount in job["mounts"]:
+            target = rootfs.mount_point(ROOT, mount["place"], mount["path"], self.uid)
+            changes.append(self._show(mount["tree"], target))
         rootfs.limit_private_places(ROOT, job["memory"])
         if self.group is not None:
             self.group.limit(job["memory"], job["processes"], job["cpus"])
@@ -204,6 +200,19 @@ class Berth:
         linux.pivot_root(".", ".")
         linux.unmount(".", linux.MNT_DETACH)
         os.chdir("/")
+        return changes
+
+    def _show(self, tree: dict[str, Any], target: str) -> int:
+        """Mount a tree; returns the folder of what will be changed in it, open."""
+        upper = HOST + tree["upper"]
+        if _identity(upper) != tree["identity"]:
+            raise _StaleError(f"{tree['upper']} is on a file system that was mounted later")
+        changes = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if tree["lowers"]:
+            lowers = [HOST + lower for lower in tree["lowers"]]
+            linux.mount_overlay(lowers, upper, HOST + tree["work"], target, as_root=self.as_root)
+        else:
+            linux.bind(upper, target, linux.ATTR_NOSUID | linux.ATTR_NODEV, recursive=False)
         return changes
 
     def _kill(self) -> None:

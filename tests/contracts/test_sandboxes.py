@@ -22,6 +22,7 @@ from ci_platform.errors import FailedError, UnavailableError
 from ci_platform.sandboxes import (
     MEBIBYTE,
     SANDBOX_UID,
+    Mount,
     Sandbox,
     SandboxJob,
     SandboxLimits,
@@ -181,6 +182,25 @@ async def test_arguments_arrive_as_they_are(run: Run) -> None:
     assert run.text == "".join(f"<{argument}>" for argument in odd)
 
 
+async def test_a_job_that_is_cancelled_before_it_begins_leaves_nothing(sandbox: Sandbox, run: Run) -> None:
+    kept = []
+
+    async def begin() -> None:
+        try:
+            await run("sleep 600")
+        except BaseException as error:
+            kept.append(error)  # and with it everything that the job held
+            raise
+
+    await sandbox.sweep()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(begin)
+        await anyio.lowlevel.checkpoint()
+        tasks.cancel_scope.cancel()
+    with anyio.fail_after(SOON):
+        await sandbox.close()
+
+
 # --- output ---
 
 
@@ -320,6 +340,33 @@ async def test_the_workspace_is_all_layers_seen_as_one(run: Run) -> None:
     base = run.layer("bottom", {"both": "bottom", "old": "old"})
     await run("cat both new old", run.tree(top, base))
     assert run.text == "topnewold"
+
+
+async def test_files_of_their_own_are_mounted_in_the_workspace_and_in_the_home_folder(run: Run) -> None:
+    held = run.tree(run.layer("cached", {"old": "old", "gone": "gone"}))
+    fresh = Tree(run.layer("fresh"), run.layer("unused"))
+    mounts = (Mount("workspace", "deep/deps", held), Mount("home", ".cache/tool/a", fresh))
+    way = run.layer("way", {"deep/deps/hidden": "hidden", "deep/file": "beside"})
+    tree = run.tree(way)
+    script = (
+        "set -e; ls deep/deps; cat deep/file; cd deep/deps; rm gone; echo new >new; cd ~; mkdir .cache/other;"
+        " mkdir .cache/tool/a/b; echo made >.cache/tool/a/b/c"
+    )
+    assert (await run(script, tree, mounts=mounts)).exit_code == 0, run.text
+    assert run.text == "gone\nold\nbeside"
+    assert [path.name for path in tree.upper.rglob("*")] == []
+    assert (held.upper / "new").read_text() == "new\n"
+    assert (held.lowers[0] / "gone").exists()
+    assert (fresh.upper / "b/c").read_text() == "made\n"
+
+
+async def test_what_is_written_to_mounts_counts_for_the_limits(run: Run, kind: str) -> None:
+    if "container" in kind:
+        pytest.skip("the disk of containers is not limited")
+    mounts = (Mount("home", "tool", Tree(run.layer("fresh"), run.layer("unused"))),)
+    script = "head -c 100000000 /dev/zero >~/tool/big; sleep 600"
+    outcome = await run(script, limits=limits(disk=9 * MEBIBYTE), mounts=mounts)
+    assert outcome.reason == "disk"
 
 
 async def test_changes_go_to_the_upper_folder_alone(run: Run) -> None:

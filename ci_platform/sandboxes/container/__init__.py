@@ -65,7 +65,8 @@ class ContainerSandbox(ImageMaker):
 
     async def _run_over(self, job: SandboxJob, network: str | None, output: Output) -> SandboxOutcome:
         networks = [name for name in (network, self._network if job.network else None) if name]
-        if self._warm and job.scope and job.tree.lowers:
+        # Into a container that runs, one workspace is mounted, and nothing besides.
+        if self._warm and job.scope and job.tree.lowers and not job.mounts:
             _, image = await self.resolve(job.image, job.say)
             try:
                 return await self._waiting.run(image, job, networks, output)
@@ -83,9 +84,12 @@ class ContainerSandbox(ImageMaker):
     ) -> SandboxOutcome:
         _, image = await self.resolve(job.image, job.say)
         try:
-            return await run_fresh(
-                self._engine, image, job, folder, output, networks=networks, streams=self._streams
-            )
+            async with contextlib.AsyncExitStack() as stack:
+                shown = [await stack.enter_async_context(self._shown(each.tree)) for each in job.mounts]
+                folders = [folder, *shown]
+                return await run_fresh(
+                    self._engine, image, job, folders, output, networks=networks, streams=self._streams
+                )
         except ImageNotFound:
             raise self._gone(image) from None
 

@@ -30,20 +30,24 @@ async def run_fresh(
     engine: Engine,
     image: str,
     job: SandboxJob,
-    folder: Path,
+    folders: Sequence[Path],
     output: Output,
     *,
     networks: Sequence[str],
     streams: anyio.CapacityLimiter,
 ) -> SandboxOutcome:
-    """Run one command over `folder` in a container that ends with it. `streams` bounds the threads that read."""
+    """Run one command in a container that ends with it. `streams` bounds the threads that read.
+
+    The first of `folders` is the workspace, the others are those of the job's mounts.
+    """
     program = {
         "entrypoint": [job.argv[0]],
         "command": list(job.argv[1:]),
         "environment": walls.environment(job),
         "working_dir": walls.place(job.cwd),
     }
-    binds = [f"{folder}:{walls.WORKSPACE}:rw"]
+    targets = [walls.WORKSPACE, *(walls.mount_point(mount) for mount in job.mounts)]
+    binds = [f"{folder}:{target}:rw" for folder, target in zip(folders, targets, strict=True)]
     container = await engine.shielded(
         lambda client: walls.create(client, image, job, binds=binds, networks=networks, program=program)
     )

@@ -11,7 +11,7 @@ import docker
 from docker.types import LogConfig
 
 from ci_platform.errors import FailedError
-from ci_platform.sandboxes import SANDBOX_UID, SandboxJob, cgroups
+from ci_platform.sandboxes import SANDBOX_UID, Mount, SandboxJob, cgroups
 from ci_platform.sandboxes.container.engine import JOB, PLATFORM, RUN
 from ci_platform.sandboxes.container.networks import NOWHERE
 
@@ -61,7 +61,7 @@ def create(
         read_only=not installs,
         security_opt=["no-new-privileges"],
         shm_size=limits.memory,
-        tmpfs=dict.fromkeys(PRIVATE, private),
+        tmpfs=dict.fromkeys([*PRIVATE, *_ways_home(job)], private),
     )
     labels = {JOB: job.id, RUN: job.scope, PLATFORM: cgroups.platform_name()}
     made: dict[str, str] = client.api.create_container(
@@ -81,6 +81,18 @@ def create(
 def environment(job: SandboxJob) -> dict[str, str]:
     """Return the environment of a command; what its image sets comes below it."""
     return {"HOME": HOME, "USER": "ci", "LANG": "C.UTF-8", "CI": "true", "DYNFLOW": "true"} | dict(job.env)
+
+
+def mount_point(mount: Mount) -> str:
+    """Return where a job's mount is, inside."""
+    return str(PurePosixPath(WORKSPACE if mount.place == "workspace" else HOME, mount.path))
+
+
+def _ways_home(job: SandboxJob) -> list[str]:
+    """Return the folders between the home folder and what is mounted in it; the engine would make them as root's."""
+    targets = [PurePosixPath(mount_point(mount)) for mount in job.mounts if mount.place == "home"]
+    ways = {str(parent) for target in targets for parent in target.parents if parent.is_relative_to(HOME)}
+    return sorted(ways - {HOME})
 
 
 def place(cwd: str) -> str:
