@@ -14,6 +14,7 @@ from ci_platform import copy_on_write, data_lock, isolation
 from ci_platform.access import Access
 from ci_platform.admission import Admission
 from ci_platform.artifacts import RepositoryCapability
+from ci_platform.caches import Caches
 from ci_platform.capabilities import ForgeCapability, SandboxCapability
 from ci_platform.deliveries import Deliveries
 from ci_platform.encryption import Encryption
@@ -28,15 +29,12 @@ from ci_platform.garbage.room_keeper import RoomKeeper
 from ci_platform.garbage.stores import room_of, stores_of
 from ci_platform.gates import Gates
 from ci_platform.git_store import GitStore
-from ci_platform.grafts import Grafts
-from ci_platform.guarded import make_guard
 from ci_platform.image_capability import ImagesCapability
 from ci_platform.image_making import ImageMaking
 from ci_platform.images import PinnedImages, read_names
 from ci_platform.imports import Imports
 from ci_platform.listeners import closing, noticing
 from ci_platform.logs import Logs
-from ci_platform.module_access import ModuleAccess
 from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
 from ci_platform.pushes import Pushes
@@ -90,6 +88,7 @@ class Platform:
     logs: Logs
     source: Source
     workspaces: Workspaces
+    caches: Caches
     execution: Execution
     collector: Collector
     room: Room
@@ -158,12 +157,8 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     )
     forced = None if settings.copy_on_write == "auto" else settings.copy_on_write
     method = await anyio.to_thread.run_sync(lambda: copy_on_write.probe(settings.workspaces_path, forced))
-    workspaces = Workspaces(
-        settings.workspaces_path,
-        source,
-        method,
-        grafts=Grafts(source, ModuleAccess(repositories, remotes, settings.base_url), make_guard(settings)),
-    )
+    workspaces = Workspaces(settings.workspaces_path, source, method)
+    caches = Caches.of(settings, method, store, clock)
     logs = Logs(settings.logs_path, clock=clock, largest=settings.max_log)
     sandboxes = make_sandboxes(settings)
     notices = Notices(clock)
@@ -191,6 +186,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         images=images,
         limits=_limits(settings),
         survival=Survival(settings.data / "commands"),
+        caches=caches,
     )
     making = None
     if isinstance(maker := sandboxes.get("container"), ImageMaker):
@@ -246,6 +242,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     git_store = GitStore(repositories, source, imports, pushes, access)
 
     await _recover(source, execution, workspaces, logs, runs, pushes, git_store)
+    await caches.sweep()
     try:
         async with isolation.opened(loader, settings), engine:
             try:
@@ -273,6 +270,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
                     logs=logs,
                     source=source,
                     workspaces=workspaces,
+                    caches=caches,
                     execution=execution,
                     collector=collector,
                     room=room,
@@ -315,6 +313,7 @@ def _housekeeping(platform: Platform) -> Retention:
 
     async def tidy() -> None:
         await platform.collector.collect()
+        await platform.caches.tidy()
         await platform.source.maintain()
 
     return Retention(

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ci_platform.caches.specs import checked as check_caches
 from ci_platform.cancellation import with_shields
 from ci_platform.cones import Cone
 from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError, NotFoundError
@@ -84,8 +85,7 @@ class ArtifactsCapability(Capability):
     ) -> Workspace:
         """Fork a copy-on-write workspace of this run's repository at `sha` (default: the run's commit).
 
-        `sparse` is a list of folders: these alone, and the files above them, are on disk. With `submodules` their files
-        are in it, with `lfs` those that LFS keeps. Repeating a call in
+        `sparse` is a list of folders: these alone, and the files above them, are on disk. Repeating a call in
         the same step gives the same workspace. A run of a fork's pull request reaches only its own commit.
         """
         identity, caller = _identity()
@@ -99,22 +99,12 @@ class ArtifactsCapability(Capability):
             )
         if commit != identity.sha and not identity.trusted:
             raise ForbiddenError(f"a pull request from a fork may read its own commit {identity.sha} only")
-        with_modules, with_lfs = _flag("submodules", submodules), _flag("lfs", lfs)
-        if with_lfs:
-            raise FailedError(
-                "ARTIFACTS.fork(lfs=True) is not supported: files that LFS keeps are its pointers"
-            )
+        _refuse_to_fetch(submodules=submodules, lfs=lfs)
         cone = None if sparse is None else Cone.of(sparse)
         workspace_id = f"{identity.run_id}.{_slug(step)}"
         return await with_shields(
             lambda: self._workspaces.fork(
-                workspace_id,
-                identity.repo,
-                commit,
-                cone=cone,
-                alone=not identity.trusted,
-                submodules=with_modules,
-                lfs=with_lfs,
+                workspace_id, identity.repo, commit, cone=cone, alone=not identity.trusted
             )
         )
 
@@ -154,10 +144,14 @@ def _checked_workspace(workspace: Any, identity: RunIdentity) -> str:
     return workspace_id
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidInputError(f"ARTIFACTS.fork({name}=…) is True or False, not {value!r:.20}")
-    return value
+def _refuse_to_fetch(**options: Any) -> None:
+    """Say what of a fork this platform cannot do: the folders of submodules are empty, LFS files are pointers."""
+    for name, value in options.items():
+        if value is not False:
+            raise FailedError(
+                f"ARTIFACTS.fork({name}={value!r:.20}) is not supported: leave it out, and fetch what it names "
+                "by a command with network=True"
+            )
 
 
 class SandboxCapability(Capability):
@@ -183,6 +177,7 @@ class SandboxCapability(Capability):
                 'sandbox="container" is switched off on this platform (setting allow_containers)'
             )
         check_services(command.services, command.sandbox)
+        check_caches(command.cache)
         images = {command.image, *(service.image for service in command.services)}
         if images - {None, self._settings.container_image} and not identity.trusted:
             # Any image of the host's engine could be named, also one that was never meant to be read.

@@ -7,17 +7,16 @@ import os
 import shlex
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import anyio
 
-from ci_platform.egress.policy import MOST_RULES, Rule
+from ci_platform.caches import Caches
+from ci_platform.command_checks import check_command
 from ci_platform.errors import (
     FailedError,
-    InvalidInputError,
     LimitExceededError,
     PlatformError,
     UnavailableError,
@@ -25,7 +24,16 @@ from ci_platform.errors import (
 from ci_platform.images import PinnedImages
 from ci_platform.logs import LogKey, Logs
 from ci_platform.printing import Printer, seconds
-from ci_platform.sandboxes import MEBIBYTE, Output, Sandbox, SandboxJob, SandboxLimits, SandboxOutcome, Tree
+from ci_platform.sandboxes import (
+    MEBIBYTE,
+    Mount,
+    Output,
+    Sandbox,
+    SandboxJob,
+    SandboxLimits,
+    SandboxOutcome,
+    Tree,
+)
 from ci_platform.survival import Progress, Survival, Survivor
 from ci_platform.workspaces import LayerAuthor, Workspaces, describe
 from pipelines.contract import Command, CommandResult, SandboxKind
@@ -39,10 +47,6 @@ _LOOK_EVERY = 1.0
 _OF_ONE_RUN = 16
 _AT_ONCE = max(64, 8 * (os.cpu_count() or 1))
 """Commands side by side, of one run and of all: each may take all the memory and processes that one may."""
-
-_MOST_ARGUMENTS = 100_000
-_LARGEST_ARGUMENTS = MEBIBYTE
-"""Bytes of argv and env together; Linux takes 2 MiB by default and the platform adds a little."""
 
 
 _Run = Callable[[SandboxJob, Output], Awaitable[SandboxOutcome | None]]
@@ -59,7 +63,7 @@ class Execution:
     exits non-zero is a result.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - everything of a command comes together here
         self,
         workspaces: Workspaces,
         logs: Logs,
@@ -70,6 +74,7 @@ class Execution:
         at_once: int = _AT_ONCE,
         of_one_run: int = _OF_ONE_RUN,
         survival: Survival | None = None,
+        caches: Caches | None = None,
     ) -> None:
         self._workspaces, self._logs, self._sandboxes = workspaces, logs, sandboxes
         self._images, self._limits = images, limits or SandboxLimits()
@@ -77,6 +82,7 @@ class Execution:
         self._runs: WeakValueDictionary[str, anyio.CapacityLimiter] = WeakValueDictionary()
         self._started = 0
         self._survival, self._leaving = survival, False
+        self._caches = caches
         self._reopened: dict[Path, Tree] = {}
 
     async def run(
@@ -92,7 +98,7 @@ class Execution:
 
         `redact` are the secrets that may turn up in its output. Everything goes to the log of the author's step.
         """
-        _check(command)
+        check_command(command)
         sandbox = self._sandboxes.get(command.sandbox)
         if sandbox is None:
             raise FailedError(f"this platform has no sandbox of kind {command.sandbox!r}")
@@ -123,6 +129,8 @@ class Execution:
             tree = self._workspaces.reopen(each.tree) if each.run_id in still_open else None
             if tree is not None:
                 self._reopened[each.folder] = tree
+                if self._caches is not None:
+                    self._caches.reopen(each.tree.get("caches"), tree)
         await self._abandon(self._survival.drop(lambda each: each.folder not in self._reopened))
 
     async def see_off(self, still_open: Callable[[], Awaitable[Collection[str]]]) -> None:
@@ -163,6 +171,8 @@ class Execution:
     async def _forget(self, folder: Path | None, tree: Tree | None) -> None:
         """Drop what an ended command has left. There is nothing to drop after a commit."""
         if tree is not None:
+            if self._caches is not None:
+                await self._caches.close(tree)
             await self._workspaces.drop(tree, keep=True)
         if folder is not None and self._survival is not None:
             self._survival.remove(folder)
@@ -186,8 +196,9 @@ class Execution:
             if self._images is not None:
                 command = await self._images.pin_all(sandbox, run_id, command, printer.notice)
             tree = await self._workspaces.prepare(command.workspace.id, author)
-            job = self._job(command, run_id, tree, limits, printer)
-            about = self._workspaces.describe_open(tree)
+            tree, mounts = await self._with_caches(command, run_id, author, tree, printer)
+            job = replace(self._job(command, run_id, tree, limits, printer), mounts=mounts)
+            about = self._described(tree)
             if self._survival is not None and sandbox.outlives and about is not None:
                 # Where the disk is full it will not survive, and will fail for that reason soon enough.
                 with contextlib.suppress(OSError):
@@ -198,6 +209,24 @@ class Execution:
             if result is None:
                 raise UnavailableError("the sandbox lost its command")
             return result
+
+    async def _with_caches(
+        self, command: Command, run_id: str, author: LayerAuthor, tree: Tree, printer: Printer
+    ) -> tuple[Tree, tuple[Mount, ...]]:
+        """Find the command's caches; returns its tree with room for them, and what to mount."""
+        if not command.cache or self._caches is None:
+            return tree, ()
+        try:
+            return await self._caches.open(run_id, author, command.cache, tree, printer.notice)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._workspaces.drop(tree)
+            raise
+
+    def _described(self, tree: Tree) -> dict[str, Any] | None:
+        about = self._workspaces.describe_open(tree)
+        caches = None if self._caches is None else self._caches.describe(tree)
+        return about if about is None or caches is None else about | {"caches": caches}
 
     async def _go_on(
         self,
@@ -269,6 +298,8 @@ class Execution:
         if outcome.exit_code != 0:
             _raise_if_full(job.tree.upper)
         else:
+            if self._caches is not None:
+                await self._caches.save(job.tree, printer.notice)
             report = await self._workspaces.commit(job.tree)
             if conflicts := describe(report):
                 printer.say("notice", conflicts)
@@ -320,51 +351,3 @@ def _raise_if_full(path: Path) -> None:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_ECHO else f"{text[:_LONGEST_ECHO]}… ({len(text):,} characters)"
-
-
-def _can_be_passed(text: str) -> bool:
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:
-        return False
-
-
-def _check(command: Command) -> None:
-    """Refuse values of wrong types: they come out of an isolate, so annotations promise nothing."""
-    argv: Any = command.argv
-    env: Any = command.env
-    timeout: Any = command.timeout
-    if not isinstance(argv, tuple) or not argv or not isinstance(env, dict):
-        raise InvalidInputError("argv must be a list of text that is not empty, env a dict")
-    texts: list[Any] = [*argv, *env, *env.values(), command.cwd, command.image or "", command.sandbox]
-    if len(texts) > _MOST_ARGUMENTS:
-        raise InvalidInputError(f"argv and env have more than {_MOST_ARGUMENTS:,} items")
-    if not all(isinstance(text, str) and _can_be_passed(text) for text in texts):
-        raise InvalidInputError(
-            "argv, env, cwd and image must be text without NUL characters and lone surrogates"
-        )
-    if sum(map(len, texts)) > _LARGEST_ARGUMENTS:
-        raise InvalidInputError(f"argv and env together are larger than {_LARGEST_ARGUMENTS // MEBIBYTE} MiB")
-    if any(not name or "=" in name for name in env):
-        raise InvalidInputError("names in env must not be empty nor contain '='")
-    _check_network(command.network, command.sandbox)
-    if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta()):
-        raise InvalidInputError(f"timeout must be longer than zero, not {timeout!r:.100}")
-
-
-def _check_network(network: Any, sandbox: str) -> None:
-    if isinstance(network, bool):
-        return
-    if not isinstance(network, tuple) or len(network) > MOST_RULES:
-        raise InvalidInputError(
-            f"network must be True, False or at most {MOST_RULES} hosts, not {network!r:.100}"
-        )
-    if sandbox != "isolate" and network:
-        raise InvalidInputError('a list of hosts in network= holds in sandbox="isolate" alone')
-    for text in network:
-        if not isinstance(text, str):
-            raise InvalidInputError(f"network: {text!r:.100} is no text")
-        try:
-            Rule.parse(text)
-        except ValueError as error:
-            raise InvalidInputError(f"network: {error}") from None

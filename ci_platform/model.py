@@ -48,8 +48,7 @@ class Row(SQLModel):
 class Repository(Row, table=True):
     """A repository whose changes start runs. `clone_url` overrides what the forge would say.
 
-    `parent` is what it was forked from. Its runs may have the repositories `reads` as submodules. A deleted one keeps
-    its row, for the runs that it had.
+    `parent` is what it was forked from. A deleted one keeps its row, for the runs that it had.
     """
 
     __tablename__ = "repository"
@@ -63,7 +62,6 @@ class Repository(Row, table=True):
     last_number: int = 0  # the newest run's number; taken and raised in one update
     read_only: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
     parent: str | None = Field(default=None, max_length=200)
-    reads: list[str] = Field(default_factory=list, sa_type=JSON, sa_column_kwargs={"server_default": "[]"})
     deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
@@ -179,6 +177,23 @@ class RunImage(Row, table=True):
     name: str = Field(max_length=500)
     exact: str = Field(max_length=600)
     pinned_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class RunCache(Row, table=True):
+    """What one command of a run found of a cache, and why: `hit`, `restored` by a prefix, `miss`; and what it left."""
+
+    __tablename__ = "run_cache"
+
+    id: int | None = Field(default=None, primary_key=True)
+    run_id: str = Field(max_length=40, foreign_key="run.id", index=True)
+    step: str = Field(max_length=256)
+    count: int
+    attempt: int
+    key: str = Field(max_length=512)
+    outcome: str = Field(max_length=20)
+    reason: str
+    saved: str | None = None
+    opened_at: datetime = Field(sa_type=UtcDateTime)
 
 
 class SnapshotImage(Row, table=True):

@@ -10,7 +10,7 @@ from typing import Any, cast
 from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError
 from ci_platform.gates import gates_of_run
 from ci_platform.instances import InstanceHandle, WorkflowsBinding
-from ci_platform.model import DeliveryRow, Gate, OutboxRow, Run, RunImage
+from ci_platform.model import DeliveryRow, Gate, OutboxRow, Run, RunCache, RunImage
 from ci_platform.run_views import RunView, run_view
 from ci_platform.store import Store, Transaction, col, decode_cursor, encode_cursor, or_
 from dynflow.clock import Clock
@@ -29,6 +29,12 @@ class RunPage:
     cursor: str | None
 
 
+_MOST_CACHES = 200
+"""Of a run, that are shown: the newest."""
+
+Caches = Sequence[RunCache]
+
+
 class RunQueries:
     """Finds runs. What is alive is asked of the engine, the rest of the database."""
 
@@ -38,18 +44,22 @@ class RunQueries:
     async def get(self, run_id: str) -> RunView:
         """Return a run with its steps, gates and cause. Raises NotFoundError."""
 
-        def find(tx: Transaction) -> tuple[Run, Sequence[Gate], DeliveryRow | None, Sequence[RunImage]]:
+        def find(
+            tx: Transaction,
+        ) -> tuple[Run, Sequence[Gate], DeliveryRow | None, Sequence[RunImage], Caches]:
             run = existing_run(tx, run_id)
             cause = None if run.delivery is None else tx.get(DeliveryRow, run.delivery)
             images = tx.all(RunImage, col(RunImage.run_id) == run_id, order=col(RunImage.pinned_at))
-            return run, gates_of_run(tx, run_id), cause, images
+            newest = col(RunCache.id).desc()
+            caches = tx.all(RunCache, col(RunCache.run_id) == run_id, order=newest, limit=_MOST_CACHES)
+            return run, gates_of_run(tx, run_id), cause, images, caches[::-1]
 
-        run, gates, delivery, images = await self._store.read(find)
+        run, gates, delivery, images, caches = await self._store.read(find)
         try:
             status = await (await self._workflows.get(run_id)).status()
         except InstanceNotFoundError:
             status = None
-        return run_view(run, status=status, gates=gates, delivery=delivery, images=images)
+        return run_view(run, status=status, gates=gates, delivery=delivery, images=images, caches=caches)
 
     async def summary(self, run_id: str) -> RunView:
         """Return a run as the database knows it, without asking the engine. Raises NotFoundError."""
@@ -127,7 +137,7 @@ class RunQueries:
         def delete(tx: Transaction) -> None:
             if existing_run(tx, run_id).conclusion is None:
                 raise ConflictError("the run has not ended")
-            for table in (Gate, OutboxRow, RunImage):
+            for table in (Gate, OutboxRow, RunCache, RunImage):
                 tx.remove(table, col(table.run_id) == run_id)
             tx.remove(Run, col(Run.id) == run_id)
 

@@ -9,7 +9,7 @@ from typing import cast
 
 from ci_platform.errors import Conclusion
 from ci_platform.gates import GateView, gate_view
-from ci_platform.model import DeliveryRow, Gate, Run, RunImage
+from ci_platform.model import DeliveryRow, Gate, Run, RunCache, RunImage
 from ci_platform.outcomes import Phase, phase_of, waiting_for
 from dynflow.types import AttemptInfo, ErrorInfo, InstanceStatus, StepKind, StepStatus
 
@@ -42,13 +42,29 @@ class Cause:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheView:
+    """What a command of a step found of a cache (`hit`, `restored` or `miss`), why, and what became of what it left.
+
+    `saved` is None where nothing was to be saved, or the command did not succeed.
+    """
+
+    step: str
+    count: int
+    attempt: int
+    key: str
+    outcome: str
+    reason: str
+    saved: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunView:
     """A run. Lists leave `steps`, `gates` and `cause` empty.
 
     `status` is `queued`, `running`, `waiting`, `paused` or `finished`; `waiting_for` says for what. A finished
     run has a `conclusion` and its `reason`. `images` are the images that its commands named, with the exact name
-    of what each means in this run. `stopping` is true from a cancellation, a rejection or the run's
-    time limit until the run has ended.
+    of what each means in this run; `caches` the newest 200 that they asked for. `stopping` is true from a
+    cancellation, a rejection or the run's time limit until the run has ended.
     """
 
     id: str
@@ -78,6 +94,7 @@ class RunView:
     steps: tuple[StepView, ...] = ()
     gates: tuple[GateView, ...] = ()
     images: Mapping[str, str] = field(default_factory=dict)
+    caches: tuple[CacheView, ...] = ()
 
 
 def run_view(
@@ -87,6 +104,7 @@ def run_view(
     gates: Sequence[Gate] = (),
     delivery: DeliveryRow | None = None,
     images: Sequence[RunImage] = (),
+    caches: Sequence[RunCache] = (),
 ) -> RunView:
     """Return the row as the API shows it, with what the engine says where it was asked."""
     live = status if run.conclusion is None else None
@@ -118,6 +136,10 @@ def run_view(
         steps=() if status is None else tuple(_step_view(step) for step in status.steps),
         gates=tuple(gate_view(gate) for gate in gates),
         images={image.name: image.exact for image in images},
+        caches=tuple(
+            CacheView(each.step, each.count, each.attempt, each.key, each.outcome, each.reason, each.saved)
+            for each in caches
+        ),
     )
 
 

@@ -85,10 +85,6 @@ class Settings(BaseModel):
 
     max_body: Size = Field(25 * MEBIBYTE, description="Largest request body (GitHub's own cap is 25 MB).")
     max_push: Size = Field(2048 * MEBIBYTE, description="Largest pack that a git push may bring.")
-    max_fetch: Size = Field(
-        4096 * MEBIBYTE,
-        description="What one fetch from a host that a commit names (a submodule, LFS) may bring.",
-    )
     run_timeout: Duration = Field(
         timedelta(hours=6),
         description="How long a run may work without waiting; then it is stopped, timed out.",
@@ -141,6 +137,15 @@ class Settings(BaseModel):
     )
     max_tree: Size = Field(
         16 * 1024 * MEBIBYTE, description="What the files of a commit may be together to be a workspace."
+    )
+    cache_disk: Size = Field(
+        20 * 1024 * MEBIBYTE, description="Disk that the caches of all repositories may use together."
+    )
+    cache_repository: Size = Field(
+        10 * 1024 * MEBIBYTE, description="Disk that the caches of one repository may use."
+    )
+    cache_floor: Size = Field(
+        1024 * MEBIBYTE, description="Disk up to which a repository loses no cache to other repositories."
     )
     keep_failures: Duration = Field(
         timedelta(days=1),
@@ -267,6 +272,11 @@ class Settings(BaseModel):
     def workspaces_path(self) -> Path:
         """Folder of trees and layers."""
         return self.data / "workspaces"
+
+    @property
+    def caches_path(self) -> Path:
+        """Folder of caches: on the file system of the workspaces."""
+        return self.workspaces_path / ".caches"
 
     @property
     def facets_path(self) -> Path:

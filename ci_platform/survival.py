@@ -162,5 +162,6 @@ def digest_of(command: Command) -> str:
         command.image,
         command.network,
         str(command.timeout),
+        command.cache,
     )
     return hashlib.sha256(repr(sides).encode("utf-8", "surrogatepass")).hexdigest()

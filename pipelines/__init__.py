@@ -3,6 +3,7 @@
 from pipelines.commands import run_in_sandbox, summarise
 from pipelines.contract import (
     BuiltImage,
+    CacheSpec,
     Command,
     CommandFailedError,
     CommandKilledError,
@@ -13,10 +14,12 @@ from pipelines.contract import (
     Service,
     TreeEntry,
     Workspace,
+    hash_files,
 )
 
 __all__ = [
     "BuiltImage",
+    "CacheSpec",
     "Command",
     "CommandFailedError",
     "CommandKilledError",
@@ -27,6 +30,7 @@ __all__ = [
     "Service",
     "TreeEntry",
     "Workspace",
+    "hash_files",
     "run_in_sandbox",
     "summarise",
 ]

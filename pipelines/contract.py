@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
@@ -49,13 +50,42 @@ class Service:
 
 @register
 @dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """Files that commands find again in later runs, below `paths`: folders in the workspace, or in `~`, the home.
+
+    They come from the entry with this `key`, else from the newest one whose key begins with one of `restore_keys`, the
+    first of these that is found. An entry is made when a command has succeeded and its key was not there, and never
+    changes. See `hash_files` for keys that follow from files.
+    """
+
+    key: str
+    paths: Sequence[str]
+    restore_keys: Sequence[str] = ()
+
+
+def hash_files(*patterns: str) -> str:
+    """Return a part of a key that stands for the contents of the workspace's files that match `patterns`.
+
+    The platform puts 32 hexadecimal digits in its place when a command begins. `*`, `?` and `[…]` match within a name,
+    `**` any number of folders: `hash_files("requirements*.txt", "**/package-lock.json")`.
+    """
+    for pattern in patterns:
+        if not pattern or any(sign in pattern for sign in "{}|"):
+            raise ValueError(f"a pattern is text without braces and bars, not {pattern!r}")
+    if not patterns:
+        raise ValueError('hash_files takes patterns, such as hash_files("requirements*.txt")')
+    return f"{{hash_files:{'|'.join(patterns)}}}"
+
+
+@register
+@dataclass(frozen=True, slots=True)
 class Command:
     """One command to run in a sandbox over a workspace.
 
     `timeout` None means the step's own. `network` asks for one, True for all of the internet or a tuple of hosts
     for these alone; the platform decides. `cwd` is relative to the workspace. `image` names a container image and
     is for `sandbox="container"`, as are
-    `services`, which are ready when the command starts.
+    `services`, which are ready when the command starts. `cache` says what it finds again of earlier runs.
     """
 
     workspace: Workspace
@@ -67,6 +97,7 @@ class Command:
     timeout: timedelta | None = None
     network: bool | tuple[str, ...] = False
     services: tuple[Service, ...] = ()
+    cache: tuple[CacheSpec, ...] = ()
 
 
 @register
