@@ -29,12 +29,15 @@ from ci_platform.garbage.room_keeper import RoomKeeper
 from ci_platform.garbage.stores import room_of, stores_of
 from ci_platform.gates import Gates
 from ci_platform.git_store import GitStore
+from ci_platform.grafts import Grafts
+from ci_platform.guarded import make_guard
 from ci_platform.image_capability import ImagesCapability
 from ci_platform.image_making import ImageMaking
 from ci_platform.images import PinnedImages, read_names
 from ci_platform.imports import Imports
 from ci_platform.listeners import closing, noticing
 from ci_platform.logs import Logs
+from ci_platform.module_access import ModuleAccess
 from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
 from ci_platform.pushes import Pushes
@@ -157,7 +160,12 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     )
     forced = None if settings.copy_on_write == "auto" else settings.copy_on_write
     method = await anyio.to_thread.run_sync(lambda: copy_on_write.probe(settings.workspaces_path, forced))
-    workspaces = Workspaces(settings.workspaces_path, source, method)
+    workspaces = Workspaces(
+        settings.workspaces_path,
+        source,
+        method,
+        grafts=Grafts(source, ModuleAccess(repositories, remotes, settings.base_url), make_guard(settings)),
+    )
     caches = Caches.of(settings, method, store, clock)
     logs = Logs(settings.logs_path, clock=clock, largest=settings.max_log)
     sandboxes = make_sandboxes(settings)

@@ -85,7 +85,8 @@ class ArtifactsCapability(Capability):
     ) -> Workspace:
         """Fork a copy-on-write workspace of this run's repository at `sha` (default: the run's commit).
 
-        `sparse` is a list of folders: these alone, and the files above them, are on disk. Repeating a call in
+        `sparse` is a list of folders: these alone, and the files above them, are on disk. With `submodules` their files
+        are in it, with `lfs` those that LFS keeps. Repeating a call in
         the same step gives the same workspace. A run of a fork's pull request reaches only its own commit.
         """
         identity, caller = _identity()
@@ -99,12 +100,22 @@ class ArtifactsCapability(Capability):
             )
         if commit != identity.sha and not identity.trusted:
             raise ForbiddenError(f"a pull request from a fork may read its own commit {identity.sha} only")
-        _refuse_to_fetch(submodules=submodules, lfs=lfs)
+        with_modules, with_lfs = _flag("submodules", submodules), _flag("lfs", lfs)
+        if with_lfs:
+            raise FailedError(
+                "ARTIFACTS.fork(lfs=True) is not supported: files that LFS keeps are its pointers"
+            )
         cone = None if sparse is None else Cone.of(sparse)
         workspace_id = f"{identity.run_id}.{_slug(step)}"
         return await with_shields(
             lambda: self._workspaces.fork(
-                workspace_id, identity.repo, commit, cone=cone, alone=not identity.trusted
+                workspace_id,
+                identity.repo,
+                commit,
+                cone=cone,
+                alone=not identity.trusted,
+                submodules=with_modules,
+                lfs=with_lfs,
             )
         )
 
@@ -144,14 +155,10 @@ def _checked_workspace(workspace: Any, identity: RunIdentity) -> str:
     return workspace_id
 
 
-def _refuse_to_fetch(**options: Any) -> None:
-    """Say what of a fork this platform cannot do: the folders of submodules are empty, LFS files are pointers."""
-    for name, value in options.items():
-        if value is not False:
-            raise FailedError(
-                f"ARTIFACTS.fork({name}={value!r:.20}) is not supported: leave it out, and fetch what it names "
-                "by a command with network=True"
-            )
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"ARTIFACTS.fork({name}=…) is True or False, not {value!r:.20}")
+    return value
 
 
 class SandboxCapability(Capability):

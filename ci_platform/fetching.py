@@ -25,10 +25,14 @@ _INFINITE = "2147483647"
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """Where a repository can be fetched from. `credentials` are a user and a password or token."""
+    """Where a repository can be fetched from. `credentials` are a user and a password or token.
+
+    `proxy` is the only way there, where one is named: see `ci_platform.guarded`.
+    """
 
     url: str
     credentials: tuple[str, str] | None = None
+    proxy: str | None = None
 
     def __repr__(self) -> str:
         return f"Remote(url={git_commands.redact(self.url)!r})"
@@ -75,7 +79,11 @@ class Fetch:
         if self.remote.credentials is not None:
             credentials = Credentials(*self.remote.credentials)
         env = git_commands.environment(
-            git_commands.verified("fetch"), protocols=self.protocols, url=url, credentials=credentials
+            git_commands.verified("fetch"),
+            protocols=self.protocols,
+            url=url,
+            credentials=credentials,
+            proxy=self.remote.proxy,
         )
         command = ["--git-dir", str(self.path), "fetch", "--quiet", "--no-tags", "--no-write-fetch-head"]
         command += ["--no-recurse-submodules", f"--depth={depth}"]

@@ -93,8 +93,9 @@ def environment(
     protocols: str = "",
     url: str | None = None,
     credentials: Credentials | None = None,
+    proxy: str | None = None,
 ) -> dict[str, str]:
-    """Return the whole environment of a git process.
+    """Return the whole environment of a git process. It goes through `proxy` alone, where one is named.
 
     `protocols` names the transports it may use, separated by colons. `credentials` are for the server of
     `url` alone: a redirect to another one gets none. They are in the environment, which only our own uid can
@@ -102,6 +103,9 @@ def environment(
     """
     configuration = {**_SETTINGS, **(settings or {})}
     result = {name: os.environ[name] for name in (*_PASSED_ON, *_PROXIES) if name in os.environ}
+    if proxy is not None:
+        result = {name: value for name, value in result.items() if name not in _PROXIES}
+        result |= dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), proxy) | {"no_proxy": ""}
     result |= {
         "HOME": "/nonexistent",
         "LC_ALL": "C",

@@ -48,7 +48,8 @@ class Row(SQLModel):
 class Repository(Row, table=True):
     """A repository whose changes start runs. `clone_url` overrides what the forge would say.
 
-    `parent` is what it was forked from. A deleted one keeps its row, for the runs that it had.
+    `parent` is what it was forked from. Its runs may have the repositories `reads` as submodules. A deleted one keeps
+    its row, for the runs that it had.
     """
 
     __tablename__ = "repository"
@@ -62,6 +63,7 @@ class Repository(Row, table=True):
     last_number: int = 0  # the newest run's number; taken and raised in one update
     read_only: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
     parent: str | None = Field(default=None, max_length=200)
+    reads: list[str] = Field(default_factory=list, sa_type=JSON, sa_column_kwargs={"server_default": "[]"})
     deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 

@@ -25,7 +25,8 @@ _CLONE_SCHEMES = frozenset({"https", "http", "file"})
 class RepositoryView:
     """A registered repository. `clone_url` is None where the forge's own is used.
 
-    `parent` is what it was forked from. Nobody pushes to one that is `read_only`.
+    `parent` is what it was forked from. Nobody pushes to one that is `read_only`. Its runs may have the repositories
+    `reads` as submodules, with the credentials that the platform has for them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RepositoryView:
     created_at: datetime
     read_only: bool = False
     parent: str | None = None
+    reads: tuple[str, ...] = ()
 
 
 class Repositories:
@@ -123,10 +125,19 @@ class Repositories:
         return await self.change(name, enabled=enabled)
 
     async def change(
-        self, name: str, *, enabled: bool | None = None, read_only: bool | None = None
+        self,
+        name: str,
+        *,
+        enabled: bool | None = None,
+        read_only: bool | None = None,
+        reads: Collection[str] | None = None,
     ) -> RepositoryView:
-        """Set whether a repository starts runs, and whether nobody may push to it. Raises NotFoundError."""
-        given = {"enabled": enabled, "read_only": read_only}
+        """Set whether a repository starts runs, whether nobody may push to it, what its runs may read besides.
+
+        Raises NotFoundError, for each of `reads` too.
+        """
+        others = None if reads is None else [(await self.get(other)).name for other in sorted(set(reads))]
+        given = {"enabled": enabled, "read_only": read_only, "reads": others}
         values = {key: value for key, value in given.items() if value is not None}
         if values and not await self._store.write(lambda tx: tx.change(Repository, values, *_named(name))):
             raise _missing(name)
@@ -144,9 +155,14 @@ class Repositories:
             unfinished = tx.first(Run, col(Run.repo) == name, col(Run.conclusion).is_(None))
             if unfinished is not None:
                 raise ConflictError(f"run {unfinished.id} of {name!r} has not ended: cancel it first")
-            gone = {"deleted_at": self._clock.now(), "enabled": False}
+            gone = {"deleted_at": self._clock.now(), "enabled": False, "reads": []}
             tx.change(Repository, gone, *_named(name))
             tx.change(RefState, {"sha": None}, col(RefState.repo) == name)
+            # Another repository may get the name: what was allowed of this one is not of that.
+            for row in tx.all(Repository):
+                if name in row.reads:
+                    left = [other for other in row.reads if other != name]
+                    tx.change(Repository, {"reads": left}, col(Repository.name) == row.name)
 
         await self._store.write(mark)
 
@@ -203,4 +219,5 @@ def _view(row: Repository) -> RepositoryView:
         created_at=row.created_at,
         read_only=row.read_only,
         parent=row.parent,
+        reads=tuple(row.reads),
     )

@@ -85,6 +85,10 @@ class Settings(BaseModel):
 
     max_body: Size = Field(25 * MEBIBYTE, description="Largest request body (GitHub's own cap is 25 MB).")
     max_push: Size = Field(2048 * MEBIBYTE, description="Largest pack that a git push may bring.")
+    max_fetch: Size = Field(
+        4096 * MEBIBYTE,
+        description="What one fetch from a host that a commit names (a submodule, LFS) may bring.",
+    )
     run_timeout: Duration = Field(
         timedelta(hours=6),
         description="How long a run may work without waiting; then it is stopped, timed out.",

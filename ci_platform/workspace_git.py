@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ class GitFolder:
         git = tree / ".git"
         for name in ("objects/info", "objects/pack", "refs/heads", "refs/tags", "info"):
             (git / name).mkdir(parents=True)
-        texts = {"HEAD": f"{self.sha}\n", "config": self._config(), "info/exclude": ""}
+        texts = {"HEAD": f"{self.sha}\n", "config": self.config(), "info/exclude": ""}
         if self.cone is not None:
             texts["info/sparse-checkout"] = self.cone.patterns()
         if self.alone:
@@ -90,7 +90,8 @@ class GitFolder:
             (git / name).write_text(text, encoding="utf-8")
         _link(index, git / "index")
 
-    def _config(self) -> str:
+    def config(self) -> str:
+        """Return its configuration."""
         return _CONFIG + (_SPARSE if self.cone is not None else "") + (_COPIED if self.copied else "")
 
 
@@ -144,7 +145,7 @@ def link_objects(repository: Path, tree: Path) -> None:
                 _link(path, target / folder.name / path.name)
 
 
-def pack_objects(repository: Path, tree: Path, oids: Iterator[bytes]) -> None:
+def pack_objects(repository: Path, tree: Path, oids: Iterable[bytes]) -> None:
     """Give the `.git` below `tree` some objects of a repository and no others."""
     command = ["git", "--git-dir", str(repository), "pack-objects", "--quiet", "--window=0"]
     command.append(str(tree / ".git" / "objects" / "pack" / "pack"))
@@ -170,17 +171,18 @@ def pack_objects(repository: Path, tree: Path, oids: Iterator[bytes]) -> None:
 def hand_over(tree: Path, owner: Owner) -> None:
     """Give the `.git` below `tree` to the tenants, without what it shares with the repository."""
     for folder, _, files in os.walk(tree, followlinks=False):
-        _give(folder, owner, 0o755)
+        give(folder, owner, 0o755)
         for name in files:
             path = f"{folder}/{name}"
             if os.lstat(path).st_nlink == 1:
-                _give(path, owner, 0o644)
+                give(path, owner, 0o644)
             elif os.geteuid() == 0 and not os.lstat(path).st_mode & 0o004:
                 # Made under a strict umask; the folders above it keep everybody else away.
                 os.chmod(path, 0o444)  # noqa: PTH101
 
 
-def _give(path: str, owner: Owner, mode: int) -> None:
+def give(path: str | Path, owner: Owner, mode: int) -> None:
+    """Make a path the tenants' where the platform may."""
     if os.geteuid() == 0:
         os.chown(path, owner.uid, owner.gid)
     os.chmod(path, mode)  # noqa: PTH101

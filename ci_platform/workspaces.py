@@ -23,6 +23,7 @@ from ci_platform.commit_reports import CommitReport, Conflict, conflicts_with, d
 from ci_platform.cones import Cone
 from ci_platform.copy_on_write import Method
 from ci_platform.errors import ConflictError, LimitExceededError
+from ci_platform.grafts import Grafts
 from ci_platform.open_trees import OpenTree
 from ci_platform.origins import Origin
 from ci_platform.sandboxes import SANDBOX_UID, Tree
@@ -56,25 +57,43 @@ class Workspaces(WorkspacePlaces):
     """
 
     def __init__(
-        self, root: Path, source: Source, method: Method, *, durable: bool = True, threads: int = 4
+        self,
+        root: Path,
+        source: Source,
+        method: Method,
+        *,
+        grafts: Grafts | None = None,
+        durable: bool = True,
+        threads: int = 4,
     ) -> None:
         super().__init__(root, threads=threads)
         self._source, self._method, self._durable = source, method, durable
+        self._grafts = grafts
         self._owner = Owner.of_sandboxes(SANDBOX_UID)
 
     async def fork(
-        self, workspace_id: str, repo: str, sha: str, *, cone: Cone | None = None, alone: bool = False
+        self,
+        workspace_id: str,
+        repo: str,
+        sha: str,
+        *,
+        cone: Cone | None = None,
+        alone: bool = False,
+        submodules: bool = False,
+        lfs: bool = False,
     ) -> Workspace:
         """Make a workspace of a commit that `source` has; a millisecond or two where its tree is on disk.
 
         Of a `cone`, its folders alone are on disk. Its `.git` reaches the whole repository; with `alone`, this
-        commit. Forking again in the same way changes nothing; in another way it is a ConflictError.
+        commit, as do those of `submodules`. With `lfs`, files that LFS keeps are in it. Forking again in the same way
+        changes nothing; in another way it is a ConflictError.
         """
         stack = self._stack(workspace_id)
-        wanted = Origin(check_repo(repo), check_sha(sha), cone, alone)
+        wanted = Origin(check_repo(repo), check_sha(sha), cone, alone, submodules=submodules, lfs=lfs)
         if not await self._exists(stack):
-            checkout = await self._checkout(wanted)
-            record = replace(wanted, git=checkout.git).as_json()
+            found = await self._grafts.find(wanted) if self._grafts else wanted
+            checkout = await self._checkout(found)
+            record = replace(found, git=checkout.git).as_json()
             await self._thread(lambda: self._create(stack, record))
         await self._check_origin(stack, wanted)
         return Workspace(workspace_id, repo, sha)
@@ -88,7 +107,7 @@ class Workspaces(WorkspacePlaces):
 
     async def _check_origin(self, stack: Stack, wanted: Origin) -> None:
         found = Origin.from_json(await self._thread(stack.describe))
-        if replace(found, git=None) != replace(wanted, git=None):
+        if found.asked() != wanted.asked():
             raise ConflictError(f"the workspace {stack.folder.name!r} is of {found}, not of {wanted}")
 
     def _create(self, stack: Stack, record: Mapping[str, Any], own: Sequence[Path] = ()) -> None:
@@ -125,7 +144,8 @@ class Workspaces(WorkspacePlaces):
 
     async def _checkout(self, origin: Origin) -> Checkout:
         folder = GitFolder(origin.sha, origin.cone, alone=origin.alone, copied=not self._method.mounts)
-        return await self._source.checkout(origin.repo, folder, origin.git)
+        checkout = await self._source.checkout(origin.repo, folder, origin.git)
+        return await self._grafts.onto(checkout, origin, folder) if self._grafts else checkout
 
     async def _base(self, stack: Stack) -> tuple[Path, ...]:
         """Return the layers that all of a workspace's own stand on."""

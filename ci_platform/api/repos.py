@@ -26,10 +26,14 @@ class NewRepository:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryChange:
-    """What is to change: whether it starts runs, whether nobody may push to it. None leaves it as it is."""
+    """What is to change: whether it starts runs, whether nobody may push to it, what its runs may have as submodules.
+
+    None leaves it as it is.
+    """
 
     enabled: bool | None = None
     read_only: bool | None = None
+    reads: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,10 @@ async def change_repo(
     data: JSONBody[RepositoryChange],
     repositories: NamedDependency[Repositories],
 ) -> RepositoryView:
-    """Make a repository read-only or not, let it start runs or not."""
-    return await repositories.change(f"{owner}/{name}", enabled=data.enabled, read_only=data.read_only)
+    """Make a repository read-only or not, let it start runs or not, name the repositories that its runs may read."""
+    return await repositories.change(
+        f"{owner}/{name}", enabled=data.enabled, read_only=data.read_only, reads=data.reads
+    )
 
 
 @delete("/repos/{owner:str}/{name:str}", opt={"scope": "admin"}, tags=_TAGS, summary="Delete a repository")

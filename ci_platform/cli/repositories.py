@@ -113,10 +113,16 @@ def repo_fork(*, name: str, fork: str) -> None:
 @click.argument("name")
 @click.option("--read-only/--no-read-only", default=None, help="Whether nobody may push to it.")
 @click.option("--enabled/--no-enabled", default=None, help="Whether it starts runs.")
-def repo_set(*, name: str, **changes: bool | None) -> None:
-    """Change what a repository does."""
+@click.option(
+    "--reads",
+    metavar="NAMES",
+    help="Repositories that its runs may have as submodules, with commas between them; empty: none.",
+)
+def repo_set(*, name: str, reads: str | None, **changes: bool | None) -> None:
+    """Change what a repository does, and what its runs may read."""
+    others = None if reads is None else [other.strip() for other in reads.split(",") if other.strip()]
     with find_server() as client:
-        found = client.patch(_path(name), changes)
+        found = client.patch(_path(name), {**changes, "reads": others})
     click.echo(f"{found['name']}  {_notes(found)}".rstrip())
 
 
@@ -160,6 +166,7 @@ def _path(name: str, *more: str) -> str:
 def _notes(found: Mapping[str, Any]) -> str:
     notes = [f"fork of {found['parent']}"] if found["parent"] else []
     notes += ["read-only"] if found["read_only"] else []
+    notes += [f"reads {' '.join(found['reads'])}"] if found["reads"] else []
     return ", ".join([*notes, *([] if found["enabled"] else ["starts no runs"])])
 
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from ci_platform.fetching import Remote
 from ci_platform.garbage import Allowance, Item
 from ci_platform.source import Source
+from ci_platform.source.names import is_module_mirror
 from ci_platform.tree_store import SAFE_FOR
 
 
@@ -48,7 +49,8 @@ class Mirrors:
             return "a run that has not ended stands on it"
         if used_at > time.time() - SAFE_FOR:
             return "used a short while ago"
-        return "it could not be fetched again" if await self._remote_of(repo) is None else None
+        lost = not is_module_mirror(repo) and await self._remote_of(repo) is None
+        return "it could not be fetched again" if lost else None
 
     async def collect(self, name: str) -> bool:
         """Delete one, unless a run has begun to use it."""

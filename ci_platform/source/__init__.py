@@ -6,7 +6,8 @@ libgit2 is the wrong tool (fetching, serving) the `git` program is used through 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -24,13 +25,15 @@ from ci_platform.errors import (
     UnavailableError,
 )
 from ci_platform.fetching import Fetch, Remote
-from ci_platform.mirroring import DAMAGED, Mirror, damage
+from ci_platform.mirroring import DAMAGED, PARTIAL, Mirror, damage
 from ci_platform.sandboxes import SANDBOX_UID
 from ci_platform.source import folders, objects
 from ci_platform.source.checkouts import Checkout, Checkouts
+from ci_platform.source.grafted import ModuleTrees
 from ci_platform.source.names import check_repo
 from ci_platform.source.objects import check_sha
 from ci_platform.source.places import Places, read_and_close
+from ci_platform.submodules import Module
 from ci_platform.tree_store import StoredTree, TreeStore
 from ci_platform.trees import Owner, TreeLimits
 from ci_platform.workspace_git import GitFolder
@@ -82,6 +85,7 @@ class Source(Places):
         owner = Owner.of_sandboxes(SANDBOX_UID)
         self._trees = TreeStore(root / "trees", owner)
         self._checkouts = Checkouts(self._trees, owner, limits or TreeLimits())
+        self._modules = ModuleTrees(self._trees, owner, limits or TreeLimits(), self._with)
 
     async def environment(self, repo: str, settings: Mapping[str, str]) -> dict[str, str]:
         """Return the environment in which git serves a repository of our own.
@@ -305,6 +309,25 @@ class Source(Places):
             return await self._read(
                 repo, folder.sha, lambda opened: self._checkouts.with_git(repo, opened, folder, git)
             )
+
+    async def links(self, repo: str, sha: str, paths: Collection[str]) -> dict[str, str]:
+        """Return which of some paths of a commit are submodules, with their commits."""
+        return await self._read(repo, sha, lambda opened: objects.links(opened, repo, sha, paths))
+
+    async def complete(self, repo: str, sha: str) -> None:
+        """Have all files of a commit here, where the repository is a partial import."""
+        if await self.exists(repo) and (self.path(repo) / PARTIAL).exists():
+            await self._recover(repo, sha, damaged=False)
+
+    async def module_layer(
+        self, repo: str, modules: Sequence[Module], folder: GitFolder, config: str
+    ) -> Path:
+        """Return a layer with the files of submodules, whose commits are here, and their `.git`."""
+        async with AsyncExitStack() as held:
+            # In one order, whoever holds some of them meanwhile: nothing may pack what is read.
+            for name in sorted({repo, *(module.store for module in modules)}):
+                await held.enter_async_context(self._builds(name))
+            return await self._thread(lambda: self._modules.layer(repo, modules, folder, config))
 
     # Garbage
 

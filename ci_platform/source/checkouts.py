@@ -33,7 +33,7 @@ _TRIED = 6
 _NEAR = 100
 """Paths below which looking for a nearer tree costs more than it saves."""
 
-_BEFORE = 2_000_000_000
+BEFORE = 2_000_000_000
 """Nanoseconds by which a base's files are older than its index: git looks again at files that may be younger."""
 
 
@@ -133,7 +133,7 @@ class Checkouts:
 
     def _base(self, repo: str, found: Objects, oid: pygit2.Oid, cone: Cone | None, view: str) -> StoredTree:
         def fill(scratch: Path) -> int:
-            recorder, modified_at = Recorder(oid.raw), time.time_ns() - _BEFORE
+            recorder, modified_at = Recorder(oid.raw), time.time_ns() - BEFORE
             tree = scratch / "tree"
             with TreeWriter(tree, self._owner, self._limits, recorder, cone, modified_at) as writer:
                 commit_trees.write_tree(found, oid.raw, writer)

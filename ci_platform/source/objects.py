@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count, islice
@@ -14,6 +14,7 @@ import pygit2
 
 from ci_platform import commit_trees
 from ci_platform.errors import InvalidInputError, LimitExceededError, MissingObjectError, NotFoundError
+from ci_platform.git_index import GITLINK
 from pipelines.contract import Commit, CommitInfo, EntryKind, TreeEntry
 
 LONGEST_REF = 1024
@@ -255,6 +256,13 @@ def read_folder(
         if len(found) > _FOLDER_FILES:
             raise LimitExceededError(f"{path} of the commit has more than {_FOLDER_FILES} files")
     return found
+
+
+def links(opened: pygit2.Repository, repo: str, sha: str, paths: Iterable[str]) -> dict[str, str]:
+    """Return which of some paths are submodules, with the commits that they are at."""
+    objects, tree = Objects(opened), commit(opened, repo, sha).tree_id.raw
+    found = {path: commit_trees.find(objects, tree, path) for path in paths}
+    return {path: item.oid.hex() for path, item in found.items() if item and item.mode == GITLINK}
 
 
 def read_tree(

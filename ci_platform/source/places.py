@@ -20,7 +20,7 @@ from ci_platform.mirroring import promised
 from ci_platform.named_locks import NamedLocks
 from ci_platform.source import folders, objects
 from ci_platform.source.folders import Held
-from ci_platform.source.names import check_repo
+from ci_platform.source.names import check_repo, module_mirrors
 
 T = TypeVar("T")
 
@@ -165,6 +165,7 @@ class Places:
     async def delete(self, repo: str) -> None:
         """Remove a repository or mirror; nothing where there is none. Who reads it now may get an error."""
         paths = [self._served(repo), self._mirrored(repo)]
+        paths += [self._root / "mirrors" / name for name in module_mirrors(repo)]
         async with self._writers(repo):
             for path in paths:
                 await self._thread(partial(folders.discard, path, self._trash))

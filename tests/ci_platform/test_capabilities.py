@@ -163,9 +163,12 @@ async def test_a_workspace_is_forked_as_a_step_left_it(world: World, commits: tu
 
 
 @pytest.mark.parametrize("option", ["submodules", "lfs"])
-async def test_what_a_fork_cannot_fetch_is_named(world: World, commits: tuple[str, str], option: str) -> None:
-    with called_by(run_of(commits[0])), pytest.raises(FailedError, match=f"{option}=True"):
-        await world.artifacts.fork(REPO, **{option: True})
+@pytest.mark.parametrize("value", ["yes", 1, None])
+async def test_what_a_fork_brings_is_said_by_true_or_false(
+    world: World, commits: tuple[str, str], option: str, value: Any
+) -> None:
+    with called_by(run_of(commits[0])), pytest.raises(InvalidInputError, match=f"{option}=…"):
+        await world.artifacts.fork(REPO, **{option: value})
 
 
 async def test_a_commit_that_is_not_there_is_named(world: World, commits: tuple[str, str]) -> None:

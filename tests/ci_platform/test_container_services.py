@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +20,7 @@ from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.service_checks import check_services
 from pipelines.contract import Service
 from tests.contracts.test_sandboxes import SOON, Run, eventually
-from tests.docker_engine import IMAGE, require_image
+from tests.docker_engine import IMAGE, killed_platform, require_image
 from tests.tiny_image import docker
 
 pytestmark = pytest.mark.docker
@@ -235,26 +232,7 @@ asyncio.run(main())
 
 
 async def test_services_and_networks_of_a_killed_platform_are_swept(run: Scope) -> None:
-    tree = run.tree()
-    platform = subprocess.Popen(  # noqa: ASYNC220 - it is killed, not waited for
-        [
-            sys.executable,
-            "-c",
-            DOOMED,
-            IMAGE,
-            run.scope,
-            str(tree.upper),
-            str(tree.work),
-            str(tree.lowers[0]),
-        ],
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-    )
-    assert platform.stdout is not None
-    with platform.stdout, anyio.fail_after(SOON):
-        assert await anyio.to_thread.run_sync(platform.stdout.readline) == b"up\n"
-    platform.send_signal(signal.SIGKILL)
-    platform.wait()
+    await killed_platform(DOOMED, run.scope, run.tree(), "up", SOON)
     assert len(left(run.scope)) == 3
     assert await run.sandbox.sweep() >= 3
     assert left(run.scope) == []

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -17,7 +14,7 @@ import pytest
 
 from ci_platform.sandboxes.container import ContainerSandbox
 from tests.contracts.test_sandboxes import NAP, SOON, Run, sleepers
-from tests.docker_engine import IMAGE, require_image
+from tests.docker_engine import IMAGE, killed_platform, require_image
 from tests.tiny_image import docker, forget_image, make_image
 
 pytestmark = [
@@ -163,30 +160,11 @@ asyncio.run(main())
 
 
 async def test_warm_containers_of_a_killed_platform_are_swept_with_their_places(run: Run) -> None:
-    tree = run.tree()
-    platform = subprocess.Popen(  # noqa: ASYNC220 - it is killed, not waited for
-        [
-            sys.executable,
-            "-c",
-            DOOMED,
-            IMAGE,
-            run.scope,
-            str(tree.upper),
-            str(tree.work),
-            str(tree.lowers[0]),
-        ],
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-    )
-    assert platform.stdout is not None
-    with platform.stdout, anyio.fail_after(SOON):
-        assert await anyio.to_thread.run_sync(platform.stdout.readline) == b"warm\n"
-    platform.send_signal(signal.SIGKILL)
-    platform.wait()
-    left = f"dynflow-tree-{platform.pid}-"
+    pid = await killed_platform(DOOMED, run.scope, run.tree(), "warm", SOON)
+    left = f"dynflow-tree-{pid}-"
     assert len(containers(run.scope)) == 1
     assert mounted(left)
     assert await run.sandbox.sweep() >= 2
     assert containers(run.scope) == []
     assert not mounted(left)
-    assert places(platform.pid) == []
+    assert places(pid) == []

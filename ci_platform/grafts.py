@@ -1,0 +1,167 @@
+"""What a fork may have on top of its commit's own tree: the files of submodules."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ci_platform import submodules
+from ci_platform.errors import (
+    FailedError,
+    ForbiddenError,
+    LimitExceededError,
+    MissingObjectError,
+    NotFoundError,
+    PlatformError,
+    UnavailableError,
+)
+from ci_platform.guarded import Guard
+from ci_platform.module_access import ModuleAccess, Place
+from ci_platform.origins import Origin
+from ci_platform.source import Checkout, GitFolder, Remote, Source
+from ci_platform.submodules import Declared, Module
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
+_CLOSED = re.compile(r"Authentication failed|could not read (?:Username|Password)|returned error: 40[13]")
+"""What git says where it would need credentials."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """A commit whose submodules are looked for: the workspace's own, or that of a submodule."""
+
+    store: str
+    sha: str
+    base: str
+    path: str = ""
+    folder: str = ""
+    depth: int = 0
+
+
+class Grafts:
+    """Finds, fetches and writes what goes onto a commit."""
+
+    def __init__(self, source: Source, access: ModuleAccess, guard: Guard) -> None:
+        self._source, self._access, self._guard = source, access, guard
+
+    async def find(self, origin: Origin) -> Origin:
+        """Return the origin with the submodules that its commit has, those of submodules included, fetched.
+
+        Raises FailedError, ForbiddenError, UnavailableError that name the submodule.
+        """
+        if not origin.submodules:
+            return origin
+        found = list[Module]()
+        levels = [_Level(origin.repo, origin.sha, await self._access.home(origin.repo))]
+        while levels:
+            level = levels.pop(0)
+            for module in await self._inside(origin, level):
+                found.append(module)
+                if len(found) > submodules.MOST:
+                    raise LimitExceededError(f"{origin} has more than {submodules.MOST} submodules")
+                levels.append(
+                    _Level(module.store, module.sha, module.url, module.path, module.folder, level.depth + 1)
+                )
+        return replace(origin, modules=tuple(found))
+
+    async def _inside(self, origin: Origin, level: _Level) -> list[Module]:
+        content = await self._source.read_file(
+            level.store, level.sha, submodules.FILE, limit=submodules.LARGEST
+        )
+        if content is None:
+            return []
+        declared = await submodules.parse(content)
+        if level.depth == 0 and origin.cone is not None:
+            declared = [each for each in declared if origin.cone.holds(each.path.encode())]
+        links = await self._source.links(level.store, level.sha, [each.path for each in declared])
+        wanted = [each for each in declared if each.path in links]
+        if wanted and level.depth == submodules.DEEPEST:
+            raise LimitExceededError(
+                f"submodules are inside of each other {submodules.DEEPEST} deep, and {level.path!r} has more"
+            )
+        return [await self._module(origin, level, each, links[each.path]) for each in wanted]
+
+    async def _module(self, origin: Origin, level: _Level, declared: Declared, sha: str) -> Module:
+        url = submodules.resolve(declared, level.base)
+        try:
+            place = await self._access.place(origin.repo, url, trusted=not origin.alone)
+        except ForbiddenError as error:
+            raise ForbiddenError(f"the submodule at {declared.path!r}: {error}") from None
+        module = Module(
+            name=declared.name,
+            path=f"{level.path}/{declared.path}".lstrip("/"),
+            folder=f"{level.folder}/modules/{_folder(declared.name)}".lstrip("/"),
+            above=level.path,
+            url=url,
+            store=place.store,
+            sha=sha,
+            registered=place.registered,
+        )
+        await self._obtain(origin, module, place)
+        return module
+
+    async def _obtain(self, origin: Origin, module: Module, place: Place) -> None:
+        """Have the commit here. What goes wrong is told with the submodule's path and address."""
+        if place.registered and place.remote is None and not await self._source.has(module.store, module.sha):
+            raise FailedError(_said(module, "it has no such commit"))
+        try:
+            if place.remote is not None and not place.registered:
+                await self._fetch_as_anybody(origin.repo, module, trusted=not origin.alone)
+            elif place.remote is not None:
+                await self._source.fetch(module.store, module.sha, place.remote)
+                await self._source.complete(module.store, module.sha)
+        except (FailedError, UnavailableError) as error:
+            raise type(error)(_said(module, str(error).replace(repr(module.store), "it"))) from None
+
+    async def _fetch_as_anybody(self, repo: str, module: Module, *, trusted: bool) -> None:
+        if await self._source.has(module.store, module.sha):
+            return
+        async with self._guard.open(trusted=trusted) as way:
+            try:
+                await self._source.fetch(module.store, module.sha, Remote(module.url, proxy=way.proxy))
+            except PlatformError as error:
+                if refused := way.refusals():
+                    raise ForbiddenError(_said(module, "; ".join(dict.fromkeys(refused)))) from None
+                if _CLOSED.search(str(error)):
+                    raise FailedError(_leave(repo)) from None
+                raise
+
+    async def onto(self, checkout: Checkout, origin: Origin, folder: GitFolder) -> Checkout:
+        """Return the checkout with the layers that the origin wants on top of it."""
+        if not origin.modules:
+            return checkout
+        try:
+            layer = await self._modules(origin, folder)
+        except (MissingObjectError, NotFoundError):
+            for module in origin.modules:
+                await self._again(origin, module)
+            layer = await self._modules(origin, folder)
+        return replace(checkout, lowers=(layer, *checkout.lowers))
+
+    async def _modules(self, origin: Origin, folder: GitFolder) -> Path:
+        return await self._source.module_layer(origin.repo, origin.modules, folder, folder.config())
+
+    async def _again(self, origin: Origin, module: Module) -> None:
+        """Fetch anew what is damaged, or was taken away."""
+        place = await self._access.place(origin.repo, module.url, trusted=not origin.alone)
+        if not place.registered:
+            await self._source.delete(place.store)
+        await self._obtain(origin, module, place)
+
+
+def _folder(name: str) -> str:
+    """Return the folder of a submodule's `.git`: its name, unless that could be taken for more than one."""
+    return name if _PLAIN_NAME.fullmatch(name) else f"~{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _leave(repo: str) -> str:
+    return (
+        "nobody reads it without credentials. If it is registered here, an administrator lets "
+        f"{repo} read it: dynflow repo set {repo} --reads OWNER/NAME"
+    )
+
+
+def _said(module: Module, what: str) -> str:
+    return f"the submodule at {module.path!r} ({module.url} at {module.sha}): {what}"

@@ -1,0 +1,83 @@
+"""The platform's own way to hosts that tenants name: through a gateway, to public addresses alone.
+
+What a commit says where something is to be fetched from must not lead into the operator's network. The gateway
+looks each name up, judges each address and connects to the one that it judged, redirects included.
+"""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import anyio
+import anyio.to_thread
+
+from ci_platform.egress import Connection, GatewayLimits
+from ci_platform.egress.gateway import Gateway
+from ci_platform.egress.policy import Policy
+from ci_platform.egress.records import Records
+from ci_platform.errors import ForbiddenError
+from ci_platform.settings import Settings
+
+_ENDS_WITHIN = 5.0
+"""Seconds. The gateway gives its connections two of them to say goodbye."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way out, open for the time of a block. `proxy` is its address, as programs are told it."""
+
+    proxy: str
+    port: int
+    _records: Records = field(repr=False)
+    _told: list[Connection] = field(repr=False)
+
+    def refusals(self) -> list[str]:
+        """Return what was refused so far, in words."""
+        with suppress(ValueError, TypeError):
+            self._records.tell_new()
+        return [f"{each.host}:{each.port}: {each.refused}" for each in self._told if each.refused]
+
+
+class Guard:
+    """Opens ways out. `inner` are the operator's own exceptions, for trusted runs; `most` bytes go through one."""
+
+    def __init__(self, inner: Sequence[str] = (), *, allowed: bool = True, most: int = 8 * 1024**3) -> None:
+        self._inner, self._allowed, self._most = tuple(inner), allowed, most
+
+    @asynccontextmanager
+    async def open(self, *, trusted: bool, also: Sequence[str] = ()) -> AsyncIterator[Way]:
+        """Open a way out for the time of the block. `also` are hosts (`name:port`) at any address.
+
+        Raises ForbiddenError where the operator lets nothing of tenants out.
+        """
+        if not self._allowed:
+            raise ForbiddenError("nothing is fetched from hosts that a commit names (setting allow_network)")
+        policy = Policy(None, [*also, *(self._inner if trusted else ())])
+        limits, told = GatewayLimits(bytes=self._most), list[Connection]()
+        ours, theirs = socket.socketpair()
+        with (
+            ours,
+            theirs,
+            tempfile.TemporaryFile("a+b", buffering=0) as file,
+            socket.create_server(("127.0.0.1", 0)) as listener,
+        ):
+            port = listener.getsockname()[1]
+            gateway = Gateway(listener, theirs, file.fileno(), policy, limits)
+            thread = threading.Thread(target=gateway.serve, name="guarded", daemon=True)
+            thread.start()
+            try:
+                yield Way(f"http://127.0.0.1:{port}", port, Records(file.fileno(), told.append), told)
+            finally:
+                ours.shutdown(socket.SHUT_RDWR)
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(thread.join, _ENDS_WITHIN)
+
+
+def make_guard(settings: Settings) -> Guard:
+    """Return what the settings allow."""
+    return Guard(settings.inner_hosts or (), allowed=settings.allow_network, most=settings.max_fetch)
