@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,11 @@ class Desk:
 
 @asynccontextmanager
 async def opened_desk(
-    tmp_path: Path, *, limits: TreeLimits | None = None, method: MethodName | None = None
+    tmp_path: Path,
+    *,
+    limits: TreeLimits | None = None,
+    method: MethodName | None = None,
+    toolchains: Sequence[Path] = (),
 ) -> AsyncIterator[Desk]:
     for folder in [tmp_path, *tmp_path.parents][:2]:
         folder.chmod(0o755)
@@ -72,7 +76,7 @@ async def opened_desk(
     source = Source(tmp_path / "source", allow_file=True, limits=limits)
     chosen = copy_on_write.probe(tmp_path / "workspaces", method)
     workspaces = Workspaces(tmp_path / "workspaces", source, chosen)
-    sandbox = IsolateSandbox()
+    sandbox = IsolateSandbox(toolchains=toolchains)
     try:
         yield Desk(tmp_path, remote, source, workspaces, sandbox)
     finally:
