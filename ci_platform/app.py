@@ -16,9 +16,10 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
 
 from ci_platform.api.authorization import Authorizer, current_actor
+from ci_platform.api.garbage import collect_garbage
 from ci_platform.api.gates import decide_gate, list_gates
 from ci_platform.api.git import git_router
-from ci_platform.api.health import Readiness, healthz, readyz
+from ci_platform.api.health import Degraded, Readiness, healthz, readyz
 from ci_platform.api.imports import get_import, receive_refresh, refresh_import, start_import
 from ci_platform.api.logs import list_connections, read_log
 from ci_platform.api.problems import answer
@@ -81,11 +82,14 @@ def create_app(platform: Platform) -> Litestar:
         "imports": platform.imports,
         "source": platform.source,
         "access": platform.access,
+        "collector": platform.collector,
+        "room": platform.room,
         "forges": platform.forges,
         "sessions": sessions,
         "stopping": stopping,
         "pages": pages,
         "readiness": _readiness(platform),
+        "degraded": _degraded(platform),
     }
     return Litestar(
         [
@@ -145,6 +149,7 @@ _API_HANDLERS = [
     create_token,
     revoke_token,
     create_login_link,
+    collect_garbage,
 ]
 
 
@@ -177,6 +182,10 @@ def _always(service: Any) -> Callable[[], Any]:
 
 def _readiness(platform: Platform) -> Readiness:
     return {"database": lambda: platform.store.read(lambda tx: tx.first(Counter))}
+
+
+def _degraded(platform: Platform) -> Degraded:
+    return {"disk": lambda: "short of room: new runs wait" if platform.room.shortage() else None}
 
 
 def _problem_handler(pages: Pages) -> Callable[[Request[Any, Any, Any], Exception], Response[Any]]:

@@ -151,9 +151,10 @@ class Client:
             for piece in response.iter_bytes():
                 output.write(piece)
 
-    def post(self, path: str, body: Any = None) -> Any:
-        """Return the JSON of a POST."""
-        return self._call("POST", path, json={} if body is None else body)
+    def post(self, path: str, body: Any = None, *, seconds: float | None = None) -> Any:
+        """Return the JSON of a POST, which may take so long."""
+        patience = {} if seconds is None else {"timeout": seconds}
+        return self._call("POST", path, json={} if body is None else body, **patience)
 
     def patch(self, path: str, body: Any) -> Any:
         """Return the JSON of a PATCH."""

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from ci_platform.egress import Connection
 
 MOST = 100_000
 """Of one step: its commands have 10,000 each at most, but there may be any number of commands."""
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    size = file.tell()
+    try:
+        written = file.write(line)
+    except OSError:
+        written = 0
+    if written < len(line):
+        file.truncate(size)
 
 
 class ConnectionLog:
@@ -19,13 +31,13 @@ class ConnectionLog:
         self._count = -1
 
     def append(self, connection: Connection) -> None:
-        """Add one; dropped where there are `MOST` already."""
+        """Add one; dropped where there are `MOST` already, or the disk is full."""
         if self._count < 0:
             self._count = sum(1 for _ in self.read())
         if self._count < MOST:
             self._count += 1
-            with self._path.open("ab", buffering=0) as file:
-                file.write(connection.as_line())
+            with contextlib.suppress(OSError), self._path.open("ab", buffering=0) as file:
+                _append(file, connection.as_line())
 
     def read(self) -> Iterator[Connection]:
         """Yield all, in the order in which they were over."""

@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import anyio.to_thread
@@ -20,6 +19,7 @@ from rich.text import Text
 from ci_platform import copy_on_write, isolation
 from ci_platform.assembly import make_sandboxes
 from ci_platform.errors import PlatformError
+from ci_platform.garbage.stores import room_of
 from ci_platform.settings import Settings, make_data_folder
 from dynflow.errors import FacetUnavailableError, IsolateError
 from dynflow.facets import Facets
@@ -57,7 +57,7 @@ class Finding:
 async def examine(settings: Settings) -> list[Finding]:
     """Try everything that a run needs. Leaves nothing behind but the data folder."""
     make_data_folder(settings)
-    findings = [*_machine(), _git(), *_disk(settings.data)]
+    findings = [*_machine(), _git(), *_disk(settings)]
     findings += await _isolates(settings)
     findings += await _facets()
     findings += await anyio.to_thread.run_sync(_workspaces, settings)
@@ -86,11 +86,13 @@ def _git() -> Finding:
     return Finding("machine", "git", version, "fair" if old else "good", "2.31 or newer" if old else "")
 
 
-def _disk(data: Path) -> Iterator[Finding]:
-    free = shutil.disk_usage(data).free
+def _disk(settings: Settings) -> Iterator[Finding]:
+    yield Finding("machine", "data folder", str(settings.data))
+    free = shutil.disk_usage(settings.data).free
     state: State = "good" if free >= _LITTLE_DISK else "fair"
     advice = "" if state == "good" else "runs need room for mirrors, trees and layers"
-    yield Finding("machine", "data folder", str(data))
+    if shortage := room_of(settings).shortage():
+        state, advice = "bad", f"new runs wait for {shortage}; dynflow gc says what can go"
     yield Finding("machine", "free disk", f"{free / 1024**3:.1f} GiB", state, advice)
 
 

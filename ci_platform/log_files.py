@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from ci_platform.patient_file import PatientFile
 from dynflow.clock import Clock, to_datetime
 
 MEBIBYTE = 1024 * 1024
@@ -60,9 +61,17 @@ class LogFile:
     `ending`: the log is over with its last writer.
     """
 
-    def __init__(self, path: Path, clock: Clock, largest: int, on_change: Callable[[], None]) -> None:
-        self._clock, self._largest, self._on_change = clock, largest, on_change
-        self._path, self._log = path, path.open("ab", buffering=0)
+    def __init__(
+        self,
+        path: Path,
+        clock: Clock,
+        largest: int,
+        *,
+        on_change: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._clock, self._largest, self._on_change, self._on_end = clock, largest, on_change, on_end
+        self._log = PatientFile(path)
         self._size, self._number, goes_on = _mend(path)
         self._full_mark = path.with_suffix(".full")
         self._full = self._full_mark.exists()
@@ -81,6 +90,8 @@ class LogFile:
         """
         if (kind == "output" and self._full) or self._size > self._largest + _FOR_THE_PLATFORM:
             return
+        if self._log.lost and self._log.flush():
+            self._tell_lost()
         if self.open_by not in (None, writer):
             self._end_open_line()
         first = self._number + (self.open_by is None)
@@ -95,16 +106,17 @@ class LogFile:
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return self._size
+        return self._size - self._log.waiting
 
     def release(self) -> None:
         """Close the file after its last writer, and the log too if it is `ending`."""
         self.users -= 1
         if self.users == 0:
+            if self._log.lost and self._log.flush():
+                self._tell_lost()
             self._log.close()
             if self.ending:
-                closed_mark(self._path).touch()
-                self._on_change()
+                self._on_end()
 
     def _records(self, kind: LineKind, lines: list[str], first: int, *, goes_on: bool) -> Iterator[str]:
         """Yield the records of lines: more than one for a line that is very long. Hot: a build prints a lot."""
@@ -124,14 +136,23 @@ class LogFile:
 
     def _truncate(self) -> None:
         self._full = True
-        self._full_mark.touch()
+        with contextlib.suppress(OSError):  # a full disk: what a later process writes to it is little
+            self._full_mark.touch()
         self._end_open_line()
         text = f"truncated: this log has reached its limit of {self._largest} bytes; the rest is not kept"
         self.append(self, "notice", [text])
 
+    def _tell_lost(self) -> None:
+        """Say, now that there is room again, what there was none for."""
+        lost, self._log.lost = self._log.lost, 0
+        self._end_open_line()
+        self._number += 1
+        text = f"{lost} bytes are missing here: the disk was full"
+        self._write("".join(self._records("notice", [text], self._number, goes_on=False)).encode())
+
     def _write(self, data: bytes) -> None:
-        self._log.write(data)
-        self._size += len(data)
+        if self._log.write(data):
+            self._size += len(data)
         self._on_change()
 
 
@@ -153,10 +174,11 @@ def _mend(file: Path) -> tuple[int, int, bool]:
     return (size, int(record[1]), record[3] == _GOES_ON.encode()) if record else (size, 0, False)
 
 
-def read(path: Path, offset: int, limit: int) -> LogChunk:
-    """Return up to `limit` records from `offset` on; none where there is no file."""
-    # Before the bytes: once it is there nothing is written any more.
-    closed = closed_mark(path).exists()
+def read(path: Path, offset: int, limit: int, *, closed: bool) -> LogChunk:
+    """Return up to `limit` records from `offset` on; none where there is no file.
+
+    `closed`: nothing is written any more, and nothing was when that was asked.
+    """
     try:
         log = path.open("rb")
     except FileNotFoundError:

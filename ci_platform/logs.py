@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import anyio
 import anyio.to_thread
 
-from ci_platform import log_files
+from ci_platform import full_disk, log_files
 from ci_platform.connections import ConnectionLog
 from ci_platform.errors import InvalidInputError
 from ci_platform.log_files import LONGEST_LINE, MEBIBYTE, LineKind, LogChunk, LogFile, LogLine, closed_mark
@@ -55,18 +55,29 @@ class Logs:
         self._root, self._clock, self._largest = root, clock or SystemClock(), largest
         self._changed: defaultdict[Path, anyio.Event] = defaultdict(anyio.Event)
         self._files: WeakValueDictionary[Path, LogFile] = WeakValueDictionary()
+        self._unmarked = set[Path]()  # closed, with no room on the disk to say so
 
     def writer(self, key: LogKey) -> LogWriter:
-        """Open a log for appending, made if need be, opened again if it was closed."""
+        """Open a log for appending, made if need be, opened again if it was closed. UnavailableError: a full disk."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        closed_mark(path).unlink(missing_ok=True)
         file = self._files.get(path)
         if file is None or file.users == 0:
-            file = self._files[path] = LogFile(path, self._clock, self._largest, lambda: self._wake(path))
+            file = self._files[path] = full_disk.told(lambda: self._open(path))()
+        closed_mark(path).unlink(missing_ok=True)
+        self._unmarked.discard(path)
         file.users += 1
         file.ending = False
         return LogWriter(file, self._clock)
+
+    def _open(self, path: Path) -> LogFile:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return LogFile(
+            path,
+            self._clock,
+            self._largest,
+            on_change=lambda: self._wake(path),
+            on_end=lambda: self._mark_closed(path),
+        )
 
     def size(self, key: LogKey) -> int:
         """Return the bytes of a log's file; 0 where there is none."""
@@ -95,9 +106,17 @@ class Logs:
         if file is not None and file.users:
             file.ending = True  # a command that is being stopped still says so
             return
-        # Also where nothing was printed: a follower may be waiting for it.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        closed_mark(path).touch()
+        self._mark_closed(path)
+
+    def _mark_closed(self, path: Path) -> None:
+        """Say that a log is over, also where nothing was printed: a follower may be waiting for it."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            closed_mark(path).touch()
+        except OSError as error:
+            if error.errno not in full_disk.FULL:
+                raise
+            self._unmarked.add(path)
         self._wake(path)
 
     async def read(self, key: LogKey, offset: int = 0, limit: int = 1000) -> LogChunk:
@@ -110,7 +129,9 @@ class Logs:
     def _read(self, path: Path, offset: int, limit: int) -> LogChunk:
         collected = path.parent / _COLLECTED
         if path.exists() or not collected.exists():
-            return log_files.read(path, offset, limit)
+            # Asked before the bytes are read: once it is closed nothing is written any more.
+            closed = path in self._unmarked or closed_mark(path).exists()
+            return log_files.read(path, offset, limit, closed=closed)
         at = datetime.fromtimestamp(collected.stat().st_mtime, UTC)
         said = [LogLine(1, at, "this log was deleted to make room", "notice")]
         return LogChunk([] if offset else said, 1, complete=True)

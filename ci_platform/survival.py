@@ -36,6 +36,9 @@ class Progress:
         self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.connections = 0
         self._written = 0
+        if not os.fstat(self._file).st_size:
+            # Takes its room now: later writes are over this one, and need none.
+            os.pwrite(self._file, _NUMBERS.pack(0, 0, 0, 0), 0)
 
     def will_write(self, log_size: int, written: int) -> None:
         """Say that the log, so large now, is to have `written` bytes of output after what comes next."""

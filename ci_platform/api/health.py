@@ -12,13 +12,16 @@ from litestar.di import NamedDependency
 Readiness = Mapping[str, Callable[[], Awaitable[object]]]
 """By name: what raises where the part cannot work."""
 
+Degraded = Mapping[str, Callable[[], str | None]]
+"""By name: what says in a few words what does not work as it should, though the platform as a whole does."""
+
 # A probe that takes longer than this is as bad as one that fails: balancers give up after some seconds.
 _PATIENCE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`status` is `ok` or `unavailable`; `parts` says which part is not, without its inner matters."""
+    """`status` is `ok`, `degraded` or `unavailable`; `parts` says which part is not ok, without its inner matters."""
 
     status: str
     parts: dict[str, str]
@@ -31,11 +34,15 @@ async def healthz() -> Health:
 
 
 @get("/readyz", opt={"scope": "public"}, tags=["health"], summary="Whether the platform can work")
-async def readyz(readiness: NamedDependency[Readiness]) -> Response[Health]:
-    """Ask each part; 503 where one cannot work."""
+async def readyz(
+    readiness: NamedDependency[Readiness], degraded: NamedDependency[Degraded]
+) -> Response[Health]:
+    """Ask each part; 503 where one cannot work. With too little room it takes everything in, and so is ready."""
     parts = {name: await _state(probe) for name, probe in readiness.items()}
     ready = all(state == "ok" for state in parts.values())
-    return Response(Health("ok" if ready else "unavailable", parts), status_code=200 if ready else 503)
+    parts |= {name: ask() or "ok" for name, ask in degraded.items()}
+    well = "ok" if all(state == "ok" for state in parts.values()) else "degraded"
+    return Response(Health(well if ready else "unavailable", parts), status_code=200 if ready else 503)
 
 
 async def _state(probe: Callable[[], Awaitable[object]]) -> str:

@@ -20,6 +20,7 @@ import click
 from rich.console import Console
 
 from ci_platform.cli.asking import print_json
+from ci_platform.cli.garbage import gc
 from ci_platform.cli.repositories import repo
 from ci_platform.cli.runs import COMMANDS, FAILURE, SUCCESS, UNAVAILABLE, conclusion_code
 from ci_platform.cli.snapshots import snapshot
@@ -235,7 +236,7 @@ def doctor(*, as_json: bool, **options: Any) -> None:
     sys.exit(SUCCESS if all(finding.state != "bad" for finding in findings) else UNAVAILABLE)
 
 
-for _command in (*COMMANDS, token, repo, snapshot):
+for _command in (*COMMANDS, token, repo, snapshot, gc):
     main.add_command(_command)
 
 

@@ -13,7 +13,7 @@ from dynflow.clock import Clock
 
 _log = logging.getLogger(__name__)
 
-_EVERY = timedelta(seconds=5)
+_EVERY = timedelta(seconds=2)
 """Between two looks: what they cost does not show, and who waits for room waits no longer than this."""
 
 _AGAIN = timedelta(minutes=1)
@@ -33,7 +33,7 @@ class RoomKeeper:
         self._waker.wake()
 
     async def serve(self) -> None:
-        """Look every few seconds, for ever."""
+        """Look every two seconds, for ever."""
         while True:
             try:
                 await self.look()

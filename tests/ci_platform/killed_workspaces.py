@@ -12,21 +12,35 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import anyio
 
 from ci_platform import copy_on_write, layer_views, layers
+from ci_platform.errors import NotFoundError
+from ci_platform.fetching import Remote
+from ci_platform.garbage import Allowance, Collectable
+from ci_platform.garbage.collector import Collector
+from ci_platform.garbage.logs import RunLogs
+from ci_platform.garbage.mirrors import Mirrors
+from ci_platform.garbage.planning import Need
+from ci_platform.garbage.trees import Trees
+from ci_platform.garbage.workspaces import EndedRuns, Failures
+from ci_platform.logs import LogKey, Logs
 from ci_platform.source import Source
 from ci_platform.workspaces import LayerAuthor, Workspaces
+from dynflow.clock import SystemClock
 
 REPO, ID = "ada/engine", "run1.build"
 CHANGES = {
@@ -226,8 +240,77 @@ class Snapshots:
             assert sum(each.startswith("first-") for each in found) == 12
 
 
+class Collect:
+    """All that can be collected: a mirror, trees, a workspace, what a failed command left, logs."""
+
+    OTHER = "ada/mirror"
+
+    async def before(self, place: Place) -> None:
+        place.forget("source/trees", "source/mirrors", "workspaces", "logs")
+        workspaces = await place.workspaces()
+        for number, sha in enumerate(place.shas):
+            await workspaces.fork(f"run{number}.build", REPO, sha)
+        await commit(workspaces, "first")
+        tree = await workspaces.prepare(ID, LayerAuthor("test", 1, 1))
+        (tree.upper / "left").write_text("x")
+        await workspaces.drop(tree, keep=True)
+        for step in ("first", "test"):
+            writer = Logs(place.root / "logs").writer(LogKey("run1", step))
+            writer.write(b"one\ntwo\n")
+            writer.finish()
+        mirror = place.root / "source/mirrors" / f"{self.OTHER}.git"
+        shutil.copytree(place.root / "source/git" / f"{REPO}.git", mirror)
+        for path in (mirror, *(place.root / "source/trees").glob("[!.]*/*/*")):
+            os.utime(path, (time.time() - 50_000,) * 2)
+
+    async def act(self, place: Place, workspaces: Workspaces) -> None:
+        async def none() -> set[Any]:
+            return set()
+
+        async def no_repos() -> dict[str, str]:
+            return {}
+
+        async def somewhere(_repo: str) -> Remote:
+            return Remote("https://example.org")
+
+        allowance, source, logs = Allowance(1, timedelta()), workspaces._source, Logs(place.root / "logs")
+        stores: list[Collectable] = [
+            Mirrors(source, allowance, wanted=none, remote_of=somewhere),
+            Failures(workspaces, allowance, kept_for=timedelta(0)),
+            EndedRuns(workspaces, allowance, still_open=none),
+            Trees(source, allowance, in_use=workspaces.in_use, wanted=none),
+            RunLogs(logs, allowance, SystemClock(), kept_for=timedelta(1), still_open=none, repos=no_repos),
+        ]
+        await Collector(stores, SystemClock()).collect(lambda: Need(1 << 40))
+
+    async def after(self, place: Place, workspaces: Workspaces) -> None:
+        source, logs = workspaces._source, Logs(place.root / "logs")
+        logs.sweep()
+        for folder in ("source/trash", "logs"):
+            assert list((place.root / folder).glob(".trash-*")) == [], folder
+        for step in ("first", "test"):
+            lines = [line.text for line in (await logs.read(LogKey("run1", step))).lines]
+            assert lines in (["one", "two"], ["this log was deleted to make room"]), lines
+        for held in await source.mirrors():
+            assert await source.read_file(held.repo, place.shas[1], "src/a.py") == b"changed\n"
+        try:
+            found = await workspaces.snapshots(ID)
+        except NotFoundError as error:
+            if "its files were collected" not in str(error):
+                raise
+            assert [path.name for path in (place.root / "workspaces" / ID).iterdir()] == ["collected.json"]
+            assert await source.mirrors() == [], "what came before is gone"
+        else:
+            assert sum(each.startswith("first-") for each in await seen(workspaces, ID, "1")) == 12
+            for each in found[2:]:
+                assert (await seen(workspaces, ID, each.name))["left"] == b"x"
+        for number, sha in enumerate(place.shas):
+            await workspaces.fork(f"run{number}.build", REPO, sha)
+            assert await seen(workspaces, f"run{number}.build", "0") == committed(place, sha)
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
-    "fork": Fork, "seal": Seal, "drop": Drop, "flatten": Flatten, "snapshots": Snapshots,
+    "fork": Fork, "seal": Seal, "drop": Drop, "flatten": Flatten, "snapshots": Snapshots, "collect": Collect,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -42,11 +43,18 @@ class Disk:
         """Make it `ro` or `rw`: no file may be open for writing."""
         run("mount", "-o", f"remount,{mode}", self.folder)
 
-    def fill(self) -> None:
-        """Leave no room, but for what is in part of the last block."""
+    def fill(self, leave: int = 0) -> None:
+        """Leave no room, but for what is in part of the last block, and some bytes."""
+        found = os.statvfs(self.folder)
+        most = found.f_bavail * found.f_frsize - leave if leave else sys.maxsize
         with (self.folder / "filler").open("ab", buffering=0) as filler, contextlib.suppress(OSError):
-            while filler.write(b"\0" * 4096):
-                pass
+            while most > 0 and (written := filler.write(b"\0" * 4096)):
+                most -= written
+
+    def take_inodes(self) -> None:
+        """Leave no room for another file; for a disk of memory alone."""
+        found = os.statvfs(self.folder)
+        run("mount", "-o", f"remount,nr_inodes={found.f_files - found.f_ffree}", self.folder)
 
     def empty(self) -> None:
         """Make room."""
@@ -100,9 +108,9 @@ class BlockDisk(Disk):
 D = TypeVar("D", bound=Disk)
 
 
-def memory_disk(folder: Path) -> Iterator[Disk]:
-    """Mount 2 MiB of memory, or skip the test."""
-    yield from _mounted(partial(Disk, folder, "-t", "tmpfs", "-o", "size=2m,mode=700", "none"))
+def memory_disk(folder: Path, mebibytes: int = 2) -> Iterator[Disk]:
+    """Mount some memory, or skip the test."""
+    yield from _mounted(partial(Disk, folder, "-t", "tmpfs", "-o", f"size={mebibytes}m,mode=700", "none"))
 
 
 def block_disk(folder: Path) -> Iterator[BlockDisk]:

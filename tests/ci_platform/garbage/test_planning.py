@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ci_platform.garbage import Allowance, Item
@@ -39,6 +39,7 @@ def stocks(draw: st.DrawFn, kind: str = "trees") -> Stock:
     return Stock(kind, allowance, draw(st.permutations(items)))
 
 
+few = settings(max_examples=50)
 needs = st.builds(Need, st.integers(0, 300), st.integers(0, 10))
 several = st.tuples(stocks("trees"), stocks("logs"))
 
@@ -53,6 +54,7 @@ def of(verdicts: list[Verdict], stock: Stock, *, collected: bool) -> list[Verdic
     return [each for each in verdicts if each.kind == stock.kind and each.collected is collected]
 
 
+@few
 @given(several, needs)
 def test_each_item_is_decided_about_once_and_what_goes_comes_first(
     both: tuple[Stock, Stock], need: Need
@@ -67,6 +69,7 @@ def test_each_item_is_decided_about_once_and_what_goes_comes_first(
     assert all(each.why for each in verdicts)
 
 
+@few
 @given(several, needs)
 def test_the_floor_stays_however_little_room_there_is(both: tuple[Stock, Stock], need: Need) -> None:
     verdicts = plan(both, NOW, need)
@@ -84,6 +87,7 @@ def test_the_floor_stays_however_little_room_there_is(both: tuple[Stock, Stock],
             assert sum(item.repo == repo and item.name in kept for item in stock.items) >= at_least
 
 
+@few
 @given(several, needs)
 def test_nothing_that_stays_stands_on_something_that_goes_at_any_moment(
     both: tuple[Stock, Stock], need: Need
@@ -97,6 +101,7 @@ def test_nothing_that_stays_stands_on_something_that_goes_at_any_moment(
             assert all(item.name in gone for item in stock.items if item.stands_on == verdict.item.name)
 
 
+@few
 @given(stocks())
 def test_a_stock_fits_its_budget_or_its_floor_does_not(stock: Stock) -> None:
     verdicts = plan([stock], NOW)
@@ -105,6 +110,7 @@ def test_a_stock_fits_its_budget_or_its_floor_does_not(stock: Stock) -> None:
     assert sum(each.item.size for each in kept) <= stock.allowance.budget or not free
 
 
+@few
 @given(stocks())
 def test_the_longest_unused_goes_first_and_no_more_than_must(stock: Stock) -> None:
     stock = replace(stock, items=[replace(item, expires_at=None) for item in stock.items])
@@ -118,6 +124,7 @@ def test_the_longest_unused_goes_first_and_no_more_than_must(stock: Stock) -> No
         assert left + gone[-1].item.size > stock.allowance.budget
 
 
+@few
 @given(several, needs)
 def test_room_is_made_by_the_longest_unused_of_all_until_there_is_enough(
     both: tuple[Stock, Stock], need: Need

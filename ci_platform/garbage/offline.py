@@ -1,0 +1,83 @@
+"""The garbage of a data folder that no server holds."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from ci_platform import data_lock
+from ci_platform.assembly import make_forges
+from ci_platform.copy_on_write import Method
+from ci_platform.encryption import Encryption
+from ci_platform.errors import InvalidInputError
+from ci_platform.garbage.collector import Collector
+from ci_platform.garbage.operating import Garbage, collect_now
+from ci_platform.garbage.stores import room_of, stores_of
+from ci_platform.imports import Imports
+from ci_platform.logs import Logs
+from ci_platform.remotes import Remotes
+from ci_platform.repositories import Repositories
+from ci_platform.run_queries import RunQueries
+from ci_platform.settings import Settings
+from ci_platform.source import Source
+from ci_platform.store import Store
+from ci_platform.survival import Survival
+from ci_platform.workspaces import Workspaces
+from dynflow.clock import SystemClock
+
+
+async def collect_offline(settings: Settings, *, dry_run: bool) -> Garbage:
+    """Collect the garbage of a data folder, see `collect_now`. ConflictError while a server holds it."""
+    if not settings.data.is_dir() or not settings.workspaces_path.is_dir():
+        raise InvalidInputError(
+            f"there is no platform in {settings.data}: --data names the folder of a platform"
+        )
+    with data_lock.held(settings.data):
+        async with _opened(settings) as collector:
+            return await collect_now(collector, room_of(settings), dry_run=dry_run)
+
+
+@asynccontextmanager
+async def _opened(settings: Settings) -> AsyncIterator[Collector]:
+    clock, store = SystemClock(), Store(settings.store_url)
+    await store.open()
+    try:
+        forges = make_forges(settings, clock, store)
+        repositories = Repositories(store, forges, clock)
+        imports = Imports(
+            store,
+            clock,
+            repositories=repositories,
+            encryption=Encryption(settings.data / "encryption.key"),
+            allow_file=settings.allow_file_remotes,
+        )
+        remotes = Remotes(repositories, imports, forges)
+        source = Source(settings.data / "source", allow_file=settings.allow_file_remotes, remote_of=remotes)
+        stores = stores_of(
+            settings,
+            clock,
+            # No engine is asked: who has not ended is in the database.
+            runs=RunQueries(store, clock, cast("Any", None)),
+            source=source,
+            workspaces=_Workspaces(settings, source),
+            logs=Logs(settings.logs_path, clock=clock),
+            remote_of=remotes,
+        )
+        yield Collector(stores, clock)
+    finally:
+        await store.close()
+
+
+class _Workspaces(Workspaces):
+    """The workspaces of a data folder, on which commands may stand that the last server has left running."""
+
+    def __init__(self, settings: Settings, source: Source) -> None:
+        super().__init__(settings.workspaces_path, source, Method("copy", {}))
+        left = Survival(settings.data / "commands").load(lambda *_key: 0)
+        self._left = {Path(lower) for each in left for lower in each.tree["lowers"]}
+
+    def in_use(self) -> set[Path]:
+        """Return the trees that these commands stand on."""
+        return super().in_use() | self._left
