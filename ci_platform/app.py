@@ -83,7 +83,7 @@ def create_app(platform: Platform) -> Litestar:
         "source": platform.source,
         "access": platform.access,
         "collector": platform.collector,
-        "room": platform.room,
+        "room": platform.room_keeper.room,
         "forges": platform.forges,
         "sessions": sessions,
         "stopping": stopping,
@@ -185,7 +185,7 @@ def _readiness(platform: Platform) -> Readiness:
 
 
 def _degraded(platform: Platform) -> Degraded:
-    return {"disk": lambda: "short of room: new runs wait" if platform.room.shortage() else None}
+    return {"disk": lambda: "short of room: new runs wait" if platform.room_keeper.room.shortage() else None}
 
 
 def _problem_handler(pages: Pages) -> Callable[[Request[Any, Any, Any], Exception], Response[Any]]:

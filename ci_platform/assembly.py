@@ -16,6 +16,7 @@ from ci_platform.admission import Admission
 from ci_platform.artifacts import RepositoryCapability
 from ci_platform.caches import Caches
 from ci_platform.capabilities import ForgeCapability, SandboxCapability
+from ci_platform.command_limits import limits_of
 from ci_platform.deliveries import Deliveries
 from ci_platform.encryption import Encryption
 from ci_platform.errors import UnavailableError
@@ -24,7 +25,6 @@ from ci_platform.forges import Forge
 from ci_platform.forges.github import GitHubForge
 from ci_platform.forges.local import LocalForge
 from ci_platform.garbage.collector import Collector
-from ci_platform.garbage.room import Room
 from ci_platform.garbage.room_keeper import RoomKeeper
 from ci_platform.garbage.stores import room_of, stores_of
 from ci_platform.gates import Gates
@@ -49,7 +49,7 @@ from ci_platform.repositories import Repositories
 from ci_platform.retention import Retention
 from ci_platform.run_instances import RunInstances, StoredIdentities
 from ci_platform.runs import Runs
-from ci_platform.sandboxes import ImageMaker, Sandbox, SandboxLimits
+from ci_platform.sandboxes import ImageMaker, Sandbox
 from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.settings import Settings, make_data_folder
@@ -94,7 +94,6 @@ class Platform:
     caches: Caches
     execution: Execution
     collector: Collector
-    room: Room
     room_keeper: RoomKeeper
     sandboxes: Mapping[SandboxKind, Sandbox]
     releases: Releases
@@ -192,7 +191,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         logs,
         sandboxes,
         images=images,
-        limits=_limits(settings),
+        limits=limits_of(settings),
         survival=Survival(settings.data / "commands"),
         caches=caches,
     )
@@ -205,7 +204,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
             logs=logs,
             images=images,
             sandbox=maker,
-            limits=_limits(settings),
+            limits=limits_of(settings),
         )
     env = {
         "ARTIFACTS": RepositoryCapability(workspaces, source),
@@ -237,7 +236,14 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     )
     collector = Collector(
         stores_of(
-            settings, clock, runs=runs, source=source, workspaces=workspaces, logs=logs, remote_of=remotes
+            settings,
+            clock,
+            runs=runs,
+            source=source,
+            workspaces=workspaces,
+            logs=logs,
+            caches=caches,
+            remote_of=remotes,
         ),
         clock,
     )
@@ -281,7 +287,6 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
                     caches=caches,
                     execution=execution,
                     collector=collector,
-                    room=room,
                     room_keeper=room_keeper,
                     sandboxes=sandboxes,
                     releases=releases,
@@ -375,19 +380,6 @@ def make_sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:
             network=network,
         )
     return sandboxes
-
-
-def _limits(settings: Settings) -> SandboxLimits:
-    return SandboxLimits(
-        timeout=settings.command_timeout,
-        memory=settings.command_memory,
-        processes=settings.command_processes,
-        cpus=settings.command_cpus,
-        cpu=settings.command_cpu,
-        disk=settings.command_disk,
-        files=settings.command_files,
-        output=settings.max_log,
-    )
 
 
 def make_forges(settings: Settings, clock: Clock, store: Store) -> dict[str, Forge]:

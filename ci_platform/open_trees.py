@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ci_platform import copy_on_write
+from ci_platform.sandboxes import Tree
 from ci_platform.stacks import LayerAuthor
 
 
@@ -22,6 +23,11 @@ class OpenTree:
     on: tuple[int, ...]
     lowers: tuple[Path, ...]
     stamps: copy_on_write.Stamps | None = None
+
+    @property
+    def tree(self) -> Tree:
+        """What sandboxes get of it, where layers are mounted."""
+        return Tree(self.folder / "tree", self.folder / "work", self.lowers)
 
     def is_of(self, workspace: Path) -> bool:
         """Whether it is a tree of the workspace in this folder, or stands on a layer of its."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.to_thread
 
-from ci_platform import layers
+from ci_platform import full_disk, layers
 from ci_platform.caches.entries import CacheEntry, Entries, entry_id
 from ci_platform.caches.eviction import Budget, has_room, victims
 from ci_platform.caches.keys import KeyMaker
@@ -76,7 +76,7 @@ class Caches:
 
     async def _thread(self, function: Callable[[], T]) -> T:
         with anyio.CancelScope(shield=True):
-            result = await anyio.to_thread.run_sync(function, limiter=self._limiter)
+            result = await anyio.to_thread.run_sync(full_disk.told(function), limiter=self._limiter)
         return result  # noqa: RET504 - for all that mypy knows, a scope swallows errors
 
     # --- for the platform ------------------------------------------------------------------------

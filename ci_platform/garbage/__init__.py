@@ -36,13 +36,14 @@ class Allowance:
     """How much a store may hold: `budget` in bytes. And its floor: what is never taken, however little room there is.
 
     What was used in the time `recent` stays, and so do the `newest` ones of each repository that were used in the time
-    `newest_for`.
+    `newest_for`, and the newest of each that are no more than `of_repository` bytes together.
     """
 
     budget: int
     recent: timedelta = timedelta(hours=1)
     newest: int = 0
     newest_for: timedelta = timedelta()
+    of_repository: int = 0
 
 
 class Collectable(Protocol):

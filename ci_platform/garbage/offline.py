@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from ci_platform import data_lock
 from ci_platform.assembly import make_forges
+from ci_platform.caches import Caches
 from ci_platform.copy_on_write import Method
 from ci_platform.encryption import Encryption
 from ci_platform.errors import InvalidInputError
@@ -17,6 +18,7 @@ from ci_platform.garbage.operating import Garbage, collect_now
 from ci_platform.garbage.stores import room_of, stores_of
 from ci_platform.imports import Imports
 from ci_platform.logs import Logs
+from ci_platform.open_trees import OpenTree
 from ci_platform.remotes import Remotes
 from ci_platform.repositories import Repositories
 from ci_platform.run_queries import RunQueries
@@ -26,6 +28,9 @@ from ci_platform.store import Store
 from ci_platform.survival import Survival
 from ci_platform.workspaces import Workspaces
 from dynflow.clock import SystemClock
+
+_METHOD = Method("copy", {})
+"""Nothing is mounted and nothing copied: no command runs."""
 
 
 async def collect_offline(settings: Settings, *, dry_run: bool) -> Garbage:
@@ -55,14 +60,20 @@ async def _opened(settings: Settings) -> AsyncIterator[Collector]:
         )
         remotes = Remotes(repositories, imports, forges)
         source = Source(settings.data / "source", allow_file=settings.allow_file_remotes, remote_of=remotes)
+        workspaces = _Workspaces(settings, source)
+        caches = Caches.of(settings, _METHOD, store, clock)
+        for each in workspaces.left:
+            caches.reopen(each.get("caches"), OpenTree.from_plain(each).tree)
+        await caches.sweep()
         stores = stores_of(
             settings,
             clock,
             # No engine is asked: who has not ended is in the database.
             runs=RunQueries(store, clock, cast("Any", None)),
             source=source,
-            workspaces=_Workspaces(settings, source),
+            workspaces=workspaces,
             logs=Logs(settings.logs_path, clock=clock),
+            caches=caches,
             remote_of=remotes,
         )
         yield Collector(stores, clock)
@@ -74,10 +85,10 @@ class _Workspaces(Workspaces):
     """The workspaces of a data folder, on which commands may stand that the last server has left running."""
 
     def __init__(self, settings: Settings, source: Source) -> None:
-        super().__init__(settings.workspaces_path, source, Method("copy", {}))
-        left = Survival(settings.data / "commands").load(lambda *_key: 0)
-        self._left = {Path(lower) for each in left for lower in each.tree["lowers"]}
+        super().__init__(settings.workspaces_path, source, _METHOD)
+        found = Survival(settings.data / "commands").load(lambda *_key: 0)
+        self.left = [each.tree for each in found]
 
     def in_use(self) -> set[Path]:
         """Return the trees that these commands stand on."""
-        return super().in_use() | self._left
+        return super().in_use() | {Path(lower) for each in self.left for lower in each["lowers"]}

@@ -116,13 +116,14 @@ def _floor(stock: Stock, now: datetime) -> tuple[list[tuple[Item, str]], list[_S
     standings = _standings(stock.items)
     by_name = {item.name: item for item in stock.items}
     why = dict[str, str]()
-    newest = Counter[str | None]()
+    newest, sizes = Counter[str | None](), Counter[str | None]()
     for standing in sorted(standings, key=lambda each: each.order, reverse=True):
         item = standing.item
-        reason = item.pinned or _recency(item, stock.allowance, now, newest[item.repo])
+        reason = item.pinned or _recency(item, stock.allowance, now, newest[item.repo], sizes[item.repo])
         if reason is None:
             continue
         newest[item.repo] += 1
+        sizes[item.repo] += item.size
         why.setdefault(item.name, reason)
         for below in _below(item, by_name):
             why.setdefault(below.name, "something that stays stands on it")
@@ -131,12 +132,16 @@ def _floor(stock: Stock, now: datetime) -> tuple[list[tuple[Item, str]], list[_S
     return held, sorted(free, key=lambda each: each.order)
 
 
-def _recency(item: Item, allowance: Allowance, now: datetime, newer: int) -> str | None:
-    expired = item.expires_at is not None and item.expires_at <= now
-    if item.used_at > now - allowance.recent and not expired:
+def _recency(item: Item, allowance: Allowance, now: datetime, newer: int, size: int) -> str | None:
+    """Return why an item stays though nobody needs it; `newer` and `size` are of those of its repository that do."""
+    if item.expires_at is not None and item.expires_at <= now:
+        return None
+    if item.used_at > now - allowance.recent:
         return "used a short while ago"
-    if newer < allowance.newest and item.used_at > now - allowance.newest_for and not expired:
+    if newer < allowance.newest and item.used_at > now - allowance.newest_for:
         return "the newest of its repository"
+    if 0 < size + item.size <= allowance.of_repository:
+        return "within what its repository may have in any case"
     return None
 
 

@@ -24,7 +24,8 @@ class RoomKeeper:
     """A service. `let_go` has runs begin that were held back for want of room. `wake` it where room was missed."""
 
     def __init__(self, collector: Collector, room: Room, clock: Clock, let_go: Callable[[], object]) -> None:
-        self._collector, self._room, self._clock, self._let_go = collector, room, clock, let_go
+        self.room = room
+        self._collector, self._clock, self._let_go = collector, clock, let_go
         self._waker = Waker(clock)
         self._not_before: datetime | None = None
 
@@ -44,8 +45,8 @@ class RoomKeeper:
     async def look(self) -> None:
         """Make room where there is little, then let go whoever waits for it, if there is."""
         now = self._clock.now()
-        if self._room.is_little() and (self._not_before is None or now >= self._not_before):
-            report = await self._collector.collect(self._room.wanted)
+        if self.room.is_little() and (self._not_before is None or now >= self._not_before):
+            report = await self._collector.collect(self.room.wanted)
             freed = sum(item.size for item in report.items)
             _log.warning(
                 "the disk is short of room; collected %d items of %d bytes", len(report.items), freed

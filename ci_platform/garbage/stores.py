@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
+from ci_platform.caches import Caches
 from ci_platform.fetching import Remote
 from ci_platform.garbage import Allowance, Collectable
+from ci_platform.garbage.caches import CacheEntries
 from ci_platform.garbage.logs import RunLogs
 from ci_platform.garbage.mirrors import Mirrors
 from ci_platform.garbage.room import Room
@@ -28,6 +30,7 @@ def stores_of(
     source: Source,
     workspaces: Workspaces,
     logs: Logs,
+    caches: Caches,
     remote_of: Callable[[str], Awaitable[Remote | None]],
 ) -> list[Collectable]:
     """Return what can be collected of a data folder."""
@@ -52,6 +55,10 @@ def stores_of(
             still_open=runs.open_ids,
         ),
         Failures(workspaces, _allowance(settings, settings.failure_budget), kept_for=settings.keep_failures),
+        CacheEntries(
+            caches,
+            Allowance(settings.cache_disk, settings.keep_recent, of_repository=settings.cache_floor),
+        ),
         RunLogs(
             logs,
             _allowance(settings, settings.log_budget, newest=1),

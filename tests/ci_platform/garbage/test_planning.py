@@ -34,7 +34,11 @@ def stocks(draw: st.DrawFn, kind: str = "trees") -> Stock:
             )
         )
     allowance = Allowance(
-        draw(st.integers(0, 300)), HOUR * draw(st.integers(0, 3)), draw(st.integers(0, 2)), 5 * HOUR
+        draw(st.integers(0, 300)),
+        HOUR * draw(st.integers(0, 3)),
+        draw(st.integers(0, 2)),
+        5 * HOUR,
+        draw(st.sampled_from([0, 50, 150])),
     )
     return Stock(kind, allowance, draw(st.permutations(items)))
 
@@ -85,6 +89,10 @@ def test_the_floor_stays_however_little_room_there_is(both: tuple[Stock, Stock],
             mine = [item for item in mine if item.used_at > NOW - stock.allowance.newest_for]
             at_least = min(stock.allowance.newest, len(mine))
             assert sum(item.repo == repo and item.name in kept for item in stock.items) >= at_least
+            left = sum(item.size for item in stock.items if item.repo == repo and item.name in kept)
+            for each in of(verdicts, stock, collected=True):
+                if each.item.repo == repo and each.item.expires_at is None and each.item.size:
+                    assert left + each.item.size > stock.allowance.of_repository
 
 
 @few

@@ -15,6 +15,7 @@ import pytest
 from ci_platform.errors import ConflictError, NotFoundError, UnavailableError
 from ci_platform.fetching import Remote
 from ci_platform.garbage import Allowance, Collectable, Item
+from ci_platform.garbage.caches import CacheEntries
 from ci_platform.garbage.collector import Collector
 from ci_platform.garbage.logs import RunLogs
 from ci_platform.garbage.mirrors import Mirrors
@@ -24,6 +25,7 @@ from ci_platform.garbage.workspaces import EndedRuns, Failures, wanted_commits
 from ci_platform.logs import LogKey, Logs
 from ci_platform.workspaces import LayerAuthor
 from dynflow.clock import ManualClock
+from tests.ci_platform import cache_desk
 from tests.ci_platform.workspace_desk import REPO, Desk, opened_desk
 
 NOTHING_AT_ALL = Allowance(1, timedelta())
@@ -200,6 +202,20 @@ async def test_logs_of_ended_runs_go_and_say_so_until_their_time_is_over(tmp_pat
     report = await Collector([store], clock).collect()
     assert {item.why for item in report.items} == {"its time is over"}
     assert list(logs.root.glob("*")) == []
+
+
+async def test_caches_go_but_for_what_a_repository_may_have_in_any_case(tmp_path: Path) -> None:
+    async with cache_desk.opened_desk(tmp_path) as desk:
+        store = CacheEntries(desk.caches, replace(NOTHING_AT_ALL, of_repository=30_000))
+        for number in range(3):
+            await desk.run("head -c 20000 /dev/zero > deps/zeros", cache_desk.spec(f"key-{number}"))
+        items = await store.items()
+        assert [(item.repo, item.size >= 20_000, item.pinned) for item in items] == [(REPO, True, None)] * 3
+        report = await Collector([store], ManualClock(datetime.now(UTC) + timedelta(days=1))).collect()
+        (kept,) = await store.items()
+        assert len(report.items) == 2
+        assert kept.used_at == max(item.used_at for item in items)
+        assert await store.collect("nothing") is True
 
 
 class Shelf:
