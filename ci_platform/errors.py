@@ -62,6 +62,12 @@ class TooLargeError(RejectedError):
     code, status = "too_large", 413
 
 
+class PatchError(RejectedError):
+    """A patch that cannot be read, may not be applied or does not fit; the message names file and hunk."""
+
+    code, status = "patch_refused", 422
+
+
 class FailedError(PlatformError):
     """The tenant's pipeline, repository or command is at fault.
 
