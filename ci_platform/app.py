@@ -34,7 +34,7 @@ from ci_platform.api.repos import (
     read_tree,
     register_repo,
 )
-from ci_platform.api.runs import cancel_run, follow_events, get_run, list_runs, rerun_run
+from ci_platform.api.runs import cancel_run, follow_events, fork_run, get_run, list_runs, rerun_run
 from ci_platform.api.snapshots import (
     download_snapshot,
     list_snapshot_files,
@@ -127,6 +127,7 @@ _API_HANDLERS = [
     list_connections,
     cancel_run,
     rerun_run,
+    fork_run,
     list_snapshots,
     list_snapshot_files,
     read_snapshot_file,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import anyio.abc
@@ -47,6 +48,7 @@ from ci_platform.remotes import Remotes
 from ci_platform.reports import Reports
 from ci_platform.repositories import Repositories
 from ci_platform.retention import Retention
+from ci_platform.run_forks import RunForks, note_calls
 from ci_platform.run_instances import RunInstances, StoredIdentities
 from ci_platform.runs import Runs
 from ci_platform.sandboxes import ImageMaker, Sandbox
@@ -57,6 +59,7 @@ from ci_platform.source import Source
 from ci_platform.store import Store
 from ci_platform.survival import Survival
 from ci_platform.trees import TreeLimits
+from ci_platform.workspace_forks import WorkspaceForks
 from ci_platform.workspaces import Workspaces
 from dynflow.clock import Clock, SystemClock
 from dynflow.engines.embedded import EmbeddedEngine
@@ -215,7 +218,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     }
     limits = IsolateLimits(memory=settings.pipeline_memory, busy=settings.pipeline_compute)
     identities = StoredIdentities(store)
-    code = PipelineCode(source, loader, identities, env, limits)
+    code = PipelineCode(source, loader, identities, env, limits, note=partial(note_calls, store))
     engine.register(WORKFLOW, create_dynamic_workflow_entrypoint(code.load_runner))
     workflows = RunInstances(engine.binding(WORKFLOW), identities)
     releases = Releases([*sandboxes.values(), execution], WORKFLOW)
@@ -231,6 +234,9 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         gates=gates,
         reports=reports,
         layers=workspaces,
+        forks=RunForks(
+            store, clock, workflows, files=WorkspaceForks(settings.workspaces_path, workspaces), codes=code
+        ),
         run_timeout=settings.run_timeout,
         admission=admission,
     )

@@ -6,9 +6,8 @@ about itself counts. Values out of the isolate are hostile until checked here.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ci_platform.caches.specs import checked as check_caches
@@ -16,6 +15,7 @@ from ci_platform.cancellation import with_shields
 from ci_platform.cones import Cone
 from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError, NotFoundError
 from ci_platform.execution import Execution
+from ci_platform.lineage import in_run, workspace_id_of
 from ci_platform.reports import Reports
 from ci_platform.service_checks import check_services
 from ci_platform.settings import Settings
@@ -25,7 +25,6 @@ from dynflow.types import StepContext
 from pipelines.contract import Command, CommandResult, Workspace
 
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 # A Markdown comment is at most this long at GitHub; the report says where it was cut.
 _LONGEST_COMMENT = 65_536
 
@@ -34,7 +33,8 @@ _LONGEST_COMMENT = 65_536
 class RunIdentity:
     """What a run may be taken for: bound by the platform when it loads the run's pipeline, never told by it.
 
-    `trusted` is false for a pull request from a fork.
+    `trusted` is false for a pull request from a fork. `code` is the commit of its pipeline's code where that is not
+    `sha`. `ancestors` are the runs that it was forked from, of which it has copies of workspaces.
     """
 
     run_id: str
@@ -42,6 +42,13 @@ class RunIdentity:
     sha: str
     pr: int | None
     trusted: bool
+    code: str | None = None
+    ancestors: tuple[str, ...] = ()
+
+    @property
+    def is_what_if(self) -> bool:
+        """Whether it tries something out: nothing of it may be taken for what its commit does."""
+        return bool(self.ancestors)
 
 
 def _identity() -> tuple[RunIdentity, Caller]:
@@ -69,9 +76,13 @@ def calling(what: str) -> tuple[RunIdentity, LayerAuthor]:
 
 def workspace_of(workspace: Any, identity: RunIdentity) -> Workspace:
     """Return a workspace that is this run's. Raises InvalidInputError, ForbiddenError."""
-    _checked_workspace(workspace, identity)
-    checked: Workspace = workspace
-    return checked
+    if not isinstance(workspace, Workspace):
+        raise InvalidInputError(f"not a workspace: {type(workspace).__name__}")
+    workspace_id: Any = workspace.id  # its class promises text; what came through the wire does not
+    own = in_run(workspace_id, identity.run_id, identity.ancestors) if isinstance(workspace_id, str) else None
+    if own is None:
+        raise ForbiddenError(f"workspace {workspace_id!r:.100} does not belong to this run")
+    return replace(workspace, id=own)
 
 
 class ArtifactsCapability(Capability):
@@ -106,7 +117,7 @@ class ArtifactsCapability(Capability):
                 "ARTIFACTS.fork(lfs=True) is not supported: files that LFS keeps are its pointers"
             )
         cone = None if sparse is None else Cone.of(sparse)
-        workspace_id = f"{identity.run_id}.{_slug(step)}"
+        workspace_id = workspace_id_of(identity.run_id, step.step.name, step.step.count)
         return await with_shields(
             lambda: self._workspaces.fork(
                 workspace_id,
@@ -130,8 +141,8 @@ class ArtifactsCapability(Capability):
             raise InvalidInputError(
                 f"a step is named by text and a number, not {step!r:.100} and {count!r:.20}"
             )
-        source_id = _checked_workspace(workspace, identity)
-        workspace_id = f"{identity.run_id}.{_slug(own)}"
+        source_id = workspace_of(workspace, identity).id
+        workspace_id = workspace_id_of(identity.run_id, own.step.name, own.step.count)
         return await with_shields(lambda: self._fork_snapshot(workspace_id, source_id, step, count))
 
     async def _fork_snapshot(self, workspace_id: str, source_id: str, step: str, count: int) -> Workspace:
@@ -144,15 +155,6 @@ class ArtifactsCapability(Capability):
         if not names:
             raise NotFoundError(f"the step {step[:100]!r} number {count} left nothing in that workspace")
         return await self._workspaces.fork_snapshot(workspace_id, source_id, names[-1])
-
-
-def _checked_workspace(workspace: Any, identity: RunIdentity) -> str:
-    if not isinstance(workspace, Workspace):
-        raise InvalidInputError(f"not a workspace: {type(workspace).__name__}")
-    workspace_id: Any = workspace.id  # its class promises text; what came through the wire does not
-    if not isinstance(workspace_id, str) or not workspace_id.startswith(f"{identity.run_id}."):
-        raise ForbiddenError(f"workspace {workspace_id!r:.100} does not belong to this run")
-    return workspace_id
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -178,7 +180,7 @@ class SandboxCapability(Capability):
     def _checked(self, command: Any, identity: RunIdentity) -> Command:
         if not isinstance(command, Command) or not isinstance(command.workspace, Workspace):
             raise InvalidInputError(f"SANDBOX.run takes a Command, not {type(command).__name__}")
-        _checked_workspace(command.workspace, identity)
+        workspace = workspace_of(command.workspace, identity)
         if command.sandbox == "container" and not self._settings.allow_containers:
             raise ForbiddenError(
                 'sandbox="container" is switched off on this platform (setting allow_containers)'
@@ -194,7 +196,7 @@ class SandboxCapability(Capability):
                 "for pull requests from forks" if self._settings.allow_network else "(setting allow_network)"
             )
             raise ForbiddenError(f"network={command.network!r:.100} is not allowed here {why}")
-        return command
+        return replace(command, workspace=workspace)
 
 
 class ForgeCapability(Capability):
@@ -220,13 +222,3 @@ class ForgeCapability(Capability):
                 f"a comment is text of 1 to {_LONGEST_COMMENT:,} characters, not {body!r:.100}"
             )
         await self._reports.comment(identity.run_id, identity.pr, body)
-
-
-def _slug(step: StepContext) -> str:
-    """Return a part of a workspace's id: readable, and different for different steps of a run."""
-    name = step.step.name
-    slug = _UNSAFE.sub("-", name)[:40]
-    if slug != name:
-        # The dot is in no name that stays as it is, so that none can be chosen to meet this one.
-        slug += f".{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return f"{slug}-{step.step.count}"

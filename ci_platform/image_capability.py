@@ -42,6 +42,8 @@ class ImagesCapability(Capability):
         making, maker, identity = self._authorised("IMAGES.build", network)
         if not isinstance(dockerfile, str) or not 0 < len(dockerfile) < 1000 or "\0" in dockerfile:
             raise InvalidInputError(f"dockerfile is a path in the workspace, not {dockerfile!r:.100}")
+        if push and identity.is_what_if:
+            raise ForbiddenError("push=True: a what-if run publishes nothing")
         references = self._references(identity.repo, tags) if push else []
         command = Command(
             workspace_of(workspace, identity), ("docker", "build"), "container", network=network

@@ -18,7 +18,7 @@ class InstanceHandle(Protocol):
     async def terminate(self) -> None:
         """End it. IllegalMoveError if it ended already."""
 
-    async def restart(self, from_step: tuple[str, int] | None = None) -> None:
+    async def restart(self, from_step: tuple[str, int] | tuple[str, int, str] | None = None) -> None:
         """Run it again, keeping the results from before `from_step`."""
 
     async def delete(self) -> object:
@@ -36,6 +36,16 @@ class WorkflowsBinding(Protocol):
 
     async def create(self, *, id: str, params: Any) -> Any:  # noqa: A002 - dynflow's public name
         """Create an instance, durably queued. InstanceExistsError if the id is taken."""
+
+    async def fork(
+        self,
+        source_id: str,
+        *,
+        before: tuple[str, int],
+        id: str,  # noqa: A002 - dynflow's public name
+        params: Any,
+    ) -> Any:
+        """Create an instance with what another one had finished before a step. Errors as of `create` and `get`."""
 
     async def get(self, id: str) -> Any:  # noqa: A002 - dynflow's public name
         """Return the InstanceHandle. InstanceNotFoundError if there is none."""

@@ -127,7 +127,8 @@ class Run(Row, table=True):
     """One run. Alive or not is the engine's to say: `phase` is a projection of it that lists filter by.
 
     `stop_*` is a decision to end the run early (cancelled, gate rejected, out of time), carried out until
-    the engine obeys. `rerun_*` is a rerun that was decided and is not carried out yet.
+    the engine obeys. `rerun_*` is a rerun that was decided and is not carried out yet, `fork_pending` the same of
+    a fork: until then the run that it is forked from (`forked_from`) stays as it is.
     """
 
     __tablename__ = "run"
@@ -135,6 +136,7 @@ class Run(Row, table=True):
         UniqueConstraint("repo", "number"),
         Index("ix_run_sha", "sha"),
         Index("ix_run_phase", "phase"),
+        Index("ix_run_forked_from", "forked_from"),
     )
 
     seq: int | None = Field(default=None, primary_key=True)
@@ -167,6 +169,34 @@ class Run(Row, table=True):
     stop_reason: str | None = None
     rerun_pending: bool = False
     rerun_from: list[Any] | None = Field(default=None, sa_type=JSON)
+    forked_from: str | None = Field(default=None, max_length=40)
+    fork_pending: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
+
+
+class RunFork(Row, table=True):
+    """What a run that was forked from another one has of it, and what it has instead.
+
+    `step` None: nothing was kept. `kept` are the steps that were: name, count, and the name of the step that it is
+    within or "". `ancestors`: the runs that it comes from, the nearest first. `code` is a commit, `inputs` are parts of
+    the event's payload, `patch` is text for the workspace `patched`. `unused` are kept steps that its code did not
+    call, `reached` whether it called `step`; both None until it is known.
+    """
+
+    __tablename__ = "run_fork"
+
+    run_id: str = Field(primary_key=True, max_length=40, foreign_key="run.id")
+    step: str | None = Field(default=None, max_length=256)
+    count: int = 1
+    ancestors: list[str] = Field(sa_type=JSON)
+    kept: list[Any] = Field(sa_type=JSON)
+    asked_by: str = Field(max_length=200)
+    code: str | None = Field(default=None, max_length=64)
+    inputs: dict[str, Any] = Field(sa_type=JSON)
+    patch: str | None = None
+    patched: str | None = Field(default=None, max_length=128)
+    patched_files: list[str] = Field(sa_type=JSON)
+    unused: list[Any] | None = Field(default=None, sa_type=JSON)
+    reached: bool | None = None
 
 
 class RunImage(Row, table=True):
@@ -237,7 +267,8 @@ class Gate(Row, table=True):
 class OutboxRow(Row, table=True):
     """Something to show on a forge. Per `key` in the order of `id`; where several wait, the newest alone.
 
-    `state`: `waiting`, `delivered`, `superseded` (a newer one took its place), `dead` (given up).
+    `state`: `waiting`, `delivered`, `superseded` (a newer one took its place), `dead` (given up),
+    `withheld` (of a what-if run: it is never delivered).
     """
 
     __tablename__ = "outbox"

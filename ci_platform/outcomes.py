@@ -76,9 +76,10 @@ def waiting_for(status: InstanceStatus) -> str | None:
     return ", ".join(_wait_in_words(step) for step in waiting)[:500] or None
 
 
-def started_at(status: InstanceStatus) -> datetime | None:
-    """Return when the first step started, None where none has."""
-    return min((step.started_at for step in status.steps), default=None)
+def started_at(status: InstanceStatus, created_at: datetime) -> datetime | None:
+    """Return when the first step started, None where none has. Steps from before the run are another one's."""
+    own = (step.started_at for step in status.steps if step.started_at >= created_at)
+    return min(own, default=None)
 
 
 def outcome_of(status: InstanceStatus, stop: Stop | None, started: datetime | None) -> Outcome | None:

@@ -56,6 +56,8 @@ def parse(text: bytes) -> list[FilePatch]:
     """Return the changes of a patch in their order. Raises PatchError, which names file and hunk."""
     if len(text) > MOST_BYTES:
         raise PatchError(f"a patch has at most {MOST_BYTES:,} bytes, this one has {len(text):,}")
+    if b"\0" in text:
+        raise PatchError("a patch is text: this one has a byte that is zero")
     reader = _Reader(text)
     found: list[FilePatch] = []
     while (line := reader.peek()) is not None:

@@ -7,22 +7,26 @@ isolate is shared by runs of one repository, one trust and one version of the co
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
+from ci_platform.called_steps import Called, NotingRunner
 from ci_platform.capabilities import RunIdentity
 from ci_platform.deliveries import CommitInfo
 from ci_platform.errors import FailedError, PipelineInvalidError
 from ci_platform.forges import Change
 from ci_platform.source import Remote, Source
-from dynflow.isolates import EntrypointStub, IsolateLimits, WorkerCode, WorkerLoader
-from dynflow.router import LoadContext
+from dynflow.isolates import IsolateLimits, WorkerCode, WorkerLoader
+from dynflow.router import LoadContext, Runner
 
 FOLDER = ".dynflow"
 MAIN_MODULE = f"{FOLDER}/ci.py"  # the whole path: it is what errors and tracebacks show
 PIPELINE_CLASS = "CIPipeline"
 
+_SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 # Pipelines in memory: a few KiB each.
 _REMEMBERED = 500
 
@@ -35,7 +39,10 @@ class Identities(Protocol):
 
 
 class PipelineCode:
-    """Looks pipelines up and loads them for their runs. `env` is what pipelines get as `self.env`."""
+    """Looks pipelines up and loads them for their runs. `env` is what pipelines get as `self.env`.
+
+    `note` is told the steps that the code of a what-if run has called.
+    """
 
     def __init__(
         self,
@@ -44,9 +51,10 @@ class PipelineCode:
         identities: Identities,
         env: Mapping[str, Any],
         limits: IsolateLimits,
+        note: Callable[[str, Called], Awaitable[None]] | None = None,
     ) -> None:
         self._source, self._loader, self._identities = source, loader, identities
-        self._env, self._limits = env, limits
+        self._env, self._limits, self._note = env, limits, note
         # A commit's files never change: what was looked up at the delivery need not be at the start and each wake.
         self._known: OrderedDict[tuple[str, str], dict[str, str | bytes]] = OrderedDict()
 
@@ -60,18 +68,33 @@ class PipelineCode:
         digest = _digest(modules) if MAIN_MODULE in modules else None
         return CommitInfo(await self._source.commit_message(change.repo, change.sha), digest)
 
-    async def load_runner(self, context: LoadContext) -> EntrypointStub:
+    async def load_runner(self, context: LoadContext) -> Runner:
         """Return the entrypoint of the run that the envelope routes to. The envelope says which run, no more."""
         identity = await self._identities.identity(str(context.metadata["run_id"]))
-        modules = await self._modules(identity.repo, identity.sha)
-        if MAIN_MODULE not in modules:
-            raise PipelineInvalidError(f"{identity.repo} has no {MAIN_MODULE} at {identity.sha}")
+        modules = await self._pipeline(identity.repo, identity.code or identity.sha)
         trust = "trusted" if identity.trusted else f"pr-{identity.pr}"
         worker_id = f"{identity.repo}:{trust}:{_digest(modules)}"
         code = WorkerCode(
             MAIN_MODULE, modules, self._env, {"repo": identity.repo}, self._limits, tenant=identity.repo
         )
-        return self._loader.get(worker_id, lambda: code).get_entrypoint(PIPELINE_CLASS, props=identity)
+        stub = self._loader.get(worker_id, lambda: code).get_entrypoint(PIPELINE_CLASS, props=identity)
+        if self._note is None or not identity.is_what_if:
+            return stub
+        return NotingRunner(stub, partial(self._note, identity.run_id))
+
+    async def commit_of(self, repo: str, name: str) -> str:
+        """Return the full id of a commit, a branch or a tag. Raises NotFoundError, InvalidInputError."""
+        return name if _SHA.fullmatch(name) else await self._source.resolve(repo, name)
+
+    async def digest_at(self, repo: str, sha: str) -> str:
+        """Return the digest of the pipeline of a commit. Raises NotFoundError, PipelineInvalidError."""
+        return _digest(await self._pipeline(repo, sha))
+
+    async def _pipeline(self, repo: str, sha: str) -> dict[str, str | bytes]:
+        modules = await self._modules(repo, sha)
+        if MAIN_MODULE not in modules:
+            raise PipelineInvalidError(f"{repo} has no {MAIN_MODULE} at {sha}")
+        return modules
 
     async def _modules(self, repo: str, sha: str) -> dict[str, str | bytes]:
         found = self._known.pop((repo, sha), None)

@@ -34,7 +34,7 @@ _MAX_DESCRIPTION = 1000
 
 @dataclass(frozen=True, slots=True)
 class ReportView:
-    """A report as the API shows it. `state` is `waiting`, `delivered`, `superseded` or `dead`."""
+    """A report as the API shows it. `state` is `waiting`, `delivered`, `superseded`, `dead` or `withheld`."""
 
     kind: str
     state: str
@@ -70,8 +70,10 @@ class Reports:
     def put_status(self, tx: Transaction, run: Run, state: StatusState, description: str) -> None:
         """Have this shown on the run's commit, as part of `tx`; call `wake` after it.
 
-        The same as the last report of this context changes nothing.
+        The same as the last report of this context changes nothing. A what-if run says nothing about its commit.
         """
+        if run.forked_from is not None:
+            return
         status = CommitStatus(
             repo=run.repo,
             sha=run.sha,
@@ -106,6 +108,9 @@ class Reports:
         self, tx: Transaction, run: Run, kind: str, identity: tuple[str, str], payload: dict[str, Any]
     ) -> None:
         repository = cast("Repository", tx.get(Repository, run.repo))
+        if run.forked_from is not None:
+            self._withhold(tx, run, kind, repository.forge, payload)
+            return
         key = _key(repository.forge, kind, run.repo, *identity)
         last = tx.first(OutboxRow, col(OutboxRow.key) == key, order=col(OutboxRow.id).desc())
         if last is not None:
@@ -130,6 +135,16 @@ class Reports:
                 next_at=now,
             )
         )
+
+    def _withhold(self, tx: Transaction, run: Run, kind: str, forge: str, payload: dict[str, Any]) -> None:
+        """Keep what a what-if run would have said, for who looks at the run; the newest alone."""
+        key, now = _key(forge, kind, run.repo, run.id), self._clock.now()
+        tx.remove(OutboxRow, col(OutboxRow.key) == key)
+        row = OutboxRow(
+            run_id=run.id, forge=forge, kind=kind, key=key, payload=payload, created_at=now, next_at=now
+        )
+        row.state, row.ended_at = "withheld", now
+        tx.add(row)
 
     def wake(self) -> None:
         """Look for reports to deliver, now."""

@@ -36,7 +36,8 @@ from ci_platform.outcomes import (
     waiting_for,
 )
 from ci_platform.reports import Reports
-from ci_platform.run_queries import RunQueries
+from ci_platform.run_forks import RunForks
+from ci_platform.run_queries import RunQueries, params_of
 from ci_platform.store import Store, Transaction, col
 from dynflow.clock import Clock
 from dynflow.errors import IllegalMoveError, InstanceExistsError, InstanceNotFoundError
@@ -62,12 +63,13 @@ class RunProjection(RunQueries):
         gates: Gates,
         reports: Reports,
         layers: Layers,
+        forks: RunForks,
         run_timeout: timedelta = timedelta(hours=6),
         admission: Admission | None = None,
     ) -> None:
         super().__init__(store, clock, workflows)
         self._notices, self._gates, self._reports = notices, gates, reports
-        self._layers, self._run_timeout = layers, run_timeout
+        self._layers, self._forks, self._run_timeout = layers, forks, run_timeout
         self._admission = admission or Admission()
         self._busy: set[str] = set()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -130,6 +132,9 @@ class RunProjection(RunQueries):
         handle = await self._instance(run)
         if handle is None:
             return
+        if run.fork_pending:
+            done = {"fork_pending": False}
+            await self._store.write(lambda tx: tx.change(Run, done, col(Run.id) == run_id))
         if run.rerun_pending:
             if run.stop_conclusion is None and await self._held_back(run):
                 return
@@ -168,10 +173,16 @@ class RunProjection(RunQueries):
             return None
         if await self._held_back(run):
             return None
+        if run.forked_from is not None:
+            lost = await self._forks.carry_out(run)
+            if lost is not None:
+                await self._conclude_without_instance(run, Stop("error", lost))
+                return None
+            return cast("InstanceHandle", await self._workflows.get(run.id))
         if run.rerun_pending:  # what it is rerun from is lost: its files would be those of nothing
             await self._layers.delete_run(run.id)
         with suppress(InstanceExistsError):
-            await self._workflows.create(id=run.id, params=_params(run))
+            await self._workflows.create(id=run.id, params=params_of(run))
         return cast("InstanceHandle", await self._workflows.get(run.id))
 
     async def _held_back(self, run: Run) -> bool:
@@ -214,7 +225,7 @@ class RunProjection(RunQueries):
         status = await handle.status()
         ended_since = run.ended_at and status.ended_at and status.ended_at > run.ended_at
         if phase_of(status) == "finished" and not ended_since:
-            from_step = None if run.rerun_from is None else (str(run.rerun_from[0]), int(run.rerun_from[1]))
+            from_step = None if run.rerun_from is None else _step_key(run.rerun_from)
             await self._layers.rewind_run(run.id, _steps_from(status, from_step))
             await handle.restart(from_step)
         done = {"rerun_pending": False, "rerun_from": None, "ended_at": None}
@@ -229,7 +240,9 @@ class RunProjection(RunQueries):
             return False  # the status is of an earlier attempt
         self._gates.project(tx, run_id, status)
         now, phase = self._clock.now(), phase_of(status)
-        run.started_at = run.started_at or started_at(status) or (now if phase != "queued" else None)
+        run.started_at = (
+            run.started_at or started_at(status, run.created_at) or (now if phase != "queued" else None)
+        )
         stop = Stop(cast("Any", run.stop_conclusion), run.stop_reason or "") if run.stop_conclusion else None
         outcome = outcome_of(status, stop, run.started_at)
         if outcome is not None:
@@ -259,6 +272,7 @@ class RunProjection(RunQueries):
             "conclusion": outcome.conclusion,
             "conclusion_reason": outcome.reason,
             "rerun_pending": False,
+            "fork_pending": False,
         }
         if tx.change(Run, values, col(Run.id) == run.id, col(Run.conclusion).is_(None)):
             first_line = outcome.reason.partition("\n")[0]
@@ -308,30 +322,17 @@ _ACTIVE = (
 )
 
 
-def _params(run: Run) -> dict[str, Any]:
-    """Return what the pipeline gets as `event.payload`."""
-    return {
-        "repo": run.repo,
-        "sha": run.sha,
-        "ref": run.ref,
-        "branch": run.branch,
-        "base_branch": run.base_branch,
-        "before": run.before,
-        "pr": run.pr,
-        "event": run.event,
-        "action": run.action,
-        "actor": run.actor,
-        "title": run.title,
-        "trusted": run.trusted,
-        "number": run.number,
-    }
+def _step_key(stored: Sequence[Any]) -> tuple[str, int, str]:
+    """Return name, count and kind of a step, as a row has them: without a kind it is a `do`."""
+    name, count, kind = (*stored, "do")[:3]
+    return str(name), int(count), str(kind)
 
 
-def _steps_from(status: InstanceStatus, from_step: tuple[str, int] | None) -> list[tuple[str, int]]:
+def _steps_from(status: InstanceStatus, from_step: tuple[str, int, str] | None) -> list[tuple[str, int]]:
     """Return the steps that a rerun forgets: that one and all that started after it; all without one."""
-    steps = [step for step in status.steps if step.kind == "do"]
+    steps = list(status.steps)
     if from_step is not None:
-        first = next((step for step in steps if (step.name, step.count) == from_step), None)
+        first = next((step for step in steps if (step.name, step.count, step.kind) == from_step), None)
         position = len(steps) if first is None else steps.index(first)
         # Those listed later started later; a tie in time is theirs as well, as it is the engine's.
         steps = [
@@ -339,4 +340,4 @@ def _steps_from(status: InstanceStatus, from_step: tuple[str, int] | None) -> li
             for index, step in enumerate(steps)
             if index >= position or step.started_at > steps[position].started_at
         ]
-    return [(step.name, step.count) for step in steps]
+    return [(step.name, step.count) for step in steps if step.kind == "do"]

@@ -10,7 +10,7 @@ from typing import Any, cast
 from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError
 from ci_platform.gates import gates_of_run
 from ci_platform.instances import InstanceHandle, WorkflowsBinding
-from ci_platform.model import DeliveryRow, Gate, OutboxRow, Run, RunCache, RunImage
+from ci_platform.model import DeliveryRow, Gate, OutboxRow, Run, RunCache, RunFork, RunImage
 from ci_platform.run_views import RunView, run_view
 from ci_platform.store import Store, Transaction, col, decode_cursor, encode_cursor, or_
 from dynflow.clock import Clock
@@ -44,22 +44,26 @@ class RunQueries:
     async def get(self, run_id: str) -> RunView:
         """Return a run with its steps, gates and cause. Raises NotFoundError."""
 
-        def find(
-            tx: Transaction,
-        ) -> tuple[Run, Sequence[Gate], DeliveryRow | None, Sequence[RunImage], Caches]:
+        def find(tx: Transaction) -> tuple[Run, dict[str, Any]]:
             run = existing_run(tx, run_id)
-            cause = None if run.delivery is None else tx.get(DeliveryRow, run.delivery)
-            images = tx.all(RunImage, col(RunImage.run_id) == run_id, order=col(RunImage.pinned_at))
             newest = col(RunCache.id).desc()
             caches = tx.all(RunCache, col(RunCache.run_id) == run_id, order=newest, limit=_MOST_CACHES)
-            return run, gates_of_run(tx, run_id), cause, images, caches[::-1]
+            return run, {
+                "gates": gates_of_run(tx, run_id),
+                "delivery": None if run.delivery is None else tx.get(DeliveryRow, run.delivery),
+                "images": tx.all(RunImage, col(RunImage.run_id) == run_id, order=col(RunImage.pinned_at)),
+                "caches": caches[::-1],
+                "fork": None if run.forked_from is None else tx.get(RunFork, run_id),
+                "forks": tx.all(Run, col(Run.forked_from) == run_id, order=col(Run.seq)),
+                "source": None if run.forked_from is None else tx.first(Run, col(Run.id) == run.forked_from),
+            }
 
-        run, gates, delivery, images, caches = await self._store.read(find)
+        run, found = await self._store.read(find)
         try:
             status = await (await self._workflows.get(run_id)).status()
         except InstanceNotFoundError:
             status = None
-        return run_view(run, status=status, gates=gates, delivery=delivery, images=images, caches=caches)
+        return run_view(run, status=status, **found)
 
     async def summary(self, run_id: str) -> RunView:
         """Return a run as the database knows it, without asking the engine. Raises NotFoundError."""
@@ -137,7 +141,7 @@ class RunQueries:
         def delete(tx: Transaction) -> None:
             if existing_run(tx, run_id).conclusion is None:
                 raise ConflictError("the run has not ended")
-            for table in (Gate, OutboxRow, RunCache, RunImage):
+            for table in (Gate, OutboxRow, RunCache, RunFork, RunImage):
                 tx.remove(table, col(table.run_id) == run_id)
             tx.remove(Run, col(Run.id) == run_id)
 
@@ -150,6 +154,25 @@ def existing_run(tx: Transaction, run_id: str) -> Run:
     if run is None:
         raise NotFoundError(f"there is no run {run_id[:100]}")
     return run
+
+
+def params_of(run: Run) -> dict[str, Any]:
+    """Return what the pipeline gets as `event.payload`."""
+    return {
+        "repo": run.repo,
+        "sha": run.sha,
+        "ref": run.ref,
+        "branch": run.branch,
+        "base_branch": run.base_branch,
+        "before": run.before,
+        "pr": run.pr,
+        "event": run.event,
+        "action": run.action,
+        "actor": run.actor,
+        "title": run.title,
+        "trusted": run.trusted,
+        "number": run.number,
+    }
 
 
 def _conditions(

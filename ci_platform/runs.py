@@ -7,14 +7,16 @@ instance follow.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
-from ci_platform.errors import ConflictError, NotFoundError
+from ci_platform.errors import ConflictError, NotFoundError, UnavailableError
 from ci_platform.gates import Decision, GateView
-from ci_platform.model import Repository, Run
+from ci_platform.model import Repository, Run, RunFork
+from ci_platform.run_forks import WhatIf
 from ci_platform.run_projection import RunProjection
 from ci_platform.run_queries import existing_run
-from ci_platform.run_views import RunView, run_view
+from ci_platform.run_views import RunView, is_kept, run_view
 from ci_platform.store import Transaction, col
 from ci_platform.triggers import RunRequest
 from dynflow.errors import InstanceNotFoundError
@@ -93,17 +95,29 @@ class Runs(RunProjection):
         self._notices.add(run_id)
         return run_view(run)
 
+    async def what_if(self, run_id: str, wanted: WhatIf, *, by: str) -> RunView:
+        """Fork a run before one of its steps, with something else than it had; see `RunForks.decide`.
+
+        Durable when this returns. The other run stays as it is.
+        """
+        run = await self._forks.decide(run_id, wanted, by=by)
+        self._notices.add(run.id, urgent=False)
+        with suppress(UnavailableError):  # it is made later
+            await self.project(run.id)
+        return await self.summary(run.id)
+
     async def rerun(self, run_id: str, *, from_step: tuple[str, int] | None = None) -> RunView:
         """Run a run that has ended once more, under its id: all of it, or from the step (name, count) on.
 
-        What came before that step is kept, files too. Durable when this returns. Raises NotFoundError (also
-        for the step), or ConflictError while the run has not ended.
+        What came before that step is kept, files too. All of a run that was forked is what it did itself. Durable
+        when this returns. Raises NotFoundError (also for the step), or ConflictError while the run has not ended.
         """
         run = await self._store.read(lambda tx: existing_run(tx, run_id))
         if run.conclusion is None:
             raise ConflictError("the run has not ended: cancel it first, or wait")
-        if from_step is not None:
-            await self._check_step(run, from_step)
+        begin: tuple[Any, ...] | None = from_step
+        if from_step is not None or run.forked_from is not None:
+            begin = await self._checked_step(run, from_step)
         values: dict[str, Any] = {
             "attempt": run.attempt + 1,
             "phase": "queued",
@@ -116,10 +130,12 @@ class Runs(RunProjection):
             "stop_conclusion": None,
             "stop_reason": None,
             "rerun_pending": True,
-            "rerun_from": None if from_step is None else list(from_step),
+            "rerun_from": None if begin is None else list(begin),
         }
 
         def mark(tx: Transaction) -> Run:
+            if tx.first(Run, col(Run.forked_from) == run_id, col(Run.fork_pending).is_(True)) is not None:
+                raise ConflictError("another run is being forked from it: try again in a moment")
             if not tx.change(Run, values, col(Run.id) == run_id, col(Run.conclusion).is_not(None)):
                 raise ConflictError("the run is being rerun already")
             again = existing_run(tx, run_id)
@@ -135,14 +151,24 @@ class Runs(RunProjection):
         self._notices.add(run_id)
         return run_view(again)
 
-    async def _check_step(self, run: Run, step: tuple[str, int]) -> None:
-        name, count = step
+    async def _checked_step(self, run: Run, step: tuple[str, int] | None) -> tuple[str, int, str] | None:
+        """Return name, count and kind of where a rerun begins; of a fork without `step`: the first step of its own."""
         try:
             status = await (await self._workflows.get(run.id)).status()
         except InstanceNotFoundError:
             raise ConflictError("the run's history is gone: rerun all of it") from None
-        if not any((one.kind, one.name, one.count) == ("do", name, count) for one in status.steps):
-            raise NotFoundError(f"the run has no step {name[:256]!r} number {count} to rerun from")
+        fork = await self._store.read(lambda tx: tx.get(RunFork, run.id))
+        own = [one for one in status.steps if not is_kept(one, run, fork)]
+        if step is None:
+            if not own and status.steps:
+                raise ConflictError("the run did nothing of its own: fork the other one again")
+            return (own[0].name, own[0].count, own[0].kind) if own else None
+        for found in status.steps:
+            if (found.kind, found.name, found.count) == ("do", *step):
+                if found not in own:
+                    raise ConflictError(f"step {step[0]!r} is of the run that this one was forked from")
+                return (*step, "do")
+        raise NotFoundError(f"the run has no step {step[0][:256]!r} number {step[1]} to rerun from")
 
     async def concluded(self, run_id: str) -> RunView:
         """Wait until a run has ended, and return it. Raises NotFoundError."""

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ci_platform.client import Client, segment
 from ci_platform.errors import NotFoundError, PlatformError
+from ci_platform.fork_words import forks_in_words
 from ci_platform.web.ansi import Terminal, plain
 
 RunJson = Mapping[str, Any]
@@ -352,6 +353,8 @@ def print_run(run: RunJson, console: Console) -> None:
     console.print(look(state_of(run)), Text(_facts(run), style="bright_black"))
     if run["reason"]:
         console.print(Text("\n".join(plain(line) for line in run["reason"].splitlines())))
+    for line in forks_in_words(run):
+        console.print(Text(line), style="bright_black")
     console.print(steps_table(run))
     for gate in run["gates"]:
         if gate["state"] == "open":

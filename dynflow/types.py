@@ -105,7 +105,10 @@ class AttemptInfo:
 @register
 @dataclass(frozen=True, slots=True)
 class StepStatus:
-    """One step of an instance as `status()` shows it. `output` is `[REDACTED]` where it is sensitive."""
+    """One step of an instance as `status()` shows it. `output` is `[REDACTED]` where it is sensitive.
+
+    `within` is the name of the step that it is a step of, empty for those of the workflow itself.
+    """
 
     name: str
     kind: StepKind
@@ -118,6 +121,7 @@ class StepStatus:
     error: ErrorInfo | None = None
     event_type: str | None = None
     deadline: datetime | None = None
+    within: str = ""
 
 
 @register

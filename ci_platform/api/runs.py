@@ -1,11 +1,11 @@
-"""Runs: list, show, follow, cancel, rerun."""
+"""Runs: list, show, follow, cancel, rerun, fork."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
-from typing import Annotated, cast
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
 
 from litestar import get, post
 from litestar.di import NamedDependency
@@ -17,9 +17,13 @@ from ci_platform.access import Actor
 from ci_platform.api.streams import Stopping, event_stream, last_event_id
 from ci_platform.api.views import as_json
 from ci_platform.errors import NotFoundError
+from ci_platform.run_forks import WhatIf
 from ci_platform.run_views import RunView
 from ci_platform.runs import Runs
 from dynflow.types import HistoryEvent
+
+_MOST_WHAT_IF = 4 << 20
+"""A patch is at most 1 MiB, and JSON may write its bytes as several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,23 @@ class Rerun:
 
     from_step: str | None = None
     count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIfBody:
+    """Where to begin and what to change.
+
+    `from_step` (the `count`th of that name): what started before it is kept; without one, nothing is. `code` is a
+    commit or branch whose pipeline to run, `inputs` are parts of the event's payload, `patch` is a unified or git
+    diff (1 MiB), `workspace` the step that forked the workspace to patch, where there are several.
+    """
+
+    from_step: str | None = None
+    count: int = 1
+    code: str | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    patch: str | None = None
+    workspace: str | None = None
 
 
 @get("/runs", opt={"scope": "read"}, tags=["runs"], summary="List runs")
@@ -108,6 +129,30 @@ async def rerun_run(
     """Run a finished run again: all of it, or from a step on, with the files as that step saw them."""
     body = data or Rerun()
     return await runs.rerun(run_id, from_step=(body.from_step, body.count) if body.from_step else None)
+
+
+@post(
+    "/runs/{run_id:str}/what-if",
+    status_code=201,
+    opt={"scope": "write"},
+    tags=["runs"],
+    summary="Fork a run",
+    request_max_body_size=_MOST_WHAT_IF,
+)
+async def fork_run(
+    run_id: FromPath[str],
+    runs: NamedDependency[Runs],
+    actor: NamedDependency[Actor],
+    data: JSONBody[WhatIfBody | None] = None,
+) -> RunView:
+    """Make a run out of another one, from a step on, with other code, inputs or files; the other one stays as it is.
+
+    The new run says nothing about its commit to the forge, publishes no image, and asks at gates of its own. 422 names
+    file and hunk of a patch that does not fit; then nothing is made.
+    """
+    body = data or WhatIfBody()
+    wanted = WhatIf(body.from_step, body.count, body.code, body.inputs, body.patch, body.workspace)
+    return await runs.what_if(run_id, wanted, by=actor.name)
 
 
 async def _messages(runs: Runs, run_id: str, cursor: int | None) -> AsyncIterator[ServerSentEventMessage]:

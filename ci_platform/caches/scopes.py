@@ -4,6 +4,7 @@
 |---|---|---|
 | a branch or a tag | its own | its own, the default branch's |
 | a pull request | its own | its own, its base branch's, the default branch's |
+| a what-if | its own | its own, and what the run reads that it was forked from |
 
 A fork's pull request has a scope that no trusted run reads, also of the same number.
 """
@@ -78,6 +79,8 @@ def scope_of(run: Run, repository: Repository) -> Scope:
         base = [] if run.base_branch is None else [_branch(run.base_branch)]
         number = f"pull request {run.pr}" if run.pr is not None else f"run {run.id}"
         readable = [f"{number} (fork)" if outside else number, *base, default]
+    if run.forked_from is not None:  # what it leaves is of files and code that no commit has
+        readable.insert(0, f"what-if {run.id}")
     return Scope(run.repo, tenant_of(repository), tuple(dict.fromkeys(readable)), outside)
 
 

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from ci_platform.cli.asking import find_server, print_json
+from ci_platform.cli.what_if import what_if
 
 # Exit codes: all of them are in the package's docstring.
 SUCCESS, FAILURE, UNAVAILABLE = 0, 1, 4
@@ -22,16 +23,28 @@ def conclusion_code(run: Mapping[str, Any]) -> int:
     return UNAVAILABLE if run["conclusion"] == "error" else FAILURE
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--repo", help="Of one repository.")
 @click.option("--ref", help="Of one branch or ref.")
 @click.option("--status", help="In one state: queued, running, waiting, success, failure, …")
 @click.option("-n", "--limit", type=click.IntRange(1, 100), default=20, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def runs(*, repo: str | None, ref: str | None, status: str | None, limit: int, as_json: bool) -> None:
-    """List runs, the newest first."""
+@click.pass_context
+def runs(
+    context: click.Context,
+    /,
+    *,
+    repo: str | None,
+    ref: str | None,
+    status: str | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """List runs, the newest first, or try one again with something changed."""
     from ci_platform.terminal import runs_table
 
+    if context.invoked_subcommand is not None:
+        return
     with find_server() as client:
         page = client.get("/api/v1/runs", repo=repo, ref=ref, status=status, limit=limit)
     if as_json:
@@ -149,5 +162,7 @@ def _decide(run: str, gate: str, decision: str, comment: str | None) -> None:
         decided = client.post(f"/api/v1/runs/{run_id}/gates/{segment(gate)}", body)
     click.echo(f"gate {gate} is {decided['state']} by {decided['decided_by']}")
 
+
+runs.add_command(what_if)
 
 COMMANDS = (runs, show, logs, approve, reject, cancel, rerun)

@@ -17,6 +17,7 @@ from ci_platform.api.logs import is_over, whole
 from ci_platform.api.streams import Stopping, event_stream, last_event_id
 from ci_platform.api.views import as_json
 from ci_platform.errors import InvalidInputError, UnauthorizedError
+from ci_platform.fork_words import differences
 from ci_platform.gates import Gates
 from ci_platform.logs import LogKey, Logs
 from ci_platform.repositories import Repositories
@@ -98,6 +99,7 @@ async def run_page(
         "run.html",
         section="runs",
         run=run,
+        changed=list(differences(asdict(run.forked))) if run.forked else [],
         steps=step_lines(run),
         chosen=chosen,
         log=await shown_log(logs, run, chosen, offset=offset) if chosen and chosen.kind == "do" else None,

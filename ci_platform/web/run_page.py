@@ -34,6 +34,7 @@ class StepLine:
     error: ErrorInfo | None
     note: str
     bar: tuple[int, int]
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,9 @@ def step_lines(run: RunView) -> list[StepLine]:
     if not run.steps:
         return []
     now = datetime.now(UTC)
-    begin = min(step.started_at for step in run.steps)
-    end = max([step.ended_at or now for step in run.steps])
+    own = [step for step in run.steps if not step.kept] or list(run.steps)
+    begin = min(step.started_at for step in own)
+    end = max([step.ended_at or now for step in own])
     span = max((end - begin).total_seconds(), 0.001)
     return [_step_line(step, begin, span, now) for step in run.steps]
 
@@ -83,11 +85,14 @@ def _step_line(step: StepView, begin: datetime, span: float, now: datetime) -> S
         attempts=step.attempts,
         error=step.error and ErrorInfo(step.error.name, step.error.message),
         note=_note(step),
-        bar=(min(start, 995), max(width, 5)),
+        bar=(min(max(start, 0), 995), min(max(width, 5), 1000)),
+        kept=step.kept,
     )
 
 
 def _note(step: StepView) -> str:
+    if step.kept:
+        return "kept from the run that this one was forked from"
     if step.kind == "wait_for_event" and step.status == "waiting":
         return "waits for a decision"
     if step.status == "running" and len(step.attempts) > 1:
@@ -99,7 +104,7 @@ def choose_step(run: RunView, name: str | None, count: int) -> StepView | None:
     """Return the step whose log is shown: the one asked for, else the most telling one."""
     if name is not None:
         return next((step for step in run.steps if (step.name, step.count) == (name, count)), None)
-    commands = [step for step in run.steps if step.kind == "do"]
+    commands = [step for step in run.steps if step.kind == "do" and not step.kept]
     for status in ("errored", "running"):
         for step in commands:
             if step.status == status:

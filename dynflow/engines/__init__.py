@@ -28,6 +28,12 @@ def shown_name(stored: str) -> str:
     return stored.rpartition(WITHIN)[2] if WITHIN in stored else stored
 
 
+def outer_name(stored: str) -> str:
+    """Return the name of the step that a step is within, empty where there is none."""
+    outer = stored.rpartition(WITHIN)[0].removesuffix(f"{WITHIN}delay")  # of a step's delay function
+    return shown_name(outer.rpartition(WITHIN)[0])
+
+
 @dataclass(slots=True)
 class StepRecord:
     """One step as the journal has it. `seq` is its place in the order of starts, from 1.

@@ -21,10 +21,12 @@ from ci_platform.instances import WorkflowsBinding
 from ci_platform.model import OutboxRow
 from ci_platform.notices import Notices
 from ci_platform.reports import Reports
+from ci_platform.run_forks import RunForks
 from ci_platform.run_views import RunView
 from ci_platform.runs import Runs
 from ci_platform.store import Store, col
 from ci_platform.triggers import RunRequest, run_id_of
+from ci_platform.workspace_forks import Patch
 from dynflow import NonRetryableError, WorkflowEntrypoint
 from dynflow.clock import ManualClock
 from dynflow.engines.embedded import EmbeddedEngine
@@ -80,6 +82,9 @@ class Breakable:
 
     async def create(self, *, id: str, params: Any) -> Any:  # noqa: A002 - the binding's name
         return await self.cut("create", lambda: self.binding.create(id=id, params=params))
+
+    async def fork(self, source_id: str, **options: Any) -> Any:
+        return await self.cut("fork", lambda: self.binding.fork(source_id, **options))
 
     async def get(self, id: str) -> Any:  # noqa: A002 - the binding's name
         return BreakableHandle(await self.binding.get(id), self)
@@ -164,6 +169,30 @@ class Rewound:
 
 
 @dataclass
+class ForkedFiles:
+    """Which runs' workspaces were forked, for which steps; and what their patches say."""
+
+    calls: list[tuple[str, str, list[tuple[str, int]], str | None]] = field(default_factory=list)
+    trouble: list[Exception] = field(default_factory=list)
+
+    async def check(self, source: str, kept: Any, text: str, step: str | None = None) -> Patch:
+        del kept, step
+        if self.trouble:
+            raise self.trouble.pop(0)
+        return Patch(text, f"{source}.checkout-1", ("a.txt",))
+
+    async def fork(self, source: str, run_id: str, kept: Any, patch: Patch | None) -> None:
+        self.calls.append((source, run_id, sorted(kept), None if patch is None else patch.text))
+
+    async def digest_at(self, repo: str, sha: str) -> str:
+        return f"sha256:{repo}@{sha}"
+
+    async def commit_of(self, repo: str, name: str) -> str:
+        del repo
+        return name
+
+
+@dataclass
 class Harness:
     store: Store
     clock: ManualClock
@@ -176,6 +205,7 @@ class Harness:
     deliveries: Deliveries
     commits: Commits
     layers: Rewound
+    forked: ForkedFiles
     done: list[str]
     shortage: list[str]
 
@@ -246,6 +276,7 @@ async def harness(store: Store, clock: ManualClock, folder: Path) -> AsyncIterat
     reports = Reports(store, clock, forges=forges, public_url="http://here")
     gates = Gates(store, clock, notices)
     workflows, layers, commits = Breakable(engine.binding("ci")), Rewound(), Commits()
+    forked = ForkedFiles()
     runs = Runs(
         store,
         clock,
@@ -254,6 +285,7 @@ async def harness(store: Store, clock: ManualClock, folder: Path) -> AsyncIterat
         gates=gates,
         reports=reports,
         layers=layers,
+        forks=RunForks(store, clock, workflows, files=forked, codes=forked),
         admission=admission,
     )
     deliveries = Deliveries(store, clock, forges=forges, runs=runs, commits=commits)
@@ -270,6 +302,7 @@ async def harness(store: Store, clock: ManualClock, folder: Path) -> AsyncIterat
             deliveries=deliveries,
             commits=commits,
             layers=layers,
+            forked=forked,
             done=done,
             shortage=shortage,
         )

@@ -15,10 +15,12 @@ from ci_platform.artifacts import RepositoryCapability
 from ci_platform.capabilities import RunIdentity, SandboxCapability
 from ci_platform.errors import ConflictError, FailedError, ForbiddenError, InvalidInputError, NotFoundError
 from ci_platform.execution import Execution
+from ci_platform.image_capability import ImagesCapability
 from ci_platform.logs import Logs
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.settings import Settings
 from ci_platform.source import Remote, Source
+from ci_platform.workspace_forks import WorkspaceForks
 from ci_platform.workspaces import Workspaces
 from dynflow.isolates import Caller, current_caller
 from dynflow.types import StepContext, StepInfo
@@ -265,3 +267,30 @@ async def test_a_forks_pull_request_names_no_image(tmp_path: Path) -> None:
     # A trusted run gets past this, to what is not there.
     with called_by(run_of("0" * 40)), pytest.raises(FailedError, match="no sandbox of kind"):
         await world.commands.run(command)
+
+
+async def test_a_what_if_reaches_its_own_copies_and_publishes_nothing(
+    world: World, commits: tuple[str, str]
+) -> None:
+    source = run_of(commits[0])
+    tried = replace(run_of(commits[0], run_id="2" * 32), ancestors=(source.run_id,))
+    with called_by(source, step="checkout"):
+        theirs = await world.artifacts.fork(REPO)
+    with called_by(source, step="install"):
+        await world.commands.run(Command(theirs, ("sh", "-c", "echo before > made")))
+    kept = [("checkout", 1), ("install", 1)]
+    forks = WorkspaceForks(world.root / "workspaces", world.workspaces, durable=False)
+    for _ in range(2):
+        await forks.fork(source.run_id, tried.run_id, kept, None)
+    with called_by(tried, step="test"):  # the result of `checkout` names the other run's
+        found = await world.commands.run(Command(theirs, ("sh", "-c", "cat made; echo after > made")))
+    assert found.output == "before\n"
+    assert await world.workspaces.read(theirs.id, "made") == b"before\n"
+    own = theirs.id.replace(source.run_id, tried.run_id)
+    assert await world.workspaces.read(own, "made") == b"after\n"
+    with called_by(source, step="test"), pytest.raises(ForbiddenError, match="does not belong"):
+        await world.commands.run(Command(replace(theirs, id=own), ("true",)))
+    making = cast("Any", object())  # nothing of it is reached
+    images = ImagesCapability(making, Settings(data=world.root / "data", push_images="registry/x"))
+    with called_by(tried, step="push"), pytest.raises(ForbiddenError, match="publishes nothing"):
+        await images.build(theirs, tags=["v1"], push=True)

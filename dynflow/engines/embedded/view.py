@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from dynflow.clock import MICROSECOND, to_datetime
-from dynflow.engines import Completed, Failed, StepKey, StepRecord, Terminated, shown_name
+from dynflow.engines import Completed, Failed, StepKey, StepRecord, Terminated, outer_name, shown_name
 from dynflow.engines.embedded.history import Happened
 from dynflow.engines.embedded.rows import InstanceRow
 from dynflow.errors import InstanceFailedError, InstanceTerminatedError
@@ -50,6 +50,7 @@ def _step_status(record: StepRecord, failed: list[tuple[Any, ...]]) -> StepStatu
         error=_error(record.failure),
         event_type=record.event_type,
         deadline=_moment(record.deadline) if record.state == "waiting" else None,
+        within=outer_name(record.name),
     )
 
 

@@ -127,6 +127,7 @@ async def test_the_schema_has_every_path(nobody: httpx.AsyncClient) -> None:
         ("GET", "/api/v1/runs/{run_id}/events"),
         ("POST", "/api/v1/runs/{run_id}/cancel"),
         ("POST", "/api/v1/runs/{run_id}/rerun"),
+        ("POST", "/api/v1/runs/{run_id}/what-if"),
         ("GET", "/api/v1/gates"),
         ("POST", "/api/v1/runs/{run_id}/gates/{name}"),
         ("GET", "/api/v1/repos"),
