@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from ci_platform.errors import ConflictError, ForbiddenError, InvalidInputError, NotFoundError
 from ci_platform.instances import WorkflowsBinding
+from ci_platform.lineage import in_run
 from ci_platform.model import Repository, Run, RunFork, RunImage
 from ci_platform.run_queries import existing_run, params_of
 from ci_platform.store import Store, Transaction, col
@@ -22,6 +23,7 @@ from ci_platform.workspace_forks import Patch
 from dynflow.clock import Clock
 from dynflow.errors import InstanceExistsError, InstanceNotFoundError, InvalidArgumentError
 from dynflow.types import InstanceStatus, StepStatus
+from pipelines.contract import Workspace
 
 _MOST_INPUT = 64 * 1024
 _LONGEST_KEY = 100
@@ -48,6 +50,9 @@ class WhatIf:
 
 class Files(Protocol):
     """The workspaces of runs, as far as a fork needs them."""
+
+    async def of_run(self, run_id: str) -> Sequence[str]:
+        """Return the ids of a run's workspaces."""
 
     async def check(
         self, source: str, kept: Collection[tuple[str, int]], text: str, step: str | None = None
@@ -89,6 +94,7 @@ class RunForks:
         source, ancestors = await self._store.read(lambda tx: _source(tx, run_id))
         steps = () if wanted.step is None else await self._kept(source, wanted.step, wanted.count)
         kept = tuple((step.name, step.count) for step in steps)
+        await self._check_files(source, ancestors, steps)
         code, digest = await self._code(source, wanted.code)
         patch = None
         if wanted.patch is not None:
@@ -114,6 +120,17 @@ class RunForks:
         except InstanceNotFoundError:
             raise ConflictError("the run's history is gone: leave out the step") from None
         return kept_before(status, name, count)
+
+    async def _check_files(self, source: Run, ancestors: Sequence[str], steps: Sequence[StepStatus]) -> None:
+        """See that the workspaces that kept steps have forked are still here."""
+        made = {step.name: step.output.id for step in steps if isinstance(step.output, Workspace)}
+        here = await self._files.of_run(source.id) if made else []
+        for name, workspace_id in made.items():
+            own = in_run(workspace_id, source.id, ancestors)
+            if own is not None and own not in here:
+                raise ConflictError(
+                    f"the files of step {name[:256]!r} are not kept any more: leave out the step"
+                )
 
     async def _code(self, source: Run, name: str | None) -> tuple[str | None, str | None]:
         """Return the commit to take the pipeline from, None for the run's own, and the pipeline's digest."""

@@ -53,6 +53,10 @@ class WorkspaceForks:
         self._root, self._workspaces, self._durable = root, workspaces, durable
         self._owner = Owner.of_sandboxes(SANDBOX_UID)
 
+    async def of_run(self, run_id: str) -> list[str]:
+        """Return the ids of a run's workspaces."""
+        return await self._workspaces.of_run(run_id)
+
     async def check(self, source: str, kept: Steps, text: str, step: str | None = None) -> Patch:
         """Return the patch as it fits onto what the steps `kept` of a run have left. Nothing is written.
 

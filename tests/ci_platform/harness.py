@@ -175,6 +175,9 @@ class ForkedFiles:
     calls: list[tuple[str, str, list[tuple[str, int]], str | None]] = field(default_factory=list)
     trouble: list[Exception] = field(default_factory=list)
 
+    async def of_run(self, run_id: str) -> list[str]:
+        return [f"{run_id}.checkout-1"]
+
     async def check(self, source: str, kept: Any, text: str, step: str | None = None) -> Patch:
         del kept, step
         if self.trouble:

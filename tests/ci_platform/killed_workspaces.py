@@ -37,8 +37,10 @@ from ci_platform.garbage.mirrors import Mirrors
 from ci_platform.garbage.planning import Need
 from ci_platform.garbage.trees import Trees
 from ci_platform.garbage.workspaces import EndedRuns, Failures
+from ci_platform.lineage import workspace_id_of
 from ci_platform.logs import LogKey, Logs
 from ci_platform.source import Source
+from ci_platform.workspace_forks import Patch, WorkspaceForks
 from ci_platform.workspaces import LayerAuthor, Workspaces
 from dynflow.clock import SystemClock
 
@@ -71,8 +73,8 @@ class Place:
             layers.remove_tree(self.root / name)
 
 
-async def commit(workspaces: Workspaces, step: str, files: int = 12) -> None:
-    tree = await workspaces.prepare(ID, LayerAuthor(step, 1, 1))
+async def commit(workspaces: Workspaces, step: str, files: int = 12, workspace_id: str = ID) -> None:
+    tree = await workspaces.prepare(workspace_id, LayerAuthor(step, 1, 1))
     for number in range(files):
         (tree.upper / f"{step}-{number}").write_text(step)
     (tree.upper / "same").write_text(step)
@@ -309,8 +311,41 @@ class Collect:
             assert await seen(workspaces, f"run{number}.build", "0") == committed(place, sha)
 
 
+class ForkedRun:
+    """The workspaces of a run, made anew for another one, with a patch on top. What is missing is made afterwards."""
+
+    KEPT = (("build", 1), ("one", 1))
+    PATCH = "--- a/same\n+++ b/same\n@@ -1 +1 @@\n-one\n\\ No newline at end of file\n+patched\n"
+
+    async def before(self, place: Place) -> None:
+        place.forget("workspaces")
+        workspaces = await place.workspaces()
+        await workspaces.fork(self.of("run1"), REPO, place.shas[0])
+        for step in ("one", "other"):
+            await commit(workspaces, step, workspace_id=self.of("run1"))
+
+    def of(self, run_id: str) -> str:
+        return workspace_id_of(run_id, "build", 1)
+
+    async def act(self, place: Place, workspaces: Workspaces) -> None:
+        forks = WorkspaceForks(place.root / "workspaces", workspaces)
+        await forks.fork("run1", "run2", self.KEPT, Patch(self.PATCH, self.of("run1")))
+
+    async def after(self, place: Place, workspaces: Workspaces) -> None:
+        await self.act(place, workspaces)
+        names = [each.name for each in await workspaces.snapshots(self.of("run2"))]
+        assert names == ["0", "1", "2"]
+        found = await seen(workspaces, self.of("run2"), "2")
+        theirs = await seen(workspaces, self.of("run1"), "1")
+        assert found.pop("same") == b"patched\n"
+        assert theirs.pop("same") == b"one"
+        assert found == theirs
+        assert sum(name.startswith("one-") for name in found) == 12
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "fork": Fork, "seal": Seal, "drop": Drop, "flatten": Flatten, "snapshots": Snapshots, "collect": Collect,
+    "forked-run": ForkedRun,
 }  # fmt: skip
 
 

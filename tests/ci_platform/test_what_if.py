@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from ci_platform.caches.scopes import RunScopes
 from ci_platform.errors import ConflictError, ForbiddenError, InvalidInputError, NotFoundError, PatchError
 from ci_platform.model import Run, RunImage
 from ci_platform.run_forks import WhatIf, kept_before, note_calls
@@ -115,6 +116,14 @@ async def test_a_fork_of_a_fork_knows_where_it_comes_from(platform: Harness) -> 
     await finish(platform, second.id)
     assert platform.done == ["deploy", "deploy"]
     assert platform.forked.calls[-1][:2] == (first.id, second.id)
+
+
+async def test_what_it_saves_in_caches_no_other_run_reads(platform: Harness) -> None:
+    source = await ended(platform)
+    made = await platform.runs.what_if(source.id, DEPLOY, by="alice")
+    theirs, own = [await RunScopes(platform.store).of(run_id) for run_id in (source.id, made.id)]
+    assert own.readable == (f"what-if {made.id}", *theirs.readable)
+    assert own.own not in theirs.readable
 
 
 async def test_images_mean_what_they_meant(platform: Harness) -> None:

@@ -29,7 +29,9 @@ FILES: dict[str, Content] = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("scenario", ["fork", "seal", "drop", "flatten", "snapshots", "collect"])
+@pytest.mark.parametrize(
+    "scenario", ["fork", "seal", "drop", "flatten", "snapshots", "collect", "forked-run"]
+)
 async def test_a_kill_before_any_change_leaves_whole_layers_and_nothing_else(
     tmp_path: Path, scenario: str
 ) -> None:

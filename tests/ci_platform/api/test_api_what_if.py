@@ -134,6 +134,9 @@ async def test_what_cannot_be_tried_is_refused_and_leaves_nothing(
     assert_problem(await nobody.post(path, json={}), 401, "unauthorized")
     assert_problem(await world.http.post("/api/v1/runs/nothing/what-if"), 404, "not_found")
     assert (await world.run(run["id"]))["forks"] == []
+    await world.served.platform.workspaces.delete_run(run["id"])
+    assert_problem(await world.http.post(path, json={"from_step": "test"}), 409, "conflict")
+    run = await source(world)
     large = await what_if(world, run, from_step="publish", patch=PATCH + "# " + "é" * 200_000)
     assert large["conclusion"] == "success"
 
