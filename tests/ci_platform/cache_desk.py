@@ -15,13 +15,14 @@ from ci_platform.copy_on_write import MethodName
 from ci_platform.execution import Execution
 from ci_platform.logs import LogKey, Logs
 from ci_platform.model import Repository, Run, RunCache
+from ci_platform.sandboxes import Sandbox
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.source import Remote, Source
 from ci_platform.store import Store, col
 from ci_platform.survival import Survival
 from ci_platform.workspaces import LayerAuthor, Workspaces
 from dynflow.clock import SystemClock
-from pipelines.contract import CacheSpec, Command, CommandResult
+from pipelines.contract import CacheSpec, Command, CommandResult, SandboxKind
 from tests.ci_platform.git_repositories import WorkingCopy, working_copy
 
 REPO, OTHER = "ada/engine", "eve/engine"
@@ -130,7 +131,12 @@ def remote_of(root: Path) -> tuple[str, str]:
 
 @asynccontextmanager
 async def opened_desk(
-    root: Path, *, method: MethodName | None = None, budget: Budget | None = None, durable: bool = False
+    root: Path,
+    *,
+    method: MethodName | None = None,
+    budget: Budget | None = None,
+    durable: bool = False,
+    container: Sandbox | None = None,
 ) -> AsyncIterator[CacheDesk]:
     """Start over `root`, as a platform does, and end as one that is told to stop."""
     for folder in [root, *root.parents][:2]:
@@ -145,14 +151,16 @@ async def opened_desk(
     await store.open()
     await _rows(store, sha)
     caches = Caches(root / "workspaces/.caches", chosen, store, SystemClock(), budget=budget, durable=durable)
-    execution = Execution(
-        workspaces, logs, {"isolate": sandbox}, survival=Survival(root / "commands"), caches=caches
-    )
+    sandboxes: dict[SandboxKind, Sandbox] = {"isolate": sandbox}
+    if container is not None:
+        sandboxes["container"] = container
+    execution = Execution(workspaces, logs, sandboxes, survival=Survival(root / "commands"), caches=caches)
     try:
         await execution.recover(list(RUNS))
         await workspaces.sweep(list(RUNS))
         await caches.sweep()
         yield CacheDesk(root, store, workspaces, caches, logs, execution, sha)
     finally:
-        await sandbox.close()
+        for each in sandboxes.values():
+            await each.close()
         await store.close()

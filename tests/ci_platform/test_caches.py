@@ -17,10 +17,12 @@ from ci_platform.caches.specs import checked
 from ci_platform.copy_on_write import MethodName
 from ci_platform.errors import FailedError, InvalidInputError, LimitExceededError
 from ci_platform.model import Repository
+from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.store import col
 from dynflow.clock import SystemClock
 from pipelines import CacheSpec, hash_files, run_in_sandbox
 from tests.ci_platform.cache_desk import REPO, RUNS, CacheDesk, opened_desk, remote_of, spec
+from tests.docker_engine import IMAGE, require_image
 
 FILL = "echo made >deps/a; mkdir -p deps/b/c; echo deep >deps/b/c/d; ln -s a deps/link"
 
@@ -137,6 +139,22 @@ async def test_keys_follow_from_files_as_they_are_at_that_moment(any_desk: Cache
     assert len(any_desk.keys()) == 2
     await any_desk.run("echo more >sub/requirements.txt", spec(key))
     assert (await any_desk.said())[0].startswith("hit: ")
+
+
+@pytest.mark.docker
+async def test_commands_in_containers_have_caches_too(tmp_path: Path) -> None:
+    require_image()
+    async with opened_desk(tmp_path, container=ContainerSandbox(image=IMAGE)) as desk:
+        cache = spec("k", "deps", "~/.cache/tool")
+        script = FILL + "; echo x >~/.cache/tool/x; mkdir ~/.cache/other; echo built >out"
+        assert (await desk.run(script, cache, sandbox="container")).ok
+        assert (await desk.said())[1].startswith("saved 'k'")
+        script = "cat deps/link ~/.cache/tool/x out; ls; rm deps/a"
+        for kind in ("container", "isolate", "container"):
+            result = await desk.run(script, cache, sandbox=kind)
+            assert result.output == "made\nx\nbuilt\nREADME.md\ndeps\nout\nrequirements.txt\nsub\n"
+        assert (await desk.run("ls", sandbox="container")).output == "README.md\nout\nrequirements.txt\nsub\n"
+        assert desk.leftovers() == []
 
 
 # --- whose caches a run sees ---

@@ -49,17 +49,18 @@ def home() -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="the suites themselves run without privileges already")
 @pytest.mark.parametrize(
-    "suite",
+    ("suite", "which"),
     [
-        "tests/contracts/test_sandboxes.py",
-        "tests/ci_platform/test_sandbox_hostile.py",
-        "tests/ci_platform/test_egress_clients.py",
+        ("tests/contracts/test_sandboxes.py", "not container"),
+        ("tests/ci_platform/test_sandbox_hostile.py", "not container"),
+        ("tests/ci_platform/test_egress_clients.py", "not container"),
+        ("tests/ci_platform/test_caches.py", "leaves or nothing_of_it or carried_on or outlives"),
     ],
 )
-def test_the_suite_passes_without_privileges(suite: str, home: Path) -> None:
+def test_the_suite_passes_without_privileges(suite: str, which: str, home: Path) -> None:
     probe = as_nobody("-c", "import ci_platform, anyio, pytest, psutil", home=home)
     if probe.returncode:
         pytest.skip(f"the user nobody cannot import this project: {probe.stderr.strip().splitlines()[-1]}")
-    options = ["-q", "-k", "not container", "-p", "no:cacheprovider", f"--basetemp={home}/tests"]
+    options = ["-q", "-k", which, "-p", "no:cacheprovider", f"--basetemp={home}/tests"]
     done = as_nobody("-m", "pytest", suite, *options, home=home)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
