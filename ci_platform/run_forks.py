@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,6 +50,9 @@ class WhatIf:
 
 class Files(Protocol):
     """The workspaces of runs, as far as a fork needs them."""
+
+    def staying(self, run_id: str) -> AbstractAsyncContextManager[None]:
+        """Have a run's workspaces stay until the fork is decided. Raises ConflictError where they were collected."""
 
     async def of_run(self, run_id: str) -> Sequence[str]:
         """Return the ids of a run's workspaces."""
@@ -92,18 +95,26 @@ class RunForks:
         """
         _check_inputs(wanted.inputs)
         source, ancestors = await self._store.read(lambda tx: _source(tx, run_id))
-        steps = () if wanted.step is None else await self._kept(source, wanted.step, wanted.count)
+        if wanted.step is None and wanted.patch is None:
+            return await self._decide(source, ancestors, (), wanted, by)
+        async with self._files.staying(run_id):
+            steps = () if wanted.step is None else await self._kept(source, wanted.step, wanted.count)
+            await self._check_files(source, ancestors, steps)
+            return await self._decide(source, ancestors, steps, wanted, by)
+
+    async def _decide(
+        self, source: Run, ancestors: list[str], steps: Sequence[StepStatus], wanted: WhatIf, by: str
+    ) -> Run:
         kept = tuple((step.name, step.count) for step in steps)
-        await self._check_files(source, ancestors, steps)
         code, digest = await self._code(source, wanted.code)
         patch = None
         if wanted.patch is not None:
-            patch = await self._files.check(run_id, kept, wanted.patch, wanted.workspace)
+            patch = await self._files.check(source.id, kept, wanted.patch, wanted.workspace)
         fork = RunFork(
             run_id=secrets.token_hex(16),
             step=wanted.step,
             count=wanted.count,
-            ancestors=[run_id, *ancestors],
+            ancestors=[source.id, *ancestors],
             kept=[[step.name, step.count, step.within] for step in steps],
             asked_by=by[:200],
             code=code,
@@ -168,18 +179,10 @@ class RunForks:
         )
         tx.add(row)
         tx.add(fork)
-        for image in tx.all(
-            RunImage, col(RunImage.run_id) == source.id
-        ):  # they mean here what they meant there
+        for image in tx.all(RunImage, col(RunImage.run_id) == source.id):
             tx.add(
-                RunImage(
-                    run_id=row.id,
-                    asked=image.asked,
-                    name=image.name,
-                    exact=image.exact,
-                    pinned_at=image.pinned_at,
-                )
-            )
+                RunImage(**(image.model_dump() | {"run_id": row.id}))
+            )  # its name means here what it meant there
         return row
 
     async def carry_out(self, run: Run) -> str | None:

@@ -111,10 +111,13 @@ class RunQueries:
         return {run.id for run in await self._store.read(lambda tx: tx.all(Run))}
 
     async def open_ids(self) -> set[str]:
-        """Return the ids of the runs that have not ended: only their commands may go on."""
-        return {
-            run.id for run in await self._store.read(lambda tx: tx.all(Run, col(Run.conclusion).is_(None)))
-        }
+        """Return the ids of the runs that have not ended, and of those that one is still to be forked from.
+
+        Only their commands may go on, and their files are not collected.
+        """
+        rows = await self._store.read(lambda tx: tx.all(Run, col(Run.conclusion).is_(None)))
+        needed = {run.forked_from for run in rows if run.fork_pending and run.forked_from is not None}
+        return needed.union(run.id for run in rows)
 
     async def repos(self, *, still_open: bool = False) -> dict[str, str]:
         """Return the repositories of all runs that are kept, or of those that have not ended, by run."""

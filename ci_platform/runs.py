@@ -167,6 +167,10 @@ class Runs(RunProjection):
             if (found.kind, found.name, found.count) == ("do", *step):
                 if found not in own:
                     raise ConflictError(f"step {step[0]!r} is of the run that this one was forked from")
+                if found.within:  # what that one returned is kept: nothing would be done again
+                    raise ConflictError(
+                        f"step {step[0]!r} is a step of {found.within!r}: rerun from that one"
+                    )
                 return (*step, "do")
         raise NotFoundError(f"the run has no step {step[0][:256]!r} number {step[1]} to rerun from")
 

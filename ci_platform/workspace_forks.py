@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -52,6 +53,10 @@ class WorkspaceForks:
     def __init__(self, root: Path, workspaces: Workspaces, *, durable: bool = True) -> None:
         self._root, self._workspaces, self._durable = root, workspaces, durable
         self._owner = Owner.of_sandboxes(SANDBOX_UID)
+
+    def staying(self, run_id: str) -> AbstractAsyncContextManager[None]:
+        """Have a run's workspaces stay for the time of the block. Raises ConflictError where they were collected."""
+        return self._workspaces.rerunning(run_id)
 
     async def of_run(self, run_id: str) -> list[str]:
         """Return the ids of a run's workspaces."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from ci_platform.fork_words import differences
 from ci_platform.gates import Gates
 from ci_platform.logs import LogKey, Logs
 from ci_platform.repositories import Repositories
+from ci_platform.run_forks import WhatIf
 from ci_platform.runs import Runs
 from ci_platform.sessions import LIFETIME, Sessions
 from ci_platform.web.render import HERE, AnyRequest, Pages, query, safe_path
@@ -35,7 +37,7 @@ def page_router(*, max_body: int) -> Router:
     """Return the pages, and the static files that they use."""
     static = create_static_files_router("/static", [HERE / "static"], name="static", opt={"scope": "public"})
     shown = [runs_page, run_page, live_log, gates_page, repositories_page]
-    changes = [decide, cancel, rerun]
+    changes = [decide, cancel, rerun, fork]
     sessions = [login_page, log_in, log_in_by_link, log_out]
     return Router(
         "/",
@@ -200,11 +202,31 @@ async def rerun(
 ) -> Redirect:
     """Run a finished run again, whole or from a step."""
     require_form(request, sessions, data.get("csrf"))
+    await runs.rerun(run_id, from_step=_step_of(data))
+    return _back_to(run_id)
+
+
+@post("/runs/{run_id:str}/what-if", opt={"scope": "write"})
+async def fork(
+    request: AnyRequest,
+    run_id: FromPath[str],
+    data: Form,
+    runs: NamedDependency[Runs],
+    sessions: NamedDependency[Sessions],
+) -> Redirect:
+    """Make a new run out of a run, from a step on."""
+    session = require_form(request, sessions, data.get("csrf"))
+    name, count = _step_of(data) or (None, 1)
+    made = await runs.what_if(run_id, WhatIf(name, count), by=session.actor.name)
+    return _back_to(made.id)
+
+
+def _step_of(data: Mapping[str, str]) -> tuple[str, int] | None:
+    """Return name and count of the step that a form names, None where it names none."""
     step, count = data.get("step"), data.get("count", "1")
     if not (count.isascii() and count.isdecimal() and len(count) < 10):
         raise InvalidInputError("count is a whole number")
-    await runs.rerun(run_id, from_step=(step, int(count)) if step else None)
-    return _back_to(run_id)
+    return (step, int(count)) if step else None
 
 
 # --- logging in ------------------------------------------------------------------------------------

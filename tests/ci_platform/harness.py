@@ -51,6 +51,8 @@ class Pipeline(WorkflowEntrypoint):
         await step.do("build", does("build"))
         if branch == "broken":
             await step.do("test", {"retries": {"limit": 0, "delay": 0}}, fails)
+        if branch == "nested":
+            await step.do("outer", lambda: step.do("inner", does("inner")))
         if branch == "endless":
             await step.do("hang", hangs)
         for gate in {"main": ["approval"], "two-gates": ["first", "second"]}.get(branch, []):
@@ -174,6 +176,11 @@ class ForkedFiles:
 
     calls: list[tuple[str, str, list[tuple[str, int]], str | None]] = field(default_factory=list)
     trouble: list[Exception] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def staying(self, run_id: str) -> AsyncIterator[None]:
+        del run_id
+        yield
 
     async def of_run(self, run_id: str) -> list[str]:
         return [f"{run_id}.checkout-1"]

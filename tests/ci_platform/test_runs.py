@@ -187,6 +187,16 @@ async def test_a_rerun_from_a_step_keeps_what_came_before_it(platform: Harness) 
     assert platform.layers.calls == [(run.id, [("deploy", 1)])]
 
 
+async def test_a_rerun_from_a_step_of_a_step_is_refused_for_it_would_do_nothing(platform: Harness) -> None:
+    run = await platform.start("nested")
+    await finish(platform, run.id)
+    with pytest.raises(ConflictError, match="a step of 'outer'"):
+        await platform.runs.rerun(run.id, from_step=("inner", 1))
+    await platform.runs.rerun(run.id, from_step=("outer", 1))
+    await finish(platform, run.id)
+    assert platform.done == ["build", "inner", "deploy", "inner", "deploy"]
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_a_rerun_that_was_cut_off_happens_once(platform: Harness, when: str) -> None:
     run = await platform.at_gate()

@@ -146,8 +146,10 @@ async def test_a_fork_that_was_cut_off_is_finished_once(
     getattr(platform.workflows, when).clear()
     with pytest.raises(ConflictError, match="being forked"):  # what it stands on stays, until it is made
         await platform.runs.rerun(source.id)
+    assert source.id in await platform.runs.open_ids()  # nor are its files collected
     (made,) = await forks_of(platform, source.id)
     await finish(platform, made.id)
+    assert source.id not in await platform.runs.open_ids()
     assert platform.done == (["build", "deploy"] if step is None else ["deploy"])
     assert len([call for call in platform.workflows.calls if call == "fork"]) == (1 if step else 0)
     await platform.runs.rerun(source.id)

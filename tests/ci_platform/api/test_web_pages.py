@@ -153,6 +153,9 @@ async def test_cancel_and_rerun_work_from_the_page(world: World, browser: httpx.
     assert (await browser.post(f"/runs/{run_id}/rerun", data=form)).status_code == 303
     run = await world.at_gate(run_id)
     assert run["attempt"] == 2
+    forked = await browser.post(f"/runs/{run_id}/what-if", data=form)
+    assert forked.status_code == 303
+    await world.at_gate(forked.headers["location"].removeprefix("/runs/"))
     await world.decide(run_id, "approve")
     await world.concluded(run_id)
 
