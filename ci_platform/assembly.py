@@ -30,15 +30,13 @@ from ci_platform.garbage.room_keeper import RoomKeeper
 from ci_platform.garbage.stores import room_of, stores_of
 from ci_platform.gates import Gates
 from ci_platform.git_store import GitStore
-from ci_platform.grafts import Grafts
-from ci_platform.guarded import make_guard
+from ci_platform.grafts import make_grafts
 from ci_platform.image_capability import ImagesCapability
 from ci_platform.image_making import ImageMaking
 from ci_platform.images import PinnedImages, read_names
 from ci_platform.imports import Imports
 from ci_platform.listeners import closing, noticing
 from ci_platform.logs import Logs
-from ci_platform.module_access import ModuleAccess
 from ci_platform.notices import Notices
 from ci_platform.pipeline_code import PipelineCode
 from ci_platform.pushes import Pushes
@@ -166,7 +164,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         settings.workspaces_path,
         source,
         method,
-        grafts=Grafts(source, ModuleAccess(repositories, remotes, settings.base_url), make_guard(settings)),
+        grafts=make_grafts(settings, source, repositories, remotes),
     )
     caches = Caches.of(settings, method, store, clock)
     logs = Logs(settings.logs_path, clock=clock, largest=settings.max_log)

@@ -112,10 +112,6 @@ class ArtifactsCapability(Capability):
         if commit != identity.sha and not identity.trusted:
             raise ForbiddenError(f"a pull request from a fork may read its own commit {identity.sha} only")
         with_modules, with_lfs = _flag("submodules", submodules), _flag("lfs", lfs)
-        if with_lfs:
-            raise FailedError(
-                "ARTIFACTS.fork(lfs=True) is not supported: files that LFS keeps are its pointers"
-            )
         cone = None if sparse is None else Cone.of(sparse)
         workspace_id = workspace_id_of(identity.run_id, step.step.name, step.step.count)
         return await with_shields(

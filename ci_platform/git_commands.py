@@ -226,3 +226,14 @@ async def _collect(stream: anyio.abc.ByteReceiveStream | None, into: bytearray, 
     async for chunk in stream:
         into += chunk
         del into[: max(0, len(into) - limit)]
+
+
+async def read_configuration(content: bytes) -> list[tuple[str, str]]:
+    """Return keys and values of a file in git's format of configuration, which a commit has. Raises GitError.
+
+    Without `--no-includes` git would read whatever file of the host it names.
+    """
+    command = ["config", "--file", "-", "--no-includes", "--null", "--list"]
+    listed = await run(command, environment(), within=timedelta(seconds=30), stdin=content or b"\n")
+    lines = [line.partition("\n") for line in listed.decode(errors="replace").split("\0")]
+    return [(key, value) for key, _, value in lines if key]

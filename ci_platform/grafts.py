@@ -1,4 +1,4 @@
-"""What a fork may have on top of its commit's own tree: the files of submodules."""
+"""What a fork may have on top of its commit's own tree: files of submodules, and files that LFS keeps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ci_platform import submodules
+from ci_platform import submodules, workspace_git
 from ci_platform.errors import (
     FailedError,
     ForbiddenError,
@@ -18,8 +18,12 @@ from ci_platform.errors import (
     UnavailableError,
 )
 from ci_platform.guarded import Guard
+from ci_platform.lfs_fetching import LfsFetching
 from ci_platform.module_access import ModuleAccess, Place
 from ci_platform.origins import Origin
+from ci_platform.remotes import Remotes
+from ci_platform.repositories import Repositories
+from ci_platform.settings import Settings
 from ci_platform.source import Checkout, GitFolder, Remote, Source
 from ci_platform.submodules import Declared, Module
 
@@ -43,8 +47,8 @@ class _Level:
 class Grafts:
     """Finds, fetches and writes what goes onto a commit."""
 
-    def __init__(self, source: Source, access: ModuleAccess, guard: Guard) -> None:
-        self._source, self._access, self._guard = source, access, guard
+    def __init__(self, source: Source, access: ModuleAccess, guard: Guard, lfs: LfsFetching) -> None:
+        self._source, self._access, self._guard, self._lfs = source, access, guard, lfs
 
     async def find(self, origin: Origin) -> Origin:
         """Return the origin with the submodules that its commit has, those of submodules included, fetched.
@@ -122,26 +126,37 @@ class Grafts:
             try:
                 await self._source.fetch(module.store, module.sha, Remote(module.url, proxy=way.proxy))
             except PlatformError as error:
-                if refused := way.refusals():
-                    raise ForbiddenError(_said(module, "; ".join(dict.fromkeys(refused)))) from None
+                if refused := await way.refusals():
+                    raise ForbiddenError(_said(module, "; ".join(refused))) from None
                 if _CLOSED.search(str(error)):
                     raise FailedError(_leave(repo)) from None
                 raise
 
     async def onto(self, checkout: Checkout, origin: Origin, folder: GitFolder) -> Checkout:
         """Return the checkout with the layers that the origin wants on top of it."""
-        if not origin.modules:
-            return checkout
+        config, added = folder.config() + (workspace_git.LINKED if origin.lfs else ""), list[Path]()
+        if origin.lfs:
+            added.append(await self._files(origin, folder, config))
+        if origin.modules:
+            added.append(await self._modules(origin, folder, config))
+        return replace(checkout, lowers=(*reversed(added), *checkout.lowers))
+
+    async def _files(self, origin: Origin, folder: GitFolder, config: str) -> Path:
+        found = await self._source.lfs_layer(origin.repo, folder, config)
+        if found is None:
+            files = await self._source.pointed(origin.repo, origin.sha, origin.cone)
+            await self._lfs.obtain(origin.repo, origin.sha, files, trusted=not origin.alone)
+            found = await self._source.lfs_layer(origin.repo, folder, config, files)
+        assert found is not None  # noqa: S101 - with files it is made
+        return found
+
+    async def _modules(self, origin: Origin, folder: GitFolder, config: str) -> Path:
         try:
-            layer = await self._modules(origin, folder)
+            return await self._source.module_layer(origin.repo, origin.modules, folder, config)
         except (MissingObjectError, NotFoundError):
             for module in origin.modules:
                 await self._again(origin, module)
-            layer = await self._modules(origin, folder)
-        return replace(checkout, lowers=(layer, *checkout.lowers))
-
-    async def _modules(self, origin: Origin, folder: GitFolder) -> Path:
-        return await self._source.module_layer(origin.repo, origin.modules, folder, folder.config())
+            return await self._source.module_layer(origin.repo, origin.modules, folder, config)
 
     async def _again(self, origin: Origin, module: Module) -> None:
         """Fetch anew what is damaged, or was taken away."""
@@ -165,3 +180,10 @@ def _leave(repo: str) -> str:
 
 def _said(module: Module, what: str) -> str:
     return f"the submodule at {module.path!r} ({module.url} at {module.sha}): {what}"
+
+
+def make_grafts(settings: Settings, source: Source, repositories: Repositories, remotes: Remotes) -> Grafts:
+    """Return what the settings allow."""
+    guard = Guard(settings.inner_hosts or (), allowed=settings.allow_network, most=settings.max_fetch)
+    access = ModuleAccess(repositories, remotes, settings.base_url)
+    return Grafts(source, access, guard, LfsFetching(source, remotes, guard, most=settings.max_lfs))

@@ -21,26 +21,37 @@ from ci_platform.egress.gateway import Gateway
 from ci_platform.egress.policy import Policy
 from ci_platform.egress.records import Records
 from ci_platform.errors import ForbiddenError
-from ci_platform.settings import Settings
 
 _ENDS_WITHIN = 5.0
 """Seconds. The gateway gives its connections two of them to say goodbye."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Way:
     """A way out, open for the time of a block. `proxy` is its address, as programs are told it."""
 
     proxy: str
     port: int
-    _records: Records = field(repr=False)
-    _told: list[Connection] = field(repr=False)
+    _thread: threading.Thread = field(repr=False)
+    _lifeline: socket.socket = field(repr=False)
+    _file: int = field(repr=False)
 
-    def refusals(self) -> list[str]:
-        """Return what was refused so far, in words."""
+    async def close(self) -> None:
+        """Close it, with all that goes through it."""
+        with suppress(OSError):
+            self._lifeline.shutdown(socket.SHUT_RDWR)
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._thread.join, _ENDS_WITHIN)
+
+    async def refusals(self) -> list[str]:
+        """Close it, and return what was refused, in words. The gateway tells a connection when it is over."""
+        await self.close()
+        told = list[Connection]()
         with suppress(ValueError, TypeError):
-            self._records.tell_new()
-        return [f"{each.host}:{each.port}: {each.refused}" for each in self._told if each.refused]
+            Records(self._file, told.append).tell_new()
+        return list(
+            dict.fromkeys(f"{each.host}:{each.port}: {each.refused}" for each in told if each.refused)
+        )
 
 
 class Guard:
@@ -50,15 +61,17 @@ class Guard:
         self._inner, self._allowed, self._most = tuple(inner), allowed, most
 
     @asynccontextmanager
-    async def open(self, *, trusted: bool, also: Sequence[str] = ()) -> AsyncIterator[Way]:
-        """Open a way out for the time of the block. `also` are hosts (`name:port`) at any address.
+    async def open(
+        self, *, trusted: bool, also: Sequence[str] = (), most: int | None = None
+    ) -> AsyncIterator[Way]:
+        """Open a way out for the time of the block. `also` are an administrator's hosts (`name:port`), at any address.
 
-        Raises ForbiddenError where the operator lets nothing of tenants out.
+        Where the operator lets nothing of tenants out it leads to these alone; ForbiddenError where there are none.
         """
-        if not self._allowed:
+        if not self._allowed and not also:
             raise ForbiddenError("nothing is fetched from hosts that a commit names (setting allow_network)")
-        policy = Policy(None, [*also, *(self._inner if trusted else ())])
-        limits, told = GatewayLimits(bytes=self._most), list[Connection]()
+        policy = Policy(None if self._allowed else also, [*also, *(self._inner if trusted else ())])
+        limits = GatewayLimits(bytes=most or self._most)
         ours, theirs = socket.socketpair()
         with (
             ours,
@@ -70,14 +83,8 @@ class Guard:
             gateway = Gateway(listener, theirs, file.fileno(), policy, limits)
             thread = threading.Thread(target=gateway.serve, name="guarded", daemon=True)
             thread.start()
+            way = Way(f"http://127.0.0.1:{port}", port, thread, ours, file.fileno())
             try:
-                yield Way(f"http://127.0.0.1:{port}", port, Records(file.fileno(), told.append), told)
+                yield way
             finally:
-                ours.shutdown(socket.SHUT_RDWR)
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(thread.join, _ENDS_WITHIN)
-
-
-def make_guard(settings: Settings) -> Guard:
-    """Return what the settings allow."""
-    return Guard(settings.inner_hosts or (), allowed=settings.allow_network, most=settings.max_fetch)
+                await way.close()

@@ -89,6 +89,9 @@ class Settings(BaseModel):
         4096 * MEBIBYTE,
         description="What one fetch from a host that a commit names (a submodule, LFS) may bring.",
     )
+    max_lfs: Size = Field(
+        4096 * MEBIBYTE, description="What the files that LFS keeps of one commit may be together."
+    )
     run_timeout: Duration = Field(
         timedelta(hours=6),
         description="How long a run may work without waiting; then it is stopped, timed out.",

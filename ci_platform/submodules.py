@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -30,7 +29,6 @@ DEEPEST = 5
 _LONGEST_NAME, _LONGEST_PATH, _LONGEST_URL = 255, 1024, 2000
 _SCHEMES = ("https", "http", "file")
 _URL = re.compile(r"[!-~]+", re.ASCII)
-_WITHIN = timedelta(seconds=30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +69,12 @@ class Module:
 
 async def parse(content: bytes) -> list[Declared]:
     """Return the submodules that a `.gitmodules` names. Raises FailedError that names the value at fault."""
-    # Git's own reading of its format; it would follow an [include] of any file of the host.
-    command = ["config", "--file", "-", "--no-includes", "--null", "--list"]
     try:
-        listed = await git_commands.run(
-            command, git_commands.environment(), within=_WITHIN, stdin=content or b"\n"
-        )
+        listed = await git_commands.read_configuration(content)
     except GitError as error:
         raise FailedError(f"{FILE} cannot be read: {error}") from None
     found = dict[str, dict[str, str]]()
-    for line in listed.decode(errors="replace").split("\0"):
-        key, _, value = line.partition("\n")
+    for key, value in listed:
         section, _, rest = key.partition(".")
         name, _, variable = rest.rpartition(".")
         if section == "submodule" and name and variable in {"path", "url"}:

@@ -44,6 +44,9 @@ _SPARSE = "[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n"
 _COPIED = "[core]\n\tcheckStat = minimal\n\ttrustctime = false\n"
 """Where commands get copies of files, numbers of inodes and times of change are not those of the index."""
 
+LINKED = "[core]\n\ttrustctime = false\n"
+"""For files that have other links: each link more is a change of their inode, and none of theirs."""
+
 _CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 _PACK_PARTS = {".pack", ".idx", ".rev", ".bitmap", ".promisor"}
 _PACK_WITHIN = 600.0
@@ -88,7 +91,7 @@ class GitFolder:
                 shutil.copyfile(repository / "shallow", git / "shallow")
         for name, text in texts.items():
             (git / name).write_text(text, encoding="utf-8")
-        _link(index, git / "index")
+        link(index, git / "index")
 
     def config(self) -> str:
         """Return its configuration."""
@@ -134,7 +137,7 @@ def link_objects(repository: Path, tree: Path) -> None:
     source, target = repository / "objects", tree / ".git" / "objects"
     for path in (source / "pack").iterdir():
         if path.name.startswith("pack-") and path.suffix in _PACK_PARTS:
-            _link(path, target / "pack" / path.name)
+            link(path, target / "pack" / path.name)
             if path.suffix == ".pack":
                 # A command's own collecting of garbage leaves it where it is.
                 (target / "pack" / path.with_suffix(".keep").name).touch()
@@ -142,7 +145,7 @@ def link_objects(repository: Path, tree: Path) -> None:
         (target / folder.name).mkdir()
         for path in folder.iterdir():
             if not path.name.startswith("tmp_"):
-                _link(path, target / folder.name / path.name)
+                link(path, target / folder.name / path.name)
 
 
 def pack_objects(repository: Path, tree: Path, oids: Iterable[bytes]) -> None:
@@ -188,7 +191,8 @@ def give(path: str | Path, owner: Owner, mode: int) -> None:
     os.chmod(path, mode)  # noqa: PTH101
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Link a file, or copy it where that cannot be."""
     try:
         target.hardlink_to(source)
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import TypeVar
 import pygit2
 
 from ci_platform import git_commands
+from ci_platform.cones import Cone
 from ci_platform.errors import (
     FailedError,
     InvalidInputError,
@@ -25,11 +26,14 @@ from ci_platform.errors import (
     UnavailableError,
 )
 from ci_platform.fetching import Fetch, Remote
+from ci_platform.lfs_pointers import Pointed
 from ci_platform.mirroring import DAMAGED, PARTIAL, Mirror, damage
 from ci_platform.sandboxes import SANDBOX_UID
-from ci_platform.source import folders, objects
+from ci_platform.source import folders, lfs_layers, objects
 from ci_platform.source.checkouts import Checkout, Checkouts
 from ci_platform.source.grafted import ModuleTrees
+from ci_platform.source.lfs_layers import LfsTrees
+from ci_platform.source.lfs_store import LfsStore
 from ci_platform.source.names import check_repo
 from ci_platform.source.objects import check_sha
 from ci_platform.source.places import Places, read_and_close
@@ -85,6 +89,7 @@ class Source(Places):
         owner = Owner.of_sandboxes(SANDBOX_UID)
         self._trees = TreeStore(root / "trees", owner)
         self._checkouts = Checkouts(self._trees, owner, limits or TreeLimits())
+        self.lfs, self._lfs_trees = LfsStore(root / "lfs", owner), LfsTrees(self._trees, owner)
         self._modules = ModuleTrees(self._trees, owner, limits or TreeLimits(), self._with)
 
     async def environment(self, repo: str, settings: Mapping[str, str]) -> dict[str, str]:
@@ -329,6 +334,28 @@ class Source(Places):
                 await held.enter_async_context(self._builds(name))
             return await self._thread(lambda: self._modules.layer(repo, modules, folder, config))
 
+    async def pointed(self, repo: str, sha: str, cone: Cone | None) -> list[Pointed]:
+        """Return the files of a commit that LFS keeps."""
+        return await self._read(repo, sha, lambda opened: lfs_layers.pointed(opened, repo, sha, cone))
+
+    async def lfs_layer(
+        self, repo: str, folder: GitFolder, config: str, files: Sequence[Pointed] | None = None
+    ) -> Path | None:
+        """Return the layer with these files, which are in `lfs`; without `files` that which is here, or None."""
+        trusted = not folder.alone
+        told = f"{config}\n{trusted}"
+
+        def make(opened: pygit2.Repository) -> Path | None:
+            oid = objects.commit(opened, repo, folder.sha).tree_id
+            below = self._checkouts.tree(repo, opened, oid, folder.cone)
+            if files is None:
+                return self._lfs_trees.find(repo, below, told)
+            paths = partial(self.lfs.path, repo, trusted=trusted)
+            return self._lfs_trees.build(repo, below, told, files, config, paths)
+
+        async with self._builds(repo):
+            return await self._read(repo, folder.sha, make)
+
     # Garbage
 
     async def trees(self) -> list[tuple[str, StoredTree]]:
@@ -368,4 +395,5 @@ class Source(Places):
         """
         await self._thread(git_commands.end_orphans)
         await self._thread(self._trees.sweep)
+        await self._thread(self.lfs.sweep)
         return await self._thread(self._repair)

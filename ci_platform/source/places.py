@@ -165,7 +165,7 @@ class Places:
     async def delete(self, repo: str) -> None:
         """Remove a repository or mirror; nothing where there is none. Who reads it now may get an error."""
         paths = [self._served(repo), self._mirrored(repo)]
-        paths += [self._root / "mirrors" / name for name in module_mirrors(repo)]
+        paths += [self._root / of / name for of in ("mirrors", "lfs") for name in module_mirrors(repo)]
         async with self._writers(repo):
             for path in paths:
                 await self._thread(partial(folders.discard, path, self._trash))

@@ -17,6 +17,7 @@ from ci_platform.forges.local import LocalForge
 from ci_platform.grafts import Grafts
 from ci_platform.guarded import Guard
 from ci_platform.imports import Imports
+from ci_platform.lfs_fetching import LfsFetching
 from ci_platform.module_access import ModuleAccess
 from ci_platform.remotes import Remotes
 from ci_platform.repositories import Repositories
@@ -25,7 +26,7 @@ from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.source import Source
 from ci_platform.store import Store
 from ci_platform.workspaces import LayerAuthor, Workspaces
-from dynflow.clock import Clock
+from dynflow.clock import ManualClock
 from tests.ci_platform.forge_server import TOKEN, ForgeServer, forge_server
 from tests.ci_platform.git_repositories import WorkingCopy
 
@@ -71,13 +72,14 @@ class Platform:
         return printed.decode(errors="surrogateescape")
 
     def with_guard(self, guard: Guard) -> None:
-        self.workspaces._grafts = Grafts(self.source, self.access, guard)
+        lfs = LfsFetching(self.source, self.source._remote_of, guard, most=1 << 20)
+        self.workspaces._grafts = Grafts(self.source, self.access, guard, lfs)
 
 
 @asynccontextmanager
-async def opened_platform(
-    tmp_path: Path, store: Store, clock: Clock, method: MethodName | None = None
-) -> AsyncIterator[Platform]:
+async def opened_platform(tmp_path: Path, method: MethodName | None = None) -> AsyncIterator[Platform]:
+    store, clock = Store(f"sqlite:///{tmp_path / 'platform.db'}"), ManualClock()
+    await store.open()
     for folder in [tmp_path, *tmp_path.parents][:2]:
         folder.chmod(0o755)
     with forge_server(tmp_path / "forge") as forge:
@@ -91,7 +93,9 @@ async def opened_platform(
         remotes = Remotes(repositories, imports, forges)
         source = Source(tmp_path / "source", allow_file=True, remote_of=remotes)
         access = ModuleAccess(repositories, remotes, OWN)
-        grafts = Grafts(source, access, Guard([forge.host]))
+        guard = Guard([forge.host])
+        lfs = LfsFetching(source, remotes, guard, most=1 << 20)
+        grafts = Grafts(source, access, guard, lfs)
         chosen = copy_on_write.probe(tmp_path / "workspaces", method)
         workspaces = Workspaces(tmp_path / "workspaces", source, chosen, grafts=grafts)
         sandbox = IsolateSandbox()
@@ -99,5 +103,6 @@ async def opened_platform(
             yield Platform(forge, repositories, imports, source, workspaces, sandbox, access)
         finally:
             await sandbox.close()
+            await store.close()
             layers.remove_tree(tmp_path / "workspaces")
             layers.remove_tree(tmp_path / "source")

@@ -21,9 +21,7 @@ from ci_platform.errors import (
 )
 from ci_platform.guarded import Guard
 from ci_platform.source.names import is_module_mirror
-from ci_platform.store import Store
 from ci_platform.submodules import Declared
-from dynflow.clock import ManualClock
 from tests.ci_platform.forge_server import TOKEN, Asked
 from tests.ci_platform.git_repositories import Script, WorkingCopy
 from tests.ci_platform.grafting import OWN, REPO, Platform, opened_platform
@@ -32,8 +30,8 @@ CLEAN = "git status --porcelain; git diff; git diff --cached; git submodule --qu
 
 
 @pytest.fixture
-async def world(tmp_path: Path, store: Store, clock: ManualClock) -> AsyncIterator[Platform]:
-    async with opened_platform(tmp_path, store, clock) as opened:
+async def world(tmp_path: Path) -> AsyncIterator[Platform]:
+    async with opened_platform(tmp_path) as opened:
         yield opened
 
 
@@ -58,9 +56,9 @@ def write(into: WorkingCopy, text: str, path: str = "vendor/lib", sha: str = "1"
 
 @pytest.mark.parametrize("method", [None, "copy"])
 async def test_submodules_are_there_with_their_own_and_all_is_clean(
-    tmp_path: Path, store: Store, clock: ManualClock, method: MethodName | None
+    tmp_path: Path, method: MethodName | None
 ) -> None:
-    async with opened_platform(tmp_path, store, clock, method) as world:
+    async with opened_platform(tmp_path, method) as world:
         inner, lib = world.forge.repository("bob/inner"), world.forge.repository("bob/lib")
         deep = inner.commit({"deep.txt": b"deep", "x/y": b"z"})
         lib.commit({"run.sh": Script(b"#!/bin/sh\necho hello"), "src/a.c": b"int a;"})
