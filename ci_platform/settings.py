@@ -164,6 +164,7 @@ class Settings(BaseModel):
     mirror_budget: Size = Field(
         20 * 1024 * MEBIBYTE, description="Disk that mirrors of forges' repositories may use."
     )
+    lfs_budget: Size = Field(20 * 1024 * MEBIBYTE, description="Disk that files that LFS keeps may use.")
     workspace_budget: Size = Field(
         20 * 1024 * MEBIBYTE,
         description="Disk that workspaces of ended runs may use: snapshots, and what a rerun from a step needs.",

@@ -9,6 +9,7 @@ from ci_platform.caches import Caches
 from ci_platform.fetching import Remote
 from ci_platform.garbage import Allowance, Collectable
 from ci_platform.garbage.caches import CacheEntries
+from ci_platform.garbage.lfs import LfsFiles
 from ci_platform.garbage.logs import RunLogs
 from ci_platform.garbage.mirrors import Mirrors
 from ci_platform.garbage.room import Room
@@ -43,6 +44,7 @@ def stores_of(
 
     return [
         Mirrors(source, _allowance(settings, settings.mirror_budget), wanted=open_repos, remote_of=remote_of),
+        LfsFiles(source.lfs, _allowance(settings, settings.lfs_budget)),
         Trees(
             source,
             _allowance(settings, settings.tree_cache, newest=1),

@@ -6,7 +6,8 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,6 +21,16 @@ _BEFORE = 2.0
 """Seconds by which files are older than any index that names them: git looks again at files that may be younger."""
 
 _PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A file on disk: `name` is its path in the store, `linked` says that a tree has it too."""
+
+    name: str
+    size: int
+    used_at: float
+    linked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +53,33 @@ class LfsStore:
         return [each for each in dict.fromkeys(wanted) if not self._has(repo, each, trusted=trusted)]
 
     def _has(self, repo: str, pointer: Pointer, *, trusted: bool) -> bool:
+        path = self.path(repo, pointer, trusted=trusted)
         try:
-            return self.path(repo, pointer, trusted=trusted).stat().st_size == pointer.size
+            found = path.stat()
+            # Its time of change is when it was used last; that of its content is in indexes and stays.
+            os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
         except FileNotFoundError:
             return False
+        return found.st_size == pointer.size
+
+    def held(self) -> Iterator[Held]:
+        """Yield what is here."""
+        for path in self.root.glob("_*/*/*/*"):
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                name = str(path.relative_to(self.root))
+                yield Held(name, found.st_size, found.st_ctime, found.st_nlink > 1)
+
+    def remove(self, name: str, used_before: float) -> bool:
+        """Remove a file, unless it was used later."""
+        path = self.root / name
+        try:
+            if path.stat().st_ctime > used_before:
+                return False
+        except FileNotFoundError:
+            return True
+        path.unlink(missing_ok=True)
+        return True
 
     def put(self, repo: str, pointer: Pointer, write: Callable[[IO[bytes]], None], *, trusted: bool) -> None:
         """Keep what `write` writes, which has to be what the pointer says. FailedError where it is not."""

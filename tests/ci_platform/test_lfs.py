@@ -6,15 +6,18 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ci_platform import lfs_pointers
+from ci_platform import layers, lfs_pointers
 from ci_platform.cones import Cone
 from ci_platform.copy_on_write import MethodName
 from ci_platform.errors import FailedError, ForbiddenError, LimitExceededError, UnavailableError
+from ci_platform.garbage import Allowance
+from ci_platform.garbage.lfs import LfsFiles
 from ci_platform.guarded import Guard
 from ci_platform.lfs_pointers import Pointer
 from tests.ci_platform.forge_server import TOKEN, Answer, Asked, ForgeServer
@@ -160,6 +163,26 @@ async def test_lfs_and_submodules_are_there_together_and_again_after_their_layer
             layer.rename(tmp_path / f"{kind}{number}")
         for path in stored(tmp_path):
             path.unlink()
+
+
+async def test_files_that_no_tree_has_are_garbage_and_fetched_again(
+    world: Platform, lfs: Lfs, app: WorkingCopy, tmp_path: Path
+) -> None:
+    sha = app.commit({"a": lfs.pointer(b"one")})
+    workspace = await fork(world, sha)
+    garbage = LfsFiles(world.source.lfs, Allowance(1, timedelta()), safe_for=-60)
+    (item,) = await garbage.items()
+    assert (item.size, item.pinned) == (3, "a tree on disk has it")
+    (recent,) = await LfsFiles(world.source.lfs, Allowance(1)).items()
+    assert recent.pinned == "used a short while ago"
+    assert not await LfsFiles(world.source.lfs, Allowance(1)).collect(item.name)
+    layers.remove_tree(tmp_path / "source" / "trees" / REPO)
+    (item,) = await garbage.items()
+    assert item.pinned is None
+    assert await garbage.collect(item.name)
+    assert await garbage.collect(item.name), "what is gone is collected"
+    assert stored(tmp_path) == []
+    assert await world.run(workspace, f"{CLEAN}; cat a") == "one"
 
 
 # Credentials
