@@ -102,6 +102,12 @@ class ImageNotFoundError(FailedError):
     code = "image_not_found"
 
 
+class CacheInvalidError(FailedError):
+    """A cache that cannot be: a path outside, a key that is none, files that are not there. The message says which."""
+
+    code = "cache_invalid"
+
+
 class ServiceNotReadyError(FailedError):
     """A service of a run did not become ready, or ended; the message has its name and its last lines."""
 

@@ -45,7 +45,7 @@ class Caches:
     *Order of calls*: `sweep` once at start, after `reopen` of what commands of an earlier process use; then for each
     command `open`, `save` if it has succeeded, `close`. *Concurrency*: one event loop, one process. *Idempotency*: of
     two that save one key the first wins; `close` and `delete`. *Cancellation*: a call in progress ends its work on disk
-    first. *Errors*: InvalidInputError, FailedError and LimitExceededError from `open` are the tenant's; `save` has
+    first. *Errors*: CacheInvalidError and LimitExceededError from `open` are the tenant's; `save` has
     none: what cannot be saved is said.
 
     `root` is on the file system of the workspaces, whose `method` it uses.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ci_platform import layer_views, layers
 from ci_platform.caches.specs import LONGEST_KEY
-from ci_platform.errors import FailedError, InvalidInputError, LimitExceededError, NotFoundError
+from ci_platform.errors import CacheInvalidError, LimitExceededError, NotFoundError
 from ci_platform.layer_views import ViewEntry
 
 MOST_PATTERNS, MOST_LOOKED_AT, MOST_FILES = 20, 100_000, 1000
@@ -36,14 +36,14 @@ class KeyMaker:
         self._known: dict[str, str] = {}
 
     def __call__(self, template: str) -> str:
-        """Return the key. Raises InvalidInputError, LimitExceededError, FailedError where no file matches."""
+        """Return the key. Raises CacheInvalidError, LimitExceededError."""
         if re.search(r"[{}]", _CALL.sub("", template)):
-            raise InvalidInputError(
+            raise CacheInvalidError(
                 f"cache: {template!r:.200} has braces that are not of hash_files(…), which a key may not have"
             )
         key = _CALL.sub(lambda call: self._digest(call[1]), template)
         if len(key) > LONGEST_KEY:
-            raise InvalidInputError(f"cache: the key {key!r:.100}… is longer than {LONGEST_KEY} characters")
+            raise CacheInvalidError(f"cache: the key {key!r:.100}… is longer than {LONGEST_KEY} characters")
         return key
 
     def _digest(self, patterns: str) -> str:
@@ -53,12 +53,12 @@ class KeyMaker:
 
     def _over(self, patterns: list[str]) -> str:
         if len(patterns) > MOST_PATTERNS:
-            raise InvalidInputError(f"hash_files takes at most {MOST_PATTERNS} patterns, not {len(patterns)}")
+            raise CacheInvalidError(f"hash_files takes at most {MOST_PATTERNS} patterns, not {len(patterns)}")
         search = _Search(self._lowers)
         found = {entry.path: entry for pattern in patterns for entry in search.files(_parts(pattern))}
         shown = ", ".join(map(repr, patterns))
         if not found:
-            raise FailedError(f"hash_files({shown:.300}): no file of the workspace matches")
+            raise CacheInvalidError(f"hash_files({shown:.300}): no file of the workspace matches")
         if len(found) > MOST_FILES:
             raise LimitExceededError(f"hash_files({shown:.300}): more than {MOST_FILES:,} files match")
         if sum(entry.size for entry in found.values()) > LARGEST:
@@ -83,7 +83,7 @@ def _digest_of(entries: Sequence[ViewEntry]) -> str:
 def _parts(pattern: str) -> list[str]:
     parts = [part for part in pattern.split("/") if part != "."]
     if pattern.startswith(("/", "~")) or not all(parts) or ".." in parts:
-        raise InvalidInputError(
+        raise CacheInvalidError(
             f"hash_files({pattern!r:.200}): a pattern is relative to the workspace, and stays in it"
         )
     return parts

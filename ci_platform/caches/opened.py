@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ci_platform import layer_copies, layers, sealing
 from ci_platform.caches.specs import Place, place_of
 from ci_platform.copy_on_write import Method
-from ci_platform.errors import InvalidInputError
+from ci_platform.errors import CacheInvalidError
 from ci_platform.sandboxes import Mount, Tree
 from ci_platform.trees import Owner
 
@@ -114,7 +114,7 @@ class OpenCaches:
     def make_ways(self, tree: Tree, places: Sequence[Place]) -> Tree:
         """Return the tree with a folder at each place of the workspace, made if need be. Blocks.
 
-        Of an overlay it is a lower layer more, so that the command's own layer has none of it. Raises InvalidInputError
+        Of an overlay it is a lower layer more, so that the command's own layer has none of it. Raises CacheInvalidError
         where something else is on the way: a mount must not go where a link of the tenant's leads.
         """
         paths = [place.path for place in places if place.root == "workspace"]
@@ -193,6 +193,6 @@ def _prefixes(path: str) -> list[str]:
 def _refuse_unless_folder(found: os.stat_result, path: str, prefix: str) -> None:
     if not stat.S_ISDIR(found.st_mode):
         kind = "a link" if stat.S_ISLNK(found.st_mode) else "no folder"
-        raise InvalidInputError(
+        raise CacheInvalidError(
             f"cache: {path!r:.100} cannot be mounted, for {prefix!r:.100} is {kind} in the workspace"
         )

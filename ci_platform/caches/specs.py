@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ci_platform.errors import InvalidInputError
+from ci_platform.errors import CacheInvalidError
 
 MOST_CACHES, MOST_PATHS, MOST_RESTORE_KEYS = 8, 16, 10
 """Of one command, of one cache, of one cache."""
@@ -44,15 +44,15 @@ class Wanted:
 
 
 def checked(specs: Any) -> tuple[Wanted, ...]:
-    """Return what a command's `cache` asks for. Raises InvalidInputError that names the value."""
+    """Return what a command's `cache` asks for. Raises CacheInvalidError that names the value."""
     if not isinstance(specs, tuple) or len(specs) > MOST_CACHES:
-        raise InvalidInputError(f"cache= takes at most {MOST_CACHES} caches, not {specs!r:.100}")
+        raise CacheInvalidError(f"cache= takes at most {MOST_CACHES} caches, not {specs!r:.100}")
     wanted = tuple(map(_one, specs))
     places = [place for each in wanted for place in each.places]
     for number, place in enumerate(places):
         for other in places[:number]:
             if place.meets(other):
-                raise InvalidInputError(
+                raise CacheInvalidError(
                     f"cache: the paths {str(other)!r:.100} and {str(place)!r:.100} overlap"
                 )
     return wanted
@@ -62,14 +62,14 @@ def _one(spec: Any) -> Wanted:
     key: Any = getattr(spec, "key", None)
     paths, restore_keys = (_texts(getattr(spec, name, None), name) for name in ("paths", "restore_keys"))
     if not 0 < len(paths) <= MOST_PATHS:
-        raise InvalidInputError(f"cache: paths= takes 1 to {MOST_PATHS} paths, not {len(paths)}")
+        raise CacheInvalidError(f"cache: paths= takes 1 to {MOST_PATHS} paths, not {len(paths)}")
     if len(restore_keys) > MOST_RESTORE_KEYS:
-        raise InvalidInputError(
+        raise CacheInvalidError(
             f"cache: restore_keys= takes at most {MOST_RESTORE_KEYS}, not {len(restore_keys)}"
         )
     for each in (key, *restore_keys):
         if not isinstance(each, str) or not 0 < len(each) <= _LONGEST_TEMPLATE or not each.isprintable():
-            raise InvalidInputError(
+            raise CacheInvalidError(
                 f"cache: keys are printable text of 1 to {LONGEST_KEY} characters, not {each!r:.100}"
             )
     # Sorted: the same paths in another order are the same cache.
@@ -78,30 +78,30 @@ def _one(spec: Any) -> Wanted:
 
 def _texts(values: Any, name: str) -> tuple[str, ...]:
     if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-        raise InvalidInputError(f"cache: {name}= is a list of text, not {values!r:.100}")
+        raise CacheInvalidError(f"cache: {name}= is a list of text, not {values!r:.100}")
     return tuple(values)
 
 
 def place_of(path: str) -> Place:
-    """Return the place that a path names. Raises InvalidInputError where it is in neither of the two."""
+    """Return the place that a path names. Raises CacheInvalidError where it is in neither of the two."""
     if len(path) > _LONGEST_PATH or not path.isprintable():
-        raise InvalidInputError(f"cache: {path!r:.100} is too long for a path, or not printable")
+        raise CacheInvalidError(f"cache: {path!r:.100} is too long for a path, or not printable")
     if path.startswith("/"):
-        raise InvalidInputError(
+        raise CacheInvalidError(
             f"cache: {path!r:.100} is outside: paths are relative to the workspace, or begin with ~/"
         )
     in_home = path == "~" or path.startswith("~/")
     parts = [part for part in path.removeprefix("~").split("/") if part not in {"", "."}]
     if ".." in parts:
-        raise InvalidInputError(f"cache: {path!r:.100} may leave its folder: '..' has no place in a path")
+        raise CacheInvalidError(f"cache: {path!r:.100} may leave its folder: '..' has no place in a path")
     if not parts:
-        raise InvalidInputError(f"cache: {path!r:.100} is a whole folder: name one below it")
+        raise CacheInvalidError(f"cache: {path!r:.100} is a whole folder: name one below it")
     if len(parts) > _DEEPEST or any(len(part.encode()) > 255 for part in parts):
-        raise InvalidInputError(
+        raise CacheInvalidError(
             f"cache: {path!r:.100} is nested too deep, or has names that no file can have"
         )
     if not in_home and parts[0].lower() == ".git":
-        raise InvalidInputError(
+        raise CacheInvalidError(
             f"cache: {path!r:.100} is a part of the workspace's .git, which is the platform's"
         )
     return Place("home" if in_home else "workspace", "/".join(parts))

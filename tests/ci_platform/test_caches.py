@@ -15,7 +15,7 @@ import pytest
 from ci_platform.caches import Budget
 from ci_platform.caches.specs import checked
 from ci_platform.copy_on_write import MethodName
-from ci_platform.errors import FailedError, InvalidInputError, LimitExceededError
+from ci_platform.errors import CacheInvalidError, LimitExceededError
 from ci_platform.model import Repository
 from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.store import col
@@ -282,26 +282,30 @@ BAD: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_a_cache_is_refused_with_the_value(name: str) -> None:
     specs, told = BAD[name]
-    with pytest.raises(InvalidInputError) as caught:
+    with pytest.raises(CacheInvalidError) as caught:
         checked(specs)
     assert told in str(caught.value)
 
 
 BAD_HERE: dict[str, tuple[CacheSpec, type[Exception], str]] = {
-    "a file": (spec("k", "README.md"), InvalidInputError, "'README.md' is no folder in the workspace"),
-    "below a file": (spec("k", "README.md/x"), InvalidInputError, "'README.md' is no folder"),
-    "a link": (spec("k", "link"), InvalidInputError, "'link' is a link"),
-    "below a link": (spec("k", "link/passwd"), InvalidInputError, "'link' is a link"),
-    "no such file": (spec(hash_files("nothing*")), FailedError, "hash_files('nothing*'): no file"),
-    "through a link": (spec(hash_files("link/passwd")), FailedError, "no file of the workspace matches"),
-    "a link itself": (spec(hash_files("link")), FailedError, "no file of the workspace matches"),
-    "git": (spec(hash_files(".git/HEAD")), FailedError, "no file of the workspace matches"),
-    "outside": (spec("{hash_files:/etc/passwd}"), InvalidInputError, "relative to the workspace"),
-    "upwards": (spec("{hash_files:../x}"), InvalidInputError, "relative to the workspace"),
-    "empty": (spec("{hash_files:}"), InvalidInputError, "relative to the workspace"),
-    "many": (spec("{hash_files:" + "|".join("a" * 21) + "}"), InvalidInputError, "at most 20 patterns"),
-    "braces": (spec("{key}"), InvalidInputError, "has braces"),
-    "long": (spec(hash_files("README.md") * 17), InvalidInputError, "longer than 512"),
+    "a file": (spec("k", "README.md"), CacheInvalidError, "'README.md' is no folder in the workspace"),
+    "below a file": (spec("k", "README.md/x"), CacheInvalidError, "'README.md' is no folder"),
+    "a link": (spec("k", "link"), CacheInvalidError, "'link' is a link"),
+    "below a link": (spec("k", "link/passwd"), CacheInvalidError, "'link' is a link"),
+    "no such file": (spec(hash_files("nothing*")), CacheInvalidError, "hash_files('nothing*'): no file"),
+    "through a link": (
+        spec(hash_files("link/passwd")),
+        CacheInvalidError,
+        "no file of the workspace matches",
+    ),
+    "a link itself": (spec(hash_files("link")), CacheInvalidError, "no file of the workspace matches"),
+    "git": (spec(hash_files(".git/HEAD")), CacheInvalidError, "no file of the workspace matches"),
+    "outside": (spec("{hash_files:/etc/passwd}"), CacheInvalidError, "relative to the workspace"),
+    "upwards": (spec("{hash_files:../x}"), CacheInvalidError, "relative to the workspace"),
+    "empty": (spec("{hash_files:}"), CacheInvalidError, "relative to the workspace"),
+    "many": (spec("{hash_files:" + "|".join("a" * 21) + "}"), CacheInvalidError, "at most 20 patterns"),
+    "braces": (spec("{key}"), CacheInvalidError, "has braces"),
+    "long": (spec(hash_files("README.md") * 17), CacheInvalidError, "longer than 512"),
     "no end": (spec(hash_files("/".join(["**", "*"] * 8))), LimitExceededError, "names would have to be"),
 }
 
