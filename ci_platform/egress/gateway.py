@@ -66,7 +66,7 @@ class Gateway:
         self._lock = threading.Lock()
         self._open: set[threading.Thread] = set()
         self._sockets: set[socket.socket] = set()
-        self._over = False
+        self._over = self._ended = False
 
     def serve(self) -> None:
         """Accept connections until the command is over, then end what is open."""
@@ -111,6 +111,8 @@ class Gateway:
         until = time.monotonic() + _GOODBYE_WITHIN
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
+        with self._lock:
+            self._ended = True
 
     def _serve(self, client: socket.socket) -> None:
         started = time.monotonic()
@@ -129,7 +131,9 @@ class Gateway:
 
     def _record(self, record: Connection) -> None:
         # One short line in one call: lines of threads do not mix.
-        with contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
+            if self._ended:
+                return  # it looked a name up all the time: `records` is closed, and may be the number of another file
             os.write(self._records, record.as_line())
             self._lifeline.send(b".", socket.MSG_DONTWAIT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import tempfile
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from ci_platform.egress import Connection, GatewayLimits
-from ci_platform.egress.gateway import Gateway, is_this_machine, resolve
+from ci_platform.egress.gateway import Gateway, Resolve, is_this_machine, resolve
 from ci_platform.egress.policy import Policy
 
 SOON = 20.0
@@ -46,6 +47,7 @@ class World:
         *,
         limits: GatewayLimits | None = None,
         policy: Policy | None = None,
+        look_up: Resolve | None = None,
     ) -> None:
         inner = [f"127.0.0.2:{self.server_port}", f"inner.test:{self.server_port}"]
         gateway = Gateway(
@@ -54,7 +56,7 @@ class World:
             self.file.fileno(),
             policy or Policy(hosts, inner),
             limits or GatewayLimits(),
-            self.names,
+            look_up or self.names,
         )
         self.thread = threading.Thread(target=gateway.serve)
         self.thread.start()
@@ -340,6 +342,32 @@ def test_open_connections_end_with_the_command_and_are_told(world: World) -> Non
         (record,) = world.records()
         assert record.sent == 4
         assert read_all(server) == b""
+
+
+def test_who_is_looked_up_beyond_the_end_writes_to_no_file_that_is_another_one_by_then(world: World) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def look_up(_host: str, _port: int) -> Answers:
+        asked.set()
+        answered.wait(SOON)
+        raise OSError("no such name")
+
+    before = set(threading.enumerate())
+    world.start(look_up=look_up)
+    with world.client() as client:
+        client.sendall(b"CONNECT slow.test:443 HTTP/1.1\r\n\r\n")
+        assert asked.wait(SOON)
+        assert world.thread is not None
+        (looking,) = set(threading.enumerate()) - before - {world.thread}
+        world.ours.shutdown(socket.SHUT_RDWR)
+        world.thread.join(SOON)
+        # What a platform does in whose process it is: the number of the file is free, and soon another one's.
+        with tempfile.TemporaryFile() as other:
+            os.dup2(other.fileno(), world.file.fileno())
+            answered.set()
+            looking.join(SOON)
+            assert not looking.is_alive()
+            assert os.fstat(other.fileno()).st_size == 0
 
 
 def take(end: socket.socket, size: int) -> int:
