@@ -7,7 +7,7 @@ libgit2 is the wrong tool (fetching, serving) the `git` program is used through 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -36,7 +36,7 @@ from ci_platform.source.lfs_layers import LfsTrees
 from ci_platform.source.lfs_store import LfsStore
 from ci_platform.source.names import check_repo
 from ci_platform.source.objects import check_sha
-from ci_platform.source.places import Places, read_and_close
+from ci_platform.source.places import Places, Read, read_and_close
 from ci_platform.submodules import Module
 from ci_platform.tree_store import StoredTree, TreeStore
 from ci_platform.trees import Owner, TreeLimits
@@ -182,19 +182,26 @@ class Source(Places):
     # Reading
 
     async def _read(
-        self, repo: str, sha: str, read: Callable[[pygit2.Repository], T], *, fetch: bool = True
+        self, repo: str, sha: str, read: Read[T], *, fetch: bool = True, building: bool = False
     ) -> T:
         """Read of a commit; where something is not here that its remote has, fetch that and read once more.
 
         Without `fetch` a commit that is not here is not fetched, but what is missing or damaged of one that is.
+        `building`: nobody else builds trees of the repository meanwhile, but for while it is fetched, since who packs
+        it keeps writers out first, and then waits for builders.
         """
+
+        async def attempt() -> T:
+            async with self._builds(repo) if building else nullcontext():
+                return await self._thread(lambda: self._with(repo, read))
+
         try:
-            return await self._thread(lambda: self._with(repo, read))
+            return await attempt()
         except (MissingObjectError, NotFoundError) as error:
             damaged = isinstance(error, MissingObjectError)
             if not (fetch or damaged) or not await self._recover(repo, sha, damaged=damaged):
                 raise
-        return await self._thread(lambda: self._with(repo, read))
+        return await attempt()
 
     async def _recover(self, repo: str, sha: str, *, damaged: bool) -> bool:
         """Fetch what a partial import or a damaged mirror has not of a commit; return whether anything was done."""
@@ -205,7 +212,7 @@ class Source(Places):
             mirror = Mirror(self.path(repo), remote, self.protocols, self._within)
             return mirror.is_partial and await self._hydrate(mirror, repo, sha)
         if damaged:
-            async with self._alone(repo):
+            async with self._alone(repo), self._builds(repo):
                 await self._discard(repo)
         await self.fetch(repo, sha, remote)
         return True
@@ -300,8 +307,9 @@ class Source(Places):
         costs its difference. NotFoundError where the commit is not here (`fetch` first).
         """
         check_sha(sha)
-        async with self._builds(repo):
-            return await self._read(repo, sha, lambda opened: self._checkouts.materialise(repo, opened, sha))
+        return await self._read(
+            repo, sha, lambda opened: self._checkouts.materialise(repo, opened, sha), building=True
+        )
 
     async def checkout(self, repo: str, folder: GitFolder, git: str | None = None) -> Checkout:
         """Return the commit's files as `materialise` does, and on top of them a `.git`.
@@ -310,10 +318,11 @@ class Source(Places):
         """
         check_sha(folder.sha)
         self._used(repo)
-        async with self._builds(repo):
-            return await self._read(
-                repo, folder.sha, lambda opened: self._checkouts.with_git(repo, opened, folder, git)
-            )
+
+        def build(opened: pygit2.Repository) -> Checkout:
+            return self._checkouts.with_git(repo, opened, folder, git)
+
+        return await self._read(repo, folder.sha, build, building=True)
 
     async def links(self, repo: str, sha: str, paths: Collection[str]) -> dict[str, str]:
         """Return which of some paths of a commit are submodules, with their commits."""
@@ -328,6 +337,8 @@ class Source(Places):
         self, repo: str, modules: Sequence[Module], folder: GitFolder, config: str
     ) -> Path:
         """Return a layer with the files of submodules, whose commits are here, and their `.git`."""
+        for each in modules:
+            self._used(each.store)
         async with AsyncExitStack() as held:
             # In one order, whoever holds some of them meanwhile: nothing may pack what is read.
             for name in sorted({repo, *(module.store for module in modules)}):

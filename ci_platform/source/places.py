@@ -25,7 +25,10 @@ from ci_platform.source.names import check_repo, module_mirrors
 T = TypeVar("T")
 
 
-def read_and_close(opened: pygit2.Repository, read: Callable[[pygit2.Repository], T]) -> T:
+Read = Callable[[pygit2.Repository], T]
+
+
+def read_and_close(opened: pygit2.Repository, read: Read[T]) -> T:
     """Return what `read` returns, and close the repository.
 
     pygit2's repositories refer to themselves: otherwise they keep their packs open until garbage is collected, and
@@ -84,7 +87,7 @@ class Places:
         except pygit2.GitError:
             raise NotFoundError(f"there is no repository {repo!r}") from None
 
-    def _with(self, repo: str, read: Callable[[pygit2.Repository], T]) -> T:
+    def _with(self, repo: str, read: Read[T]) -> T:
         """Open a repository, read of it, close it."""
         return read_and_close(self._open(repo), read)
 

@@ -459,6 +459,24 @@ async def test_a_mirror_is_removed_unless_it_was_used_and_fetched_again_when_nee
     assert len(await source.mirrors()) == 1
 
 
+async def test_a_tree_whose_commit_is_still_to_be_fetched_does_not_keep_out_whom_it_waits_for(
+    tmp_path: Path, remote: WorkingCopy
+) -> None:
+    async def remote_of(_repo: str) -> Remote:
+        return Remote(remote.url)
+
+    source = Source(tmp_path / "source", allow_file=True, remote_of=remote_of)
+    await fetched(source, remote, remote.commit(FILES))
+    later = remote.commit({"README.md": b"later\n"})
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as group:
+            group.start_soon(source.materialise, REPO, later)
+            # Keeps writers out, and waits for those who build trees.
+            group.start_soon(source.remove_mirror, REPO, time.time() + 60)
+    (tree,) = await source.materialise(REPO, later)
+    assert (tree / "README.md").read_bytes() == b"later\n"
+
+
 async def test_hooks_and_configuration_of_users_do_not_run(
     source: Source, remote: WorkingCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
