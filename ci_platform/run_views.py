@@ -66,7 +66,8 @@ class Forked:
     """What a run was forked from, and what it has instead. `number` is None where that run is not kept any more.
 
     Without a `step` it began at the start. `code` is the commit of its pipeline where that is not the run's own,
-    `inputs` are the parts of the event's payload that were given, `patched_files` what a patch changed.
+    `inputs` are the parts of the event's payload that were given, `patched_files` what a patch changed: files are
+    for who may look at snapshots.
     `unused_steps` (`name #count`) were kept, but its code did not call them; `reached` says whether it called
     `step`. Both are null until its code has come to its end.
     """
@@ -78,7 +79,6 @@ class Forked:
     by: str
     code: str | None
     inputs: Mapping[str, Any]
-    patch: str | None
     patched_files: tuple[str, ...]
     unused_steps: tuple[str, ...] | None
     reached: bool | None
@@ -102,7 +102,8 @@ class RunView:
     run has a `conclusion` and its `reason`. `images` are the images that its commands named, with the exact name
     of what each means in this run; `caches` the newest 200 that they asked for. `stopping` is true from a
     cancellation, a rejection or the run's time limit until the run has ended. `forked_from` is the run that a
-    what-if comes from, `forked` says more of that, `forks` are the runs that come from this one.
+    what-if comes from, `forked` says more of that, `forks` are the runs that come from this one, the
+    first 100.
     """
 
     id: str
@@ -215,7 +216,6 @@ def _forked(run: Run, fork: RunFork, source: Run | None) -> Forked:
         by=fork.asked_by,
         code=fork.code,
         inputs=fork.inputs,
-        patch=fork.patch,
         patched_files=tuple(fork.patched_files),
         unused_steps=unused,
         reached=fork.reached,
