@@ -51,6 +51,8 @@ SMALL_FILES, SMALL_SIZE = 1000, 40
 SLOW_ROUNDS = 3
 """Rounds of what takes seconds for each."""
 
+RESTORED = "restored: the difference of the two"
+
 Timings = defaultdict[str, list[float]]
 
 
@@ -105,6 +107,10 @@ class Bench:
                 await self.run("true")
             with timed(self.timings, "true, with the cache"):
                 await self.run("true", cache)
+            with_it, without = (
+                self.timings[f"true, {how}"][-1] for how in ("with the cache", "without a cache")
+            )
+            self.timings[RESTORED].append(with_it - without)
             with timed(self.timings, "one file of it read, with the cache"):
                 await self.run("read line <deps/part7/file7", cache)
             tree = await self.workspaces.prepare(f"{RUN}.fork", self.author())
@@ -247,8 +253,8 @@ async def main_async(root: Path, given: argparse.Namespace) -> None:
         ]
         rows.append([name, *(f"{number(value)} ms" for pair in cells for value in pair)])
     large = {name: statistics.median(found) for name, found in results["large"].items()}
-    faster = large["tar and zstd: restore"] / (large["true, with the cache"] - large["true, without a cache"])
-    rows.append(["the cache's part of true against tar and zstd", "", "", f"{faster:,.0f} times", ""])
+    faster = large["tar and zstd: restore"] / large[RESTORED]
+    rows.append(["restored, against tar and zstd", "", "", f"{faster:,.0f} times", ""])
     heads = [f"{files:,} files, {size:,} MB" for files, size in sizes.values()]
     print(markdown(["caches", heads[0], "p95", heads[1], "p95"], rows))
 

@@ -23,7 +23,7 @@ from ci_platform.caches.records import CacheRecords
 from ci_platform.caches.scopes import RunScopes, Scope
 from ci_platform.caches.specs import Wanted, checked
 from ci_platform.copy_on_write import Method
-from ci_platform.errors import PlatformError
+from ci_platform.errors import PlatformError, UnavailableError
 from ci_platform.sandboxes import MEBIBYTE, SANDBOX_UID, Mount, Say, Tree
 from ci_platform.settings import Settings
 from ci_platform.stacks import LayerAuthor
@@ -135,8 +135,10 @@ class Caches:
                     for each in zip(opened.caches, asked, strict=True)
                 ]
             )
-        except BaseException:
+        except BaseException as error:
             await self.close(tree)
+            if isinstance(error, OSError):
+                raise UnavailableError(f"the caches of a command cannot be prepared: {error}") from error
             raise
         return tree, opened.mounts()
 

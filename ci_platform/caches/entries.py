@@ -62,6 +62,7 @@ class Entries:
     root: Path
     durable: bool = True
     _known: dict[str, CacheEntry] = field(default_factory=dict)
+    _of_tenants: dict[str, dict[str, CacheEntry]] = field(default_factory=dict)
     _pins: Counter[str] = field(default_factory=Counter)
     _evicted: OrderedDict[str, datetime] = field(default_factory=OrderedDict)
 
@@ -73,13 +74,17 @@ class Entries:
                 if path not in spared:
                     layers.remove_tree(path)
         self._known.clear()
+        self._of_tenants.clear()
         for path in self.root.glob("[!.]*/*"):
             try:
                 found = _read(path)
             except (OSError, ValueError, KeyError, TypeError):
                 self._remove(path)  # nobody can say what it is
             else:
-                self._known[found.id] = found
+                self._hold(found)
+
+    def _hold(self, entry: CacheEntry) -> None:
+        self._known[entry.id] = self._of_tenants.setdefault(entry.tenant, {})[entry.id] = entry
 
     def folder(self, entry: CacheEntry) -> Path:
         """Return where an entry is."""
@@ -87,7 +92,9 @@ class Entries:
 
     def all(self) -> list[CacheEntry]:
         """Return every entry."""
-        return [replace(each, pinned=self._pins[each.id] > 0) for each in self._known.values()]
+        return [
+            replace(each, pinned=True) if each.id in self._pins else each for each in self._known.values()
+        ]
 
     def get(self, identity: str) -> CacheEntry | None:
         """Return the entry of this id."""
@@ -97,17 +104,15 @@ class Entries:
         """Yield a scope's entries of these paths, the newest first."""
         found = [
             each
-            for each in self._known.values()
-            if (each.tenant, each.scope, each.paths) == (tenant, scope, tuple(paths))
+            for each in self._of_tenants.get(tenant, {}).values()
+            if (each.scope, each.paths) == (scope, tuple(paths))
         ]
         yield from sorted(found, key=lambda each: each.created_at, reverse=True)
 
     def has_other_paths(self, tenant: str, scopes: Collection[str], key: str) -> bool:
         """Whether a key is there that holds other paths."""
-        return any(
-            each.tenant == tenant and each.key == key and each.scope in scopes
-            for each in self._known.values()
-        )
+        known = self._of_tenants.get(tenant, {}).values()
+        return any(each.key == key and each.scope in scopes for each in known)
 
     def evicted_at(self, identity: str) -> datetime | None:
         """Return when an entry was evicted, if that was lately."""
@@ -125,7 +130,7 @@ class Entries:
 
     def touch(self, entry: CacheEntry, now: datetime) -> None:
         """Write down that an entry is used."""
-        self._known[entry.id] = replace(entry, used_at=now)
+        self._hold(replace(entry, used_at=now))
         # On a disk that cannot be written to, it is known in this process.
         with contextlib.suppress(OSError):
             os.utime(self.folder(entry) / "entry.json", (now.timestamp(), now.timestamp()))
@@ -153,7 +158,6 @@ class Entries:
 
     def add(self, entry: CacheEntry) -> None:
         """Let a published entry be found."""
-        self._known[entry.id] = entry
         self.touch(entry, entry.used_at)
 
     def discard(self, identity: str, now: datetime | None = None) -> Path | None:
@@ -162,10 +166,10 @@ class Entries:
         `now`: it is evicted, which a later miss can say.
         """
         entry = self._known.get(identity)
-        if entry is None or self._pins[identity]:
+        if entry is None or identity in self._pins:
             return None
         trash = self._out_of_sight(self.folder(entry))
-        del self._known[identity]
+        del self._known[identity], self._of_tenants[entry.tenant][identity]
         if now is not None:
             self._evicted[identity] = now
             while len(self._evicted) > _REMEMBERED:

@@ -39,13 +39,13 @@ def victims(
         ),
         key=lambda each: (not each.outside, each.used_at, each.id),
     )
-    gone: list[CacheEntry] = []
+    gone: dict[str, CacheEntry] = {}
     for must_go in (usage.is_crowded, usage.is_too_much):
-        for each in [each for each in candidates if each not in gone]:
-            if must_go(each.tenant):
+        for each in candidates:
+            if each.id not in gone and must_go(each.tenant):
                 usage.remove(each)
-                gone.append(each)
-    return gone
+                gone[each.id] = each
+    return list(gone.values())
 
 
 def has_room(entries: Collection[CacheEntry], budget: Budget, tenant: str) -> bool:
