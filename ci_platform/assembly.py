@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -168,8 +169,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     )
     caches = Caches.of(settings, method, store, clock)
     logs = Logs(settings.logs_path, clock=clock, largest=settings.max_log)
-    sandboxes = make_sandboxes(settings)
-    notices = Notices(clock)
+    sandboxes, notices = make_sandboxes(settings), Notices(clock)
     reports = Reports(
         store,
         clock,
@@ -185,8 +185,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         concurrency=settings.concurrency,
         tenant_concurrency=settings.repository_share,
     )
-    loader = make_loader(settings)
-    images = PinnedImages(store, clock)
+    loader, images = make_loader(settings), PinnedImages(store, clock)
     execution = Execution(
         workspaces,
         logs,
@@ -247,6 +246,8 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
             workspaces=workspaces,
             logs=logs,
             caches=caches,
+            maker=maker,
+            store=store,
             remote_of=remotes,
         ),
         clock,
@@ -382,6 +383,7 @@ def make_sandboxes(settings: Settings) -> dict[SandboxKind, Sandbox]:
             named=read_names(settings.images_file),
             pull=settings.pull_images,
             network=network,
+            home=hashlib.sha256(str(settings.data).encode()).hexdigest()[:12],
         )
     return sandboxes
 

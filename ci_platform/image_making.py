@@ -66,6 +66,7 @@ class ImageMaking:
 
             job = self._job(maker, command, tree, log)
             image = await self._sandbox.build(job, dockerfile, lambda text: checked(text, pin), log.write)
+            await self._images.hold(maker.run_id, image)
             pushed = await self._sandbox.push(image, references, log.write)
             log.note("result", f"built {image}")
             return BuiltImage(image, tuple(pushed))
@@ -74,6 +75,7 @@ class ImageMaking:
         """Return the image that the command leaves of a container, made once for each key of a repository."""
         found = await self._found(maker, key)
         if found is not None:
+            await self._images.hold(maker.run_id, found)
             return found
         async with self._working(maker, command, shlex.join(command.argv)) as (log, tree):
             image = await self._images.pin(self._sandbox, maker.run_id, command.image, _saying(log))
@@ -84,6 +86,7 @@ class ImageMaking:
                 _raise(command, outcome, self._limits)
                 raise AssertionError("an install without an image has failed")
             exact = await self._keep(maker, key, made)
+            await self._images.hold(maker.run_id, exact)
             log.note("result", f"snapshot {key!r} is {exact}")
             return exact
 

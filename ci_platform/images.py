@@ -59,6 +59,11 @@ class PinnedImages:
             say(f"image {name} is {exact}, for the whole run")
         return exact
 
+    async def hold(self, run_id: str, exact: str) -> None:
+        """Keep an image that a run was given for as long as the run may name it."""
+        row = RunImage(run_id=run_id, asked=exact[:500], name=exact, exact=exact, pinned_at=self._clock.now())
+        await self._store.write(lambda tx: tx.add_once(row))
+
 
 def read_names(path: Path | None) -> dict[str, str]:
     """Return the images of an `images.toml` (None: the one beside this code) by name. Raises InvalidInputError.

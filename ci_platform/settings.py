@@ -173,6 +173,9 @@ class Settings(BaseModel):
         5 * 1024 * MEBIBYTE, description="Disk that the files of failed commands may use."
     )
     log_budget: Size = Field(10 * 1024 * MEBIBYTE, description="Disk that logs may use.")
+    image_budget: Size = Field(
+        20 * 1024 * MEBIBYTE, description="Disk of Docker that images may use that runs have made."
+    )
     keep_recent: Duration = Field(
         timedelta(hours=1), description="What was used in this time is not collected, whatever a budget says."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ci_platform import data_lock
-from ci_platform.assembly import make_forges
+from ci_platform.assembly import make_forges, make_sandboxes
 from ci_platform.caches import Caches
 from ci_platform.copy_on_write import Method
 from ci_platform.encryption import Encryption
@@ -47,6 +47,7 @@ async def collect_offline(settings: Settings, *, dry_run: bool) -> Garbage:
 @asynccontextmanager
 async def _opened(settings: Settings) -> AsyncIterator[Collector]:
     clock, store = SystemClock(), Store(settings.store_url)
+    maker = make_sandboxes(settings).get("container")
     await store.open()
     try:
         forges = make_forges(settings, clock, store)
@@ -74,10 +75,14 @@ async def _opened(settings: Settings) -> AsyncIterator[Collector]:
             workspaces=workspaces,
             logs=Logs(settings.logs_path, clock=clock),
             caches=caches,
+            maker=maker,
+            store=store,
             remote_of=remotes,
         )
         yield Collector(stores, clock)
     finally:
+        if maker is not None:
+            await maker.close()
         await store.close()
 
 

@@ -9,6 +9,7 @@ from ci_platform.caches import Caches
 from ci_platform.fetching import Remote
 from ci_platform.garbage import Allowance, Collectable
 from ci_platform.garbage.caches import CacheEntries
+from ci_platform.garbage.images import MadeImages
 from ci_platform.garbage.lfs import LfsFiles
 from ci_platform.garbage.logs import RunLogs
 from ci_platform.garbage.mirrors import Mirrors
@@ -17,13 +18,15 @@ from ci_platform.garbage.trees import Trees
 from ci_platform.garbage.workspaces import EndedRuns, Failures, wanted_commits
 from ci_platform.logs import Logs
 from ci_platform.run_queries import RunQueries
+from ci_platform.sandboxes import ImageMaker, Sandbox
 from ci_platform.settings import Settings
 from ci_platform.source import Source
+from ci_platform.store import Store
 from ci_platform.workspaces import Workspaces
 from dynflow.clock import Clock
 
 
-def stores_of(
+def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
     settings: Settings,
     clock: Clock,
     *,
@@ -32,6 +35,8 @@ def stores_of(
     workspaces: Workspaces,
     logs: Logs,
     caches: Caches,
+    maker: Sandbox | None,
+    store: Store,
     remote_of: Callable[[str], Awaitable[Remote | None]],
 ) -> list[Collectable]:
     """Return what can be collected of a data folder."""
@@ -42,7 +47,12 @@ def stores_of(
     async def commits() -> set[tuple[str, str]]:
         return await wanted_commits(workspaces, runs.open_ids)
 
+    images = []
+    if isinstance(maker, ImageMaker):
+        allowance = _allowance(settings, settings.image_budget)
+        images.append(MadeImages(maker, store, allowance, still_open=runs.open_ids))
     return [
+        *images,
         Mirrors(source, _allowance(settings, settings.mirror_budget), wanted=open_repos, remote_of=remote_of),
         LfsFiles(source.lfs, _allowance(settings, settings.lfs_budget)),
         Trees(

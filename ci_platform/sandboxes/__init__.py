@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -194,6 +194,15 @@ class Sandbox(ABC):
         """Return which walls and methods are in use, for `dynflow doctor`."""
 
 
+@dataclass(frozen=True, slots=True)
+class MadeImage:
+    """An image that a run has made. `size` is the bytes that no other image shares."""
+
+    exact: str
+    size: int
+    made_at: datetime
+
+
 class ImageMaker(Sandbox):
     """A sandbox that makes images, too. Errors: FailedError is the tenant's, UnavailableError ours."""
 
@@ -214,3 +223,11 @@ class ImageMaker(Sandbox):
     @abstractmethod
     async def push(self, image: str, references: list[str], output: Output) -> list[str]:
         """Push an image under some references; returns each with its digest."""
+
+    @abstractmethod
+    async def made(self) -> list[MadeImage]:
+        """Return the images that runs have made and that are here."""
+
+    @abstractmethod
+    async def remove_made(self, exact: str) -> bool:
+        """Remove an image that a run has made; False while something uses it."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from ci_platform import copy_on_write
 from ci_platform.capabilities import RunIdentity
 from ci_platform.dockerfiles import checked
 from ci_platform.errors import FailedError, ForbiddenError, ImageNotFoundError, InvalidInputError
+from ci_platform.garbage import Allowance
+from ci_platform.garbage.collector import Collector
+from ci_platform.garbage.images import MadeImages
 from ci_platform.image_capability import ImagesCapability
 from ci_platform.image_making import ImageMaking
 from ci_platform.images import PinnedImages
@@ -47,6 +51,7 @@ class Bench:
     sandbox: ContainerSandbox
     sha: str
     home: Path
+    store: Store
     step: int = 0
 
     def calling(self, *, trusted: bool = True, repo: str = REPO) -> Any:
@@ -104,7 +109,7 @@ async def make_bench(home: Path, files: dict[str, bytes], **settings: Any) -> Be
         limits=SandboxLimits(),
     )
     images = ImagesCapability(making, load_settings({"data": home / "data", **settings}, {}))
-    return Bench(images, await workspaces.fork(f"{RUN}.fork", REPO, sha), logs, sandbox, sha, home)
+    return Bench(images, await workspaces.fork(f"{RUN}.fork", REPO, sha), logs, sandbox, sha, home, store)
 
 
 @pytest.fixture
@@ -220,6 +225,38 @@ async def test_a_snapshot_that_is_gone_is_made_anew(bench: Bench) -> None:
         second = await bench.images.snapshot(bench.workspace, ["sh", "-c", "echo x >/new"], key="k")
     assert second != first
     assert "made anew" in await bench.log()
+
+
+@pytest.mark.docker
+async def test_images_that_runs_have_made_are_collected_when_no_run_may_use_them(bench: Bench) -> None:
+    still_open = {RUN}
+
+    async def open_runs() -> set[str]:
+        return still_open
+
+    with bench.calling():
+        snapshot = await bench.images.snapshot(bench.workspace, ["sh", "-c", "echo x >/new"], key="k")
+    with bench.calling():
+        built = (await bench.images.build(bench.workspace)).image
+    allowance = Allowance(1, timedelta())
+    store = MadeImages(bench.sandbox, bench.store, allowance, still_open=open_runs)
+    items = {item.name: item for item in await store.items()}
+    assert {items[name].pinned for name in (snapshot, built)} == {"a run that has not ended may use it"}
+    assert (items[snapshot].repo, items[snapshot].size < 1_000_000) == (REPO, True), "its own bytes alone"
+    assert await store.collect(snapshot) is False
+    still_open.clear()
+    user = docker("run", "--detach", built, "sleep", "60").strip()
+    assert await store.collect(built) is False, "a container uses it"
+    docker("rm", "--force", user)
+    report = await Collector([store], SystemClock()).collect()
+    assert {item.name for item in report.items} >= {snapshot, built}
+    assert await store.items() == []
+    other = MadeImages(ContainerSandbox(home="other"), bench.store, allowance, still_open=open_runs)
+    with bench.calling():
+        again = await bench.images.snapshot(bench.workspace, ["true"], key="k")
+    assert again != snapshot
+    assert (await other.items(), await other.collect(again)) == ([], False), "it is another platform's"
+    await other._maker.close()
 
 
 @pytest.mark.docker

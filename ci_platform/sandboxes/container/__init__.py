@@ -13,7 +13,7 @@ from docker.errors import DockerException, ImageNotFound
 
 from ci_platform import layers
 from ci_platform.errors import FailedError, ImageNotFoundError, UnavailableError
-from ci_platform.sandboxes import ImageMaker, Output, SandboxJob, SandboxOutcome, Say, Tree, merged
+from ci_platform.sandboxes import ImageMaker, MadeImage, Output, SandboxJob, SandboxOutcome, Say, Tree, merged
 from ci_platform.sandboxes.container import making, survivors, walls
 from ci_platform.sandboxes.container.engine import Engine
 from ci_platform.sandboxes.container.images import Images, missing
@@ -31,7 +31,7 @@ class ContainerSandbox(ImageMaker):
     allows fetching images that are not there. `network` is the engine's network of jobs that ask for one, None
     where they may not. `url` None: as the docker command finds the engine. `commands` bounds how many run at a
     time: each holds a thread for its output. `warm` keeps containers for the next command of the same run (as root:
-    a workspace is mounted into a container that runs).
+    a workspace is mounted into a container that runs). `home` tells this platform's images from those of others.
     """
 
     outlives = True
@@ -46,9 +46,10 @@ class ContainerSandbox(ImageMaker):
         url: str | None = None,
         commands: int = 64,
         warm: bool = True,
+        home: str = "local",
     ) -> None:
         self._image, self._named, self._network = image, named or {}, network
-        self._engine = Engine(url)
+        self._engine, self._home = Engine(url), home
         self._images = Images(self._engine, pull=pull)
         self._services = Services(self._engine)
         self._warm = warm and os.geteuid() == 0
@@ -147,7 +148,7 @@ class ContainerSandbox(ImageMaker):
         networks = [self._network] if job.network and self._network else []
         async with self._shown(job.tree) as folder:
             walls.check_cwd(folder, job.cwd)
-            return await making.install(self._engine, image, job, folder, networks, output)
+            return await making.install(self._engine, image, job, folder, networks, output, self._home)
 
     async def build(
         self, job: SandboxJob, dockerfile: str, check: Callable[[str], Awaitable[str]], output: Output
@@ -156,7 +157,8 @@ class ContainerSandbox(ImageMaker):
         network = self._network if job.network and self._network else "none"
         async with self._shown(job.tree) as folder:
             text = await self._engine.finish(lambda: making.read_dockerfile(folder, dockerfile))
-            return await making.build(self._engine, folder, await check(text), job, network, output)
+            text = await check(text)
+            return await making.build(self._engine, folder, text, job, network, output, self._home)
 
     async def refuse_triggers(self, image: str) -> None:
         """Raise FailedError for an image that would have the engine do things of its own in a build."""
@@ -165,6 +167,15 @@ class ContainerSandbox(ImageMaker):
     async def push(self, image: str, references: list[str], output: Output) -> list[str]:
         """Push an image under some references; returns each with its digest."""
         return await making.push(self._engine, image, references, output)
+
+    async def made(self) -> list[MadeImage]:
+        """Return the images that runs have made."""
+        return await self._engine.call(lambda client: making.made(client, self._home), abandon=True)
+
+    async def remove_made(self, exact: str) -> bool:
+        """Remove an image that a run has made; False while something uses it."""
+        self._images.forget(exact)
+        return await self._engine.shielded(lambda client: making.remove_made(client, self._home, exact))
 
     @asynccontextmanager
     async def _shown(self, tree: Tree) -> AsyncIterator[Path]:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import docker
-from docker.errors import APIError
+from docker.errors import APIError, ImageNotFound
 from docker.utils.build import create_archive, exclude_paths
 
 from ci_platform.errors import FailedError, LimitExceededError, UnavailableError
-from ci_platform.sandboxes import MEBIBYTE, Output, SandboxJob, SandboxOutcome, StopReason
+from ci_platform.sandboxes import MEBIBYTE, MadeImage, Output, SandboxJob, SandboxOutcome, StopReason
 from ci_platform.sandboxes.container import walls
 from ci_platform.sandboxes.container.engine import JOB, PLATFORM, RUN, Engine, remove
 from ci_platform.sandboxes.container.executions import started
 
 _KEEPER = ["sh", "-c", "exec sleep 2147483647"]
 _DOCKERFILE = ".dockerfile-of-dynflow"
+_MADE = "dynflow-made"
+_CONFLICT = 409
 _LARGEST_CONTEXT = 2048 * MEBIBYTE
 _BLANK = f'LABEL {JOB}="" {RUN}="" {PLATFORM}=""'
 
@@ -37,13 +39,46 @@ async def refuse_triggers(engine: Engine, image: str) -> None:
         raise FailedError(f"the image {image!r} has ONBUILD instructions, which builds may not have here")
 
 
-def private_name() -> str:
-    """Return a name for an image that no other run can guess: whoever names an image of this machine may use it."""
-    return f"dynflow-made/{secrets.token_hex(16)}"
+def private_name(home: str) -> str:
+    """Return a name for an image that no other run can guess: whoever names an image of this machine may use it.
+
+    `home` says which platform has made it.
+    """
+    return f"{_MADE}/{home}-{secrets.token_hex(16)}"
+
+
+def made(client: docker.DockerClient, home: str) -> list[MadeImage]:
+    """Return the images that runs of a platform have made, with the bytes that no other image shares."""
+    return [
+        MadeImage(
+            each["Id"],
+            max(0, each["Size"] - max(0, each["SharedSize"])),
+            datetime.fromtimestamp(each["Created"], UTC),
+        )
+        for each in client.df()["Images"] or ()
+        if any(tag.startswith(f"{_MADE}/{home}-") for tag in each["RepoTags"] or ())
+    ]
+
+
+def remove_made(client: docker.DockerClient, home: str, exact: str) -> bool:
+    """Remove an image that a run has made; False while a container, or another name, holds it."""
+    try:
+        tags = client.api.inspect_image(exact)["RepoTags"] or ()  # type: ignore[no-untyped-call]
+        if not all(tag.startswith(f"{_MADE}/{home}-") for tag in tags):
+            return False
+        for tag in tags or [exact]:
+            client.api.remove_image(tag)
+    except ImageNotFound:
+        return True
+    except APIError as error:
+        if error.status_code == _CONFLICT:
+            return False
+        raise
+    return True
 
 
 async def install(
-    engine: Engine, image: str, job: SandboxJob, folder: Path, networks: list[str], output: Output
+    engine: Engine, image: str, job: SandboxJob, folder: Path, networks: list[str], output: Output, home: str
 ) -> tuple[SandboxOutcome, str | None]:
     """Run one command as root of a container of its own, and return its file system as an image if it exits with 0.
 
@@ -63,7 +98,7 @@ async def install(
         outcome = SandboxOutcome(code, reason, timedelta(seconds=time.monotonic() - started))
         if code or reason != "exited":
             return outcome, None
-        return outcome, await engine.shielded(lambda client: _commit(client, container))
+        return outcome, await engine.shielded(lambda client: _commit(client, container, home))
     finally:
         await engine.shielded(lambda client: remove(client, container))
 
@@ -97,9 +132,12 @@ async def _follow(engine: Engine, container: str, job: SandboxJob, output: Outpu
     return 128 + 9, "timeout"
 
 
-def _commit(client: docker.DockerClient, container: str) -> str:
+def _commit(client: docker.DockerClient, container: str, home: str) -> str:
     made = client.api.commit(
-        container, repository=private_name(), tag="latest", changes=[_BLANK, "ENTRYPOINT []", 'CMD ["sh"]']
+        container,
+        repository=private_name(home),
+        tag="latest",
+        changes=[_BLANK, "ENTRYPOINT []", 'CMD ["sh"]'],
     )
     return str(made["Id"])
 
@@ -117,13 +155,13 @@ def read_dockerfile(folder: Path, name: str) -> str:
 
 
 async def build(
-    engine: Engine, folder: Path, dockerfile: str, job: SandboxJob, network: str, output: Output
+    engine: Engine, folder: Path, dockerfile: str, job: SandboxJob, network: str, output: Output, home: str
 ) -> str:
     """Build an image from `folder` by the text of a Dockerfile, within the job's limits; returns its id.
 
     Raises FailedError with what went wrong in the build.
     """
-    tag = private_name()
+    tag = private_name(home)
     over = False
 
     def work(client: docker.DockerClient) -> str:

@@ -1,0 +1,60 @@
+"""Images that runs have made: builds, and snapshots of installs, which the next run that asks for one makes anew."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from datetime import datetime
+
+from ci_platform.garbage import Allowance, Item
+from ci_platform.model import RunImage, SnapshotImage
+from ci_platform.sandboxes import ImageMaker
+from ci_platform.store import Store, Transaction
+
+
+class MadeImages:
+    """Images of this platform's making in an engine of containers. Others, pulled ones too, are not its own."""
+
+    kind = "images"
+
+    def __init__(
+        self,
+        maker: ImageMaker,
+        store: Store,
+        allowance: Allowance,
+        *,
+        still_open: Callable[[], Awaitable[Collection[str]]],
+    ) -> None:
+        self.allowance = allowance
+        self._maker, self._store, self._still_open = maker, store, still_open
+
+    async def items(self) -> Sequence[Item]:
+        """Return all images that runs have made. Raises UnavailableError where the engine does not answer."""
+        made, wanted = await self._maker.made(), await self._wanted()
+        repos, used_at = await self._store.read(_known)
+        return [
+            Item(
+                each.exact,
+                repos.get(each.exact),
+                each.size,
+                max(each.made_at, used_at.get(each.exact, each.made_at)),
+                pinned="a run that has not ended may use it" if each.exact in wanted else None,
+            )
+            for each in made
+        ]
+
+    async def _wanted(self) -> set[str]:
+        still_open = await self._still_open()
+        rows = await self._store.read(lambda tx: tx.all(RunImage))
+        return {row.exact for row in rows if row.run_id in still_open}
+
+    async def collect(self, name: str) -> bool:
+        """Delete one, unless a run was given it by now or a container uses it."""
+        return name not in await self._wanted() and await self._maker.remove_made(name)
+
+
+def _known(tx: Transaction) -> tuple[dict[str, str], dict[str, datetime]]:
+    """Return the repositories of snapshots, and when images were given to a run last, by exact name."""
+    used_at = dict[str, datetime]()
+    for row in tx.all(RunImage):
+        used_at[row.exact] = max(row.pinned_at, used_at.get(row.exact, row.pinned_at))
+    return {row.exact: row.repo for row in tx.all(SnapshotImage)}, used_at
