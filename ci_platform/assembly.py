@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from functools import partial
 import anyio
 import anyio.abc
 
-from ci_platform import copy_on_write, data_lock, isolation
+from ci_platform import copy_on_write, data_lock, isolation, services
 from ci_platform.access import Access
 from ci_platform.admission import Admission
 from ci_platform.artifacts import RepositoryCapability
@@ -21,7 +20,6 @@ from ci_platform.capabilities import ForgeCapability, SandboxCapability
 from ci_platform.command_limits import limits_of
 from ci_platform.deliveries import Deliveries
 from ci_platform.encryption import Encryption
-from ci_platform.errors import UnavailableError
 from ci_platform.execution import Execution
 from ci_platform.forges import Forge
 from ci_platform.forges.github import GitHubForge
@@ -66,11 +64,7 @@ from dynflow.isolates import IsolateLimits, ProcessLoader
 from dynflow.router import create_dynamic_workflow_entrypoint
 from pipelines.contract import SandboxKind
 
-_log = logging.getLogger(__name__)
-
 WORKFLOW = "ci"
-
-_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ async def open_platform(settings: Settings) -> AsyncIterator[Platform]:
 async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
     async with (
         _assembled(settings, SystemClock(), store) as platform,
-        anyio.create_task_group() as services,
+        anyio.create_task_group() as group,
     ):
         for serve in (
             platform.deliveries.serve,
@@ -132,13 +126,13 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
             platform.refresher.serve,
             platform.room_keeper.serve,
         ):
-            services.start_soon(_kept_up, serve)
-        services.start_soon(_housekeeping(platform).serve)
-        services.start_soon(platform.execution.see_off, platform.runs.open_ids)
+            group.start_soon(services.kept_up, serve)
+        group.start_soon(_housekeeping(platform).serve)
+        group.start_soon(platform.execution.see_off, platform.runs.open_ids)
         for sandbox in platform.sandboxes.values():
-            services.start_soon(_sweep, sandbox)
+            group.start_soon(services.swept, sandbox)
         yield platform
-        services.cancel_scope.cancel()
+        group.cancel_scope.cancel()
 
 
 @asynccontextmanager
@@ -342,24 +336,6 @@ def _housekeeping(platform: Platform) -> Retention:
         files=[platform.workspaces.delete_run],
         tidy=tidy,
     )
-
-
-async def _kept_up(serve: Callable[[], Awaitable[None]]) -> None:
-    """Run a service for ever. Without its database (a full disk) it begins again, with what is stored."""
-    while True:
-        try:
-            await serve()
-        except* UnavailableError as group:
-            _log.warning("work stops for a moment: %s", group.exceptions[0])
-        await anyio.sleep(_PAUSE_SECONDS)
-
-
-async def _sweep(sandbox: Sandbox) -> None:
-    # Beside the service: what is swept belongs to platforms that are dead, and Docker may be slow or absent.
-    try:
-        await sandbox.sweep()
-    except UnavailableError as error:
-        _log.warning("leftovers of an earlier process could not be looked for: %s", error)
 
 
 def make_loader(settings: Settings) -> ProcessLoader:

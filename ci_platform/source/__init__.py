@@ -144,9 +144,6 @@ class Source(Places):
                     await self._thread(lambda: folders.initialise(path, "main"))
                     await get(lambda: self.has(repo, sha))
 
-    async def _discard(self, repo: str) -> None:
-        await self._thread(partial(folders.discard, self._mirrored(repo), self._trash))
-
     @property
     def protocols(self) -> str:
         """The transports that git may fetch by, separated by colons."""
@@ -377,26 +374,6 @@ class Source(Places):
         """Remove a tree that nobody uses; False where it is safe by now, see `TreeStore.remove`."""
         async with self._builds(repo):
             return await self._thread(lambda: self._trees.remove(repo, key))
-
-    async def tree_ids(self, commits: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Return (repository, tree id) for each (repository, commit id) that is here."""
-        return await self._thread(lambda: {found for each in commits if (found := self._tree_id(*each))})
-
-    def _tree_id(self, repo: str, sha: str) -> tuple[str, str] | None:
-        try:
-            opened = self._open(repo)
-            return repo, read_and_close(opened, lambda it: str(objects.commit(it, repo, sha).tree_id))
-        except (NotFoundError, FailedError, pygit2.GitError):
-            return None
-
-    async def remove_mirror(self, repo: str, used_before: float) -> bool:
-        """Remove a mirror, to be fetched again when it is needed; False where it was used since `used_before`."""
-        path = self._mirrored(check_repo(repo))
-        async with self._alone(repo), self._builds(repo):
-            if not await self._thread(lambda: folders.used_before(path, used_before)):
-                return False
-            await self._discard(repo)
-        return True
 
     async def sweep(self) -> set[str]:
         """Repair what a killed process left half done, and end what it left running. Call once at start.

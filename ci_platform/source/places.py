@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -15,7 +15,13 @@ import anyio.to_thread
 import pygit2
 
 from ci_platform import full_disk, git_commands, layers
-from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
+from ci_platform.errors import (
+    ConflictError,
+    FailedError,
+    InvalidInputError,
+    NotFoundError,
+    UnavailableError,
+)
 from ci_platform.mirroring import promised
 from ci_platform.named_locks import NamedLocks
 from ci_platform.source import folders, objects
@@ -79,6 +85,29 @@ class Places:
     async def mirrors(self) -> list[Held]:
         """Return the mirrors on disk, with what they take and when they were used last."""
         return await self._thread(lambda: folders.held(self._root / "mirrors"))
+
+    async def _discard(self, repo: str) -> None:
+        await self._thread(partial(folders.discard, self._mirrored(repo), self._trash))
+
+    async def tree_ids(self, commits: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Return (repository, tree id) for each (repository, commit id) that is here."""
+        return await self._thread(lambda: {found for each in commits if (found := self._tree_id(*each))})
+
+    def _tree_id(self, repo: str, sha: str) -> tuple[str, str] | None:
+        try:
+            opened = self._open(repo)
+            return repo, read_and_close(opened, lambda it: str(objects.commit(it, repo, sha).tree_id))
+        except (NotFoundError, FailedError, pygit2.GitError):
+            return None
+
+    async def remove_mirror(self, repo: str, used_before: float) -> bool:
+        """Remove a mirror, to be fetched again when it is needed; False where it was used since `used_before`."""
+        path = self._mirrored(check_repo(repo))
+        async with self._alone(repo), self._builds(repo):
+            if not await self._thread(lambda: folders.used_before(path, used_before)):
+                return False
+            await self._discard(repo)
+        return True
 
     def _open(self, repo: str) -> pygit2.Repository:
         path = self.path(repo)

@@ -7,7 +7,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from ci_platform import assembly, data_lock
+from ci_platform import data_lock, services
 from ci_platform.errors import ConflictError, InvalidInputError, UnavailableError
 
 
@@ -16,7 +16,7 @@ async def test_a_service_whose_database_was_away_begins_again(
     monkeypatch: pytest.MonkeyPatch,
     nested: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    monkeypatch.setattr(assembly, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(services, "_PAUSE_SECONDS", 0)
     begun: list[int] = []
     twice = anyio.Event()
 
@@ -29,7 +29,7 @@ async def test_a_service_whose_database_was_away_begins_again(
         await anyio.sleep_forever()
 
     async with anyio.create_task_group() as group:
-        group.start_soon(assembly._kept_up, serve)
+        group.start_soon(services.kept_up, serve)
         with anyio.fail_after(10):
             await twice.wait()
         group.cancel_scope.cancel()
@@ -41,7 +41,7 @@ async def test_a_defect_of_a_service_ends_the_platform() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await assembly._kept_up(serve)
+        await services.kept_up(serve)
 
 
 def test_one_process_holds_a_data_folder(tmp_path: Path) -> None:
