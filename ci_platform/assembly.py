@@ -151,6 +151,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         settings.data / "source",
         allow_file=settings.allow_file_remotes,
         remote_of=remotes,
+        on_damage=imports.suspect,
         limits=TreeLimits(files=settings.max_tree_files, size=settings.max_tree),
     )
     forced = None if settings.copy_on_write == "auto" else settings.copy_on_write

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from ci_platform import git_commands
 from ci_platform.encryption import Encryption
@@ -31,6 +31,8 @@ from dynflow.clock import Clock
 
 _LONGEST_SECRET = 4096
 _HOOK_BYTES = 24
+_LOOKED_AT = timedelta(minutes=10)
+"""For so long, what is still said to be damaged is not looked at again: reading every object is work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,17 @@ class Imports:
             await self._find(repo)
         self.waker.wake()
         return await self.get(repo)
+
+    async def suspect(self, repo: str) -> bool:
+        """Have every object looked at, and the import fetched anew, because one is damaged.
+
+        False where it is no import, or was looked at a moment ago and nothing was found.
+        """
+        row = await self._store.read(lambda tx: tx.get(ImportRow, repo))
+        if row is None or (row.verified_at and self._clock.now() - row.verified_at < _LOOKED_AT):
+            return False
+        await self.refresh(repo, verify=True)
+        return True
 
     async def receive(self, repo: str, headers: Mapping[str, str], body: bytes) -> ImportView:
         """Refresh because the remote says that something moved. Names of headers are in lower case.

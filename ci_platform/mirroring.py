@@ -85,13 +85,17 @@ class Mirror:
         """Fetch the files of a tree or commit that are not here yet; return how many."""
         listed = await self._git(["rev-list", "--objects", "--missing=print", "--no-walk", tree])
         missing = [line[1:] for line in listed.decode(errors="replace").splitlines() if line.startswith("?")]
+        await self.bring(missing)
+        return len(missing)
+
+    async def bring(self, missing: Sequence[str]) -> None:
+        """Fetch files by their ids, all in one request."""
         if len(missing) > _MOST_FILES:
-            raise FailedError(f"{tree} has {len(missing)} files to be fetched, more than {_MOST_FILES}")
+            raise FailedError(f"a commit has {len(missing)} files to be fetched, more than {_MOST_FILES}")
         if missing:
             command = ["-c", "fetch.negotiationAlgorithm=noop", "fetch", "--quiet", "--no-tags"]
             command += ["--no-write-fetch-head", "--recurse-submodules=no", f"--filter={_FILTER}", "--stdin"]
             await self._git([*command, _REMOTE], stdin="\n".join(missing).encode() + b"\n")
-        return len(missing)
 
     def environment(self, settings: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the environment of a git process that may fetch from the remote."""

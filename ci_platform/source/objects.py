@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import pygit2
 
 from ci_platform import commit_trees
+from ci_platform.cones import Cone
 from ci_platform.errors import InvalidInputError, LimitExceededError, MissingObjectError, NotFoundError
 from ci_platform.git_index import GITLINK
 from pipelines.contract import Commit, CommitInfo, EntryKind, TreeEntry
@@ -171,8 +173,13 @@ def commit(opened: pygit2.Repository, repo: str, sha: str) -> Any:
     except pygit2.GitError as error:
         raise MissingObjectError(f"the commit {sha} of {repo!r} is damaged: {error}") from None
     if not isinstance(found, pygit2.Commit):
-        raise NotFoundError(f"{repo!r} has no commit {sha} here")
+        raise NotFoundError(f"{repo!r} has no commit {sha} here{_end_of_history(opened)}")
     return found
+
+
+def _end_of_history(opened: pygit2.Repository) -> str:
+    """Say so where history ends before its beginning."""
+    return ": its history is kept down to a depth" if Path(opened.path, "shallow").exists() else ""
 
 
 def info(found: Any) -> CommitInfo:
@@ -240,6 +247,35 @@ def read_file(opened: pygit2.Repository, repo: str, sha: str, path: str, limit: 
     objects = Objects(opened)
     found = commit_trees.find(objects, commit(opened, repo, sha).tree_id.raw, path)
     return objects.read(found.oid, limit=limit, name=path) if found and found.is_file else None
+
+
+def blobs_at(opened: pygit2.Repository, repo: str, sha: str, path: str, suffix: str = "") -> list[bytes]:
+    """Return the ids of what `read_file` or `read_folder` reads."""
+    objects = Objects(opened)
+    found = commit_trees.find(objects, commit(opened, repo, sha).tree_id.raw, path)
+    if found is None or not found.is_tree:
+        return [found.oid] if found and found.is_file else []
+    return [item.oid for _, item in commit_trees.files(objects, found.oid, suffix=suffix)]
+
+
+def blobs_of(opened: pygit2.Repository, repo: str, sha: str, cone: Cone | None) -> Iterator[bytes]:
+    """Yield the ids of a commit's files and links, those of a cone's folders alone."""
+    objects = Objects(opened)
+    folders = [(b"", commit(opened, repo, sha).tree_id.raw)]
+    while folders:
+        above, tree = folders.pop()
+        for item in commit_trees.items(objects.read(tree)):
+            path = above + item.name
+            if not item.is_tree and item.mode != GITLINK:
+                yield item.oid
+            elif item.is_tree and (cone is None or cone.holds(path)):
+                folders.append((path + b"/", item.oid))
+
+
+def missing(opened: pygit2.Repository, oids: Iterable[bytes]) -> list[str]:
+    """Return those of some objects that are not here, each once."""
+    objects = Objects(opened)
+    return [oid.hex() for oid in dict.fromkeys(oids) if objects.size(oid) is None]
 
 
 def read_folder(

@@ -18,6 +18,7 @@ import anyio.to_thread
 import pytest
 
 from ci_platform.access import Access
+from ci_platform.cones import Cone
 from ci_platform.deliveries import Deliveries
 from ci_platform.encryption import Encryption
 from ci_platform.errors import (
@@ -37,7 +38,7 @@ from ci_platform.pushes import Pushes
 from ci_platform.refreshing import Refresher
 from ci_platform.remotes import Remotes
 from ci_platform.repositories import Repositories
-from ci_platform.source import Source
+from ci_platform.source import GitFolder, Source
 from ci_platform.store import Store
 from dynflow.clock import ManualClock
 from tests.ci_platform.git_repositories import ENVIRONMENT, WorkingCopy, working_copy
@@ -90,7 +91,7 @@ async def world(platform: Harness, tmp_path: Path) -> World:
     encryption = Encryption(tmp_path / "encryption.key")
     imports = Imports(store, clock, repositories=repositories, encryption=encryption, allow_file=True)
     remotes = Remotes(repositories, imports, {"github": GitHubForge(url=f"file://{tmp_path}")})
-    source = Source(tmp_path / "source", allow_file=True, remote_of=remotes)
+    source = Source(tmp_path / "source", allow_file=True, remote_of=remotes, on_damage=imports.suspect)
     pushes = Pushes(store, platform.deliveries, source)
     refresher = Refresher(
         store, clock, imports=imports, source=source, pushes=pushes, protocols=source.protocols
@@ -196,6 +197,80 @@ async def test_a_partial_import_has_all_of_history_and_no_file(world: World, rem
     assert await world.source.materialise(REPO, shas[2]) == (tree,)
     with pytest.raises(FailedError, match="no repository"):
         await world.source.read_file(REPO, shas[0], "a")
+
+
+async def test_a_partial_import_gets_what_is_read_in_one_request_and_nothing_else(
+    world: World, remote: WorkingCopy, tmp_path: Path
+) -> None:
+    for key in ("uploadpack.allowFilter", "uploadpack.allowAnySHA1InWant"):
+        remote.git("config", key, "true")
+    files = {f"{folder}/{number}": os.urandom(50) for folder in ("in", "out") for number in range(40)}
+    sha = remote.commit({**files, ".dynflow/ci.py": b"code", ".dynflow/x.py": b"more", "top": b"t"})
+    await world.imported(remote, Shape(blobs=False))
+    packs = world.source.path(REPO) / "objects" / "pack"
+
+    def here() -> tuple[int, set[str]]:
+        """How many packs came, and what the repository has of the commit's files."""
+        listed = {
+            line.split()[2]: line.split("\t")[1] for line in remote.git("ls-tree", "-r", sha).splitlines()
+        }
+        command = ["git", "cat-file", "--batch-all-objects", "--batch-check=%(objectname)"]
+        done = subprocess.run(
+            command, cwd=world.source.path(REPO), capture_output=True, text=True, check=True
+        )
+        found = {listed[oid] for oid in done.stdout.split() if oid in listed}
+        return len(list(packs.glob("*.pack"))), found
+
+    begun, found = here()
+    assert found == set()
+    assert await world.source.read_folder(REPO, sha, ".dynflow", suffix=".py") == {
+        "ci.py": b"code",
+        "x.py": b"more",
+    }
+    assert here() == (begun + 1, {".dynflow/ci.py", ".dynflow/x.py"})
+    folder = GitFolder(sha, Cone.of(["in"]))
+    await world.source.checkout(REPO, folder)
+    wanted = {".dynflow/ci.py", ".dynflow/x.py", "top", "a"} | {
+        name for name in files if name.startswith("in/")
+    }
+    assert here() == (begun + 2, wanted), "of a sparse fork, its folders alone"
+    await world.source.materialise(REPO, sha)
+    assert here()[0] == begun + 3
+    assert set(files) <= here()[1]
+
+
+async def test_beyond_the_depth_of_an_import_there_is_a_clear_end(world: World, remote: WorkingCopy) -> None:
+    shas = [remote.commit({"a": b"%d" % number}) for number in range(5)]
+    await world.imported(remote, Shape(depth=2))
+    assert (await world.source.read_commit(REPO, shas[3])).parents == (), "here it ends"
+    for sha in (shas[2], shas[0]):
+        with pytest.raises(NotFoundError, match="kept down to a depth"):
+            await world.source.read_commit(REPO, sha, fetch=True)
+        with pytest.raises(NotFoundError, match="kept down to a depth"):
+            await world.source.log(REPO, sha, fetch=True)
+    assert await world.source.log(REPO, shas[4], skip=2) == []
+    (tree,) = await world.source.materialise(REPO, shas[3])
+    assert (tree / "a").read_bytes() == b"3"
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(depth=1), Shape(blobs=False)])
+async def test_an_import_in_which_something_damaged_is_read_is_fetched_anew(
+    world: World, remote: WorkingCopy, shape: Shape
+) -> None:
+    for key in ("uploadpack.allowFilter", "uploadpack.allowAnySHA1InWant"):
+        remote.git("config", key, "true")
+    sha = remote.commit({"a": os.urandom(20_000)})
+    await world.imported(remote, shape)
+    await world.source.read_file(REPO, sha, "a")
+    world.clock.advance(timedelta(hours=1).total_seconds())
+    for pack in (world.source.path(REPO) / "objects" / "pack").glob("*.pack"):
+        pack.chmod(0o600)
+        content = pack.read_bytes()
+        pack.write_bytes(content[:40] + b"x" * (len(content) - 60) + content[-20:])
+    with pytest.raises(UnavailableError, match="fetched anew"):
+        await world.source.read_file(REPO, sha, "a")
+    await world.work()
+    assert await world.source.read_file(REPO, sha, "a") == remote_file(remote, sha, "a")
 
 
 async def test_packing_a_partial_import_misses_nothing_and_loses_nothing(
@@ -495,7 +570,7 @@ from datetime import timedelta
 from pathlib import Path
 from ci_platform.fetching import Remote
 from ci_platform.mirroring import Mirror, Shape
-from ci_platform.source import Source
+from ci_platform.source import GitFolder, Source
 async def main():
     source = Source(Path(sys.argv[1]), allow_file=True)
     repo, remote = sys.argv[2], Remote(sys.argv[3])
