@@ -13,7 +13,7 @@ from fnmatch import translate
 from pathlib import Path
 
 from ci_platform import layer_views, layers
-from ci_platform.caches.specs import LONGEST_KEY
+from ci_platform.caches.specs import DEEPEST, LONGEST_KEY
 from ci_platform.errors import CacheInvalidError, LimitExceededError, NotFoundError
 from ci_platform.layer_views import ViewEntry
 
@@ -86,6 +86,8 @@ def _parts(pattern: str) -> list[str]:
         raise CacheInvalidError(
             f"hash_files({pattern!r:.200}): a pattern is relative to the workspace, and stays in it"
         )
+    if len(parts) > DEEPEST:  # each is a call within a call
+        raise CacheInvalidError(f"hash_files({pattern!r:.200}): a pattern is at most {DEEPEST} folders deep")
     return parts
 
 

@@ -14,7 +14,10 @@ LONGEST_KEY = 512
 """Characters of a key, after what stands in it for files has been put in."""
 
 _LONGEST_TEMPLATE = 4096
-_LONGEST_PATH, _DEEPEST = 1000, 40
+_LONGEST_PATH = 1000
+
+DEEPEST = 40
+"""Names of a path, or of a pattern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def place_of(path: str) -> Place:
         raise CacheInvalidError(f"cache: {path!r:.100} may leave its folder: '..' has no place in a path")
     if not parts:
         raise CacheInvalidError(f"cache: {path!r:.100} is a whole folder: name one below it")
-    if len(parts) > _DEEPEST or any(len(part.encode()) > 255 for part in parts):
+    if len(parts) > DEEPEST or any(len(part.encode()) > 255 for part in parts):
         raise CacheInvalidError(
             f"cache: {path!r:.100} is nested too deep, or has names that no file can have"
         )

@@ -304,6 +304,11 @@ BAD_HERE: dict[str, tuple[CacheSpec, type[Exception], str]] = {
     "upwards": (spec("{hash_files:../x}"), CacheInvalidError, "relative to the workspace"),
     "empty": (spec("{hash_files:}"), CacheInvalidError, "relative to the workspace"),
     "many": (spec("{hash_files:" + "|".join("a" * 21) + "}"), CacheInvalidError, "at most 20 patterns"),
+    "deep patterns": (
+        spec("{hash_files:" + "**/" * 1200 + "x}"),
+        CacheInvalidError,
+        "at most 40 folders deep",
+    ),
     "braces": (spec("{key}"), CacheInvalidError, "has braces"),
     "long": (spec(hash_files("README.md") * 17), CacheInvalidError, "longer than 512"),
     "no end": (spec(hash_files("/".join(["**", "*"] * 8))), LimitExceededError, "names would have to be"),
