@@ -33,6 +33,8 @@ _MOST_FORKS = 100
 _MOST_CACHES = 200
 """Of a run, that are shown: the newest."""
 
+_OWNERS = (col(Run.id), col(Run.repo))
+
 Caches = Sequence[RunCache]
 
 
@@ -111,21 +113,22 @@ class RunQueries:
 
     async def kept_ids(self) -> set[str]:
         """Return the ids of all runs that are kept, ended ones too: their workspaces and logs are kept with them."""
-        return {run.id for run in await self._store.read(lambda tx: tx.all(Run))}
+        return {run_id for run_id, _ in await self._store.read(lambda tx: tx.values(_OWNERS))}
 
     async def open_ids(self) -> set[str]:
         """Return the ids of the runs that have not ended, and of those that one is still to be forked from.
 
         Only their commands may go on, and their files are not collected.
         """
-        rows = await self._store.read(lambda tx: tx.all(Run, col(Run.conclusion).is_(None)))
-        needed = {run.forked_from for run in rows if run.fork_pending and run.forked_from is not None}
-        return needed.union(run.id for run in rows)
+        columns = (col(Run.id), col(Run.forked_from), col(Run.fork_pending))
+        rows = await self._store.read(lambda tx: tx.values(columns, col(Run.conclusion).is_(None)))
+        needed = {source for _, source, pending in rows if pending and source is not None}
+        return needed.union(run_id for run_id, _, _ in rows)
 
     async def repos(self, *, still_open: bool = False) -> dict[str, str]:
         """Return the repositories of all runs that are kept, or of those that have not ended, by run."""
         where = [col(Run.conclusion).is_(None)] if still_open else []
-        return {run.id: run.repo for run in await self._store.read(lambda tx: tx.all(Run, *where))}
+        return dict(await self._store.read(lambda tx: tx.values(_OWNERS, *where)))
 
     async def expired(self, retention: timedelta, *, limit: int = 100) -> Sequence[str]:
         """Return runs that ended longer ago than `retention`, the oldest first."""
