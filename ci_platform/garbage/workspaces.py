@@ -58,13 +58,17 @@ class Failures:
         )
 
     def _of(self, stack: Stack, in_use: Collection[Path]) -> Iterable[Item]:
-        repo = _repo(stack)
-        for layer in stack.kept() if repo else ():
+        origin = _origin(stack)
+        try:
+            kept = stack.kept() if origin is not None else []
+        except FileNotFoundError:
+            return  # one of them is being removed
+        for layer in kept:
             taken = _Taken().plus(layer)
             used_at = datetime.fromtimestamp(int(layer.folder.name) / 1e9, UTC)
             yield Item(
                 f"{stack.folder.name}/{layer.folder.name}",
-                repo,
+                None if origin is None else origin.repo,
                 taken.size,
                 used_at,
                 taken.files,
@@ -95,25 +99,36 @@ def _stacks(root: Path) -> list[Stack]:
     return [Stack(path) for path in root.glob("[!.]*")]
 
 
-def _repo(stack: Stack) -> str | None:
-    """Return a workspace's repository, None where the workspace is gone or collected."""
+def _origin(stack: Stack) -> Origin | None:
+    """Return what a workspace was forked from, None where it is gone or collected."""
     try:
-        return Origin.from_json(stack.describe()).repo
+        return Origin.from_json(stack.describe())
     except NotFoundError:
         return None
+
+
+def _look(stack: Stack) -> tuple[Origin, _Taken, datetime] | None:
+    """Return what a workspace is of, takes, and when it was used; None where somebody takes it away just now."""
+    origin, taken = _origin(stack), _Taken(files=4)
+    if origin is None:
+        return None
+    try:
+        for layer in stack.layers():
+            taken = taken.plus(layer)
+        used_at = (stack.folder / "layers").stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return origin, taken, datetime.fromtimestamp(used_at, UTC)
 
 
 def _runs(stacks: Sequence[Stack], still_open: Collection[str]) -> list[Item]:
     found = dict[str, Item]()
     for stack in stacks:
-        run_id, repo = stack.folder.name.partition(".")[0], _repo(stack)
-        if repo is None:
+        seen, run_id = _look(stack), stack.folder.name.partition(".")[0]
+        if seen is None:
             continue
-        taken = _Taken(files=4)
-        for layer in stack.layers():
-            taken = taken.plus(layer)
-        used_at = datetime.fromtimestamp((stack.folder / "layers").stat().st_mtime, UTC)
-        item = found.get(run_id, Item(run_id, repo, 0, used_at, 0))
+        origin, taken, used_at = seen
+        item = found.get(run_id, Item(run_id, origin.repo, 0, used_at, 0))
         found[run_id] = replace(
             item,
             size=item.size + taken.size,
@@ -131,8 +146,7 @@ async def wanted_commits(workspaces: Workspaces, still_open: OpenRuns) -> set[tu
     def look() -> set[tuple[str, str]]:
         found = set[tuple[str, str]]()
         for stack in _stacks(workspaces.root):
-            if stack.folder.name.partition(".")[0] in run_ids and _repo(stack):
-                origin = Origin.from_json(stack.describe())
+            if stack.folder.name.partition(".")[0] in run_ids and (origin := _origin(stack)) is not None:
                 found.add((origin.repo, origin.sha))
         return found
 

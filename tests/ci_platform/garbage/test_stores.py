@@ -113,6 +113,21 @@ async def test_mirrors_stay_while_a_run_needs_them_or_nobody_has_them(desk: Desk
     assert await store.items() == []
 
 
+async def test_a_workspace_that_is_taken_apart_meanwhile_keeps_no_other_from_being_collected(
+    desk: Desk,
+) -> None:
+    sha = desk.remote.commit({"a": b"1"})
+    await desk.fork(sha)
+    await desk.run("echo x > x")
+    await desk.fork(sha, "run2.build")
+    # As they are found between the listing and the reading of what was listed.
+    (desk.root / "workspaces/run1.build/layers/00000002").mkdir()
+    (desk.root / "workspaces/run1.build/kept/1").mkdir(parents=True)
+    ended = EndedRuns(desk.workspaces, NOTHING_AT_ALL, still_open=OpenRuns())
+    assert await pins(ended) == {"run2": None}
+    assert await Failures(desk.workspaces, NOTHING_AT_ALL, kept_for=timedelta()).items() == []
+
+
 async def test_workspaces_of_an_ended_run_go_together_and_say_so(desk: Desk) -> None:
     sha = desk.remote.commit({"a": b"1"})
     await desk.fork(sha)
