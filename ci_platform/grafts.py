@@ -17,7 +17,7 @@ from ci_platform.errors import (
     PlatformError,
     UnavailableError,
 )
-from ci_platform.guarded import Guard
+from ci_platform.guarded import Guard, WayAsNeeded
 from ci_platform.lfs_fetching import LfsFetching
 from ci_platform.module_access import ModuleAccess, Place
 from ci_platform.origins import Origin
@@ -57,20 +57,24 @@ class Grafts:
         """
         if not origin.submodules:
             return origin
+        async with self._guard.as_needed(trusted=not origin.alone) as way:
+            return replace(origin, modules=tuple(await self._all_inside(origin, way)))
+
+    async def _all_inside(self, origin: Origin, way: WayAsNeeded) -> list[Module]:
         found = list[Module]()
         levels = [_Level(origin.repo, origin.sha, await self._access.home(origin.repo))]
         while levels:
             level = levels.pop(0)
-            for module in await self._inside(origin, level):
+            for module in await self._inside(origin, level, way):
                 found.append(module)
                 if len(found) > submodules.MOST:
                     raise LimitExceededError(f"{origin} has more than {submodules.MOST} submodules")
                 levels.append(
                     _Level(module.store, module.sha, module.url, module.path, module.folder, level.depth + 1)
                 )
-        return replace(origin, modules=tuple(found))
+        return found
 
-    async def _inside(self, origin: Origin, level: _Level) -> list[Module]:
+    async def _inside(self, origin: Origin, level: _Level, way: WayAsNeeded) -> list[Module]:
         content = await self._source.read_file(
             level.store, level.sha, submodules.FILE, limit=submodules.LARGEST
         )
@@ -85,9 +89,11 @@ class Grafts:
             raise LimitExceededError(
                 f"submodules are inside of each other {submodules.DEEPEST} deep, and {level.path!r} has more"
             )
-        return [await self._module(origin, level, each, links[each.path]) for each in wanted]
+        return [await self._module(origin, level, each, links[each.path], way) for each in wanted]
 
-    async def _module(self, origin: Origin, level: _Level, declared: Declared, sha: str) -> Module:
+    async def _module(
+        self, origin: Origin, level: _Level, declared: Declared, sha: str, way: WayAsNeeded
+    ) -> Module:
         url = submodules.resolve(declared, level.base)
         try:
             place = await self._access.place(origin.repo, url, trusted=not origin.alone)
@@ -103,34 +109,36 @@ class Grafts:
             sha=sha,
             registered=place.registered,
         )
-        await self._obtain(origin, module, place)
+        await self._obtain(origin.repo, module, place, way)
         return module
 
-    async def _obtain(self, origin: Origin, module: Module, place: Place) -> None:
+    async def _obtain(self, repo: str, module: Module, place: Place, way: WayAsNeeded) -> None:
         """Have the commit here. What goes wrong is told with the submodule's path and address."""
         if place.registered and place.remote is None and not await self._source.has(module.store, module.sha):
             raise FailedError(_said(module, "it has no such commit"))
         try:
             if place.remote is not None and not place.registered:
-                await self._fetch_as_anybody(origin.repo, module, trusted=not origin.alone)
+                await self._fetch_as_anybody(repo, module, way)
             elif place.remote is not None:
                 await self._source.fetch(module.store, module.sha, place.remote)
                 await self._source.complete(module.store, module.sha)
         except (FailedError, UnavailableError) as error:
             raise type(error)(_said(module, str(error).replace(repr(module.store), "it"))) from None
 
-    async def _fetch_as_anybody(self, repo: str, module: Module, *, trusted: bool) -> None:
+    async def _fetch_as_anybody(self, repo: str, module: Module, way: WayAsNeeded) -> None:
         if await self._source.has(module.store, module.sha):
             return
-        async with self._guard.open(trusted=trusted) as way:
-            try:
-                await self._source.fetch(module.store, module.sha, Remote(module.url, proxy=way.proxy))
-            except PlatformError as error:
-                if refused := await way.refusals():
-                    raise ForbiddenError(_said(module, "; ".join(refused))) from None
-                if _CLOSED.search(str(error)):
-                    raise FailedError(_leave(repo)) from None
-                raise
+        out = await way()
+        try:
+            await self._source.fetch(module.store, module.sha, Remote(module.url, proxy=out.proxy))
+        except PlatformError as error:
+            if refused := await out.refusals():
+                raise ForbiddenError(_said(module, "; ".join(refused))) from None
+            if await out.is_spent():
+                raise LimitExceededError(_too_much(self._guard.most)) from None
+            if _CLOSED.search(str(error)):
+                raise FailedError(_leave(repo)) from None
+            raise
 
     async def onto(self, checkout: Checkout, origin: Origin, folder: GitFolder) -> Checkout:
         """Return the checkout with the layers that the origin wants on top of it."""
@@ -154,16 +162,17 @@ class Grafts:
         try:
             return await self._source.module_layer(origin.repo, origin.modules, folder, config)
         except (MissingObjectError, NotFoundError):
-            for module in origin.modules:
-                await self._again(origin, module)
+            async with self._guard.as_needed(trusted=not origin.alone) as way:
+                for module in origin.modules:
+                    await self._again(origin, module, way)
             return await self._source.module_layer(origin.repo, origin.modules, folder, config)
 
-    async def _again(self, origin: Origin, module: Module) -> None:
+    async def _again(self, origin: Origin, module: Module, way: WayAsNeeded) -> None:
         """Fetch anew what is damaged, or was taken away."""
         place = await self._access.place(origin.repo, module.url, trusted=not origin.alone)
         if not place.registered:
             await self._source.delete(place.store)
-        await self._obtain(origin, module, place)
+        await self._obtain(origin.repo, module, place, way)
 
 
 def _folder(name: str) -> str:
@@ -175,6 +184,12 @@ def _leave(repo: str) -> str:
     return (
         "nobody reads it without credentials. If it is registered here, an administrator lets "
         f"{repo} read it: dynflow repo set {repo} --reads OWNER/NAME"
+    )
+
+
+def _too_much(most: int) -> str:
+    return (
+        f"all submodules may bring {most:,} bytes together from hosts that a commit names (setting max_fetch)"
     )
 
 

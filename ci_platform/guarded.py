@@ -9,8 +9,8 @@ from __future__ import annotations
 import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import anyio
@@ -20,6 +20,7 @@ from ci_platform.egress import Connection, GatewayLimits
 from ci_platform.egress.gateway import Gateway
 from ci_platform.egress.policy import Policy
 from ci_platform.egress.records import Records
+from ci_platform.egress.tunnels import SPENT
 from ci_platform.errors import ForbiddenError
 
 _ENDS_WITHIN = 5.0
@@ -44,21 +45,30 @@ class Way:
             await anyio.to_thread.run_sync(self._thread.join, _ENDS_WITHIN)
 
     async def refusals(self) -> list[str]:
-        """Close it, and return what was refused, in words. The gateway tells a connection when it is over."""
-        await self.close()
+        """Close it, and return what was refused, in words."""
+        told = [f"{each.host}:{each.port}: {each.refused}" for each in await self._told() if each.refused]
+        return list(dict.fromkeys(told))
+
+    async def is_spent(self) -> bool:
+        """Close it, and return whether what may go through it was not enough."""
+        return any(each.cut == SPENT for each in await self._told())
+
+    async def _told(self) -> list[Connection]:
+        await self.close()  # the gateway tells a connection when it is over
         told = list[Connection]()
         with suppress(ValueError, TypeError):
             Records(self._file, told.append).tell_new()
-        return list(
-            dict.fromkeys(f"{each.host}:{each.port}: {each.refused}" for each in told if each.refused)
-        )
+        return told
+
+
+WayAsNeeded = Callable[[], Awaitable[Way]]
 
 
 class Guard:
     """Opens ways out. `inner` are the operator's own exceptions, for trusted runs; `most` bytes go through one."""
 
     def __init__(self, inner: Sequence[str] = (), *, allowed: bool = True, most: int = 8 * 1024**3) -> None:
-        self._inner, self._allowed, self._most = tuple(inner), allowed, most
+        self._inner, self._allowed, self.most = tuple(inner), allowed, most
 
     @asynccontextmanager
     async def open(
@@ -71,7 +81,7 @@ class Guard:
         if not self._allowed and not also:
             raise ForbiddenError("nothing is fetched from hosts that a commit names (setting allow_network)")
         policy = Policy(None if self._allowed else also, [*also, *(self._inner if trusted else ())])
-        limits = GatewayLimits(bytes=most or self._most)
+        limits = GatewayLimits(bytes=most or self.most)
         ours, theirs = socket.socketpair()
         with (
             ours,
@@ -88,3 +98,16 @@ class Guard:
                 yield way
             finally:
                 await way.close()
+
+    @asynccontextmanager
+    async def as_needed(self, *, trusted: bool) -> AsyncIterator[WayAsNeeded]:
+        """Yield what opens a way out when it is called first, and then returns the same: what is fetched adds up."""
+        async with AsyncExitStack() as stack:
+            opened = list[Way]()
+
+            async def way() -> Way:
+                if not opened:
+                    opened.append(await stack.enter_async_context(self.open(trusted=trusted)))
+                return opened[0]
+
+            yield way

@@ -87,7 +87,7 @@ class Settings(BaseModel):
     max_push: Size = Field(2048 * MEBIBYTE, description="Largest pack that a git push may bring.")
     max_fetch: Size = Field(
         4096 * MEBIBYTE,
-        description="What one fetch from a host that a commit names (a submodule, LFS) may bring.",
+        description="What all submodules of a fork may bring together from hosts that its commit names.",
     )
     max_lfs: Size = Field(
         4096 * MEBIBYTE, description="What the files that LFS keeps of one commit may be together."

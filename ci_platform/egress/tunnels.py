@@ -15,7 +15,7 @@ _PIECE = 64 * 1024
 _LOOK_EVERY = 5.0
 """Seconds between two looks at the other direction, and at what the command's other connections have used."""
 
-_SPENT = "the command's limit of bytes is used up"
+SPENT = "the command's limit of bytes is used up"
 
 
 class Budget:
@@ -80,7 +80,7 @@ class Tunnel:
         """Send a piece; False where the connection is over."""
         self._moved_at = time.monotonic()
         if not self._budget.spend(len(piece)):
-            self._end(_SPENT)
+            self._end(SPENT)
             return False
         try:
             target.sendall(piece)
@@ -100,7 +100,7 @@ class Tunnel:
         if time.monotonic() - self._moved_at >= self._idle:
             self._end(f"nothing came for {self._idle:.3g} s")
         elif self._budget.is_spent:
-            self._end(_SPENT)
+            self._end(SPENT)
 
     def _end(self, why: str = "") -> None:
         self.cut = self.cut or why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -87,6 +88,19 @@ async def test_submodules_are_there_with_their_own_and_all_is_clean(
         again = await world.fork(later)
         assert (await world.workspaces._base(world.workspaces._stack(again)))[0] == first, "shared"
         assert await world.run(again, CLEAN + "; cat main inner/deep.txt") == "2deep"
+
+
+async def test_what_all_submodules_of_a_commit_bring_together_has_an_end(world: Platform) -> None:
+    app, sha = await world.register(REPO), ""
+    for name in ("one", "two"):
+        large = world.forge.repository(f"bob/{name}").commit({"random": os.urandom(60_000)})
+        sha = add(app, name, f"../../bob/{name}.git", large)
+    world.with_guard(Guard([world.forge.host], most=100_000))
+    with pytest.raises(LimitExceededError, match=r"'two' .* 100,000 bytes together .*max_fetch"):
+        await world.fork(sha)
+    # What came is here, and whoever may bring as much as is left has all of it.
+    workspace = await world.fork(sha)
+    assert await world.run(workspace, "cat */random | wc -c") == "120000\n"
 
 
 async def test_without_being_asked_for_folders_of_submodules_are_empty(world: Platform) -> None:
