@@ -57,9 +57,7 @@ class RunQueries:
                 "images": tx.all(RunImage, col(RunImage.run_id) == run_id, order=col(RunImage.pinned_at)),
                 "caches": caches[::-1],
                 "fork": None if run.forked_from is None else tx.get(RunFork, run_id),
-                "forks": tx.all(
-                    Run, col(Run.forked_from) == run_id, order=col(Run.seq), limit=_MOST_FORKS
-                ),
+                "forks": tx.all(Run, col(Run.forked_from) == run_id, order=col(Run.seq), limit=_MOST_FORKS),
                 "source": None if run.forked_from is None else tx.first(Run, col(Run.id) == run.forked_from),
             }
 
