@@ -116,22 +116,20 @@ class WorkspaceForks:
         if patch is not None:
             self._patch(scratch / "layers", taken, base, patch)
         write(scratch / "workspace.json", source.describe(), durable=self._durable)
-        if self._durable:
-            flush(scratch / "layers", scratch)
         try:
             scratch.rename(target.folder)
         except OSError as error:
             if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
                 raise
             layers.remove_tree(scratch)
-        if self._durable:
-            flush(self._root)
+        if self._durable:  # at the end, where one flush takes all of it: what is lost before is made again
+            flush(target.folder / "layers", target.folder, self._root)
 
     def _take(self, layer: Layer, folder: Path) -> None:
         (folder / "tree").mkdir(parents=True)
         try:
             layer_copies.Apply(link=True, merge=True)(layer.tree, folder / "tree")
-            write(folder / "layer.json", dict(layer.record), durable=self._durable)
+            (folder / "layer.json").hardlink_to(layer.folder / "layer.json")
         except FileNotFoundError:
             raise NotFoundError(f"what step {layer.author.step!r} has left is gone") from None
 
