@@ -105,7 +105,7 @@ class Collector:
                 items = await store.items()
             except (UnavailableError, OSError) as error:
                 trouble[store.kind] = str(error)
-                _log.warning("%s cannot be looked at: %s", store.kind, error)
+                _log.info("%s cannot be looked at: %s", store.kind, error)
             stocks.append(Stock(store.kind, store.allowance, items))
         return stocks, trouble
 

@@ -8,6 +8,7 @@ platform reads; here it is only told that there is more.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -24,6 +25,8 @@ VERSION = 1
 
 _EVERY = 0.2
 """Seconds between two looks at what a command uses."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _PIECE = 1024 * 1024
 _SPLICE_F_NONBLOCK = 2
@@ -61,6 +64,8 @@ class Watch:
         self._verdict: dict[str, Any] = {}
         self._ended = self._heard = self._outlived = False
         self._alone_since = 0.0
+        self._status: int | None = None
+        self._waits, self._again_at = False, 0.0
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
 
@@ -81,12 +86,21 @@ class Watch:
                 if (handler := self._handlers.get(fd)) is not None:
                     handler()
             if not self._ended:
-                self._hold_limits()
+                self._look_after()
         if self._group is not None:
             # Not before the verdict is told: the dead leave their group a moment late, which nobody need wait for.
             self._group.remove()
             if self._outlived:
                 self._group.remove_home()
+
+    def _look_after(self) -> None:
+        """Do what time brings."""
+        if self._waits and time.monotonic() >= self._again_at:
+            self._try_again()
+        self._hold_limits()
+        # What it has printed and found no room for is waited for, too, but not beyond its limits.
+        if self._status is not None and not (self._waits and self._goes_well()):
+            self._conclude(self._status)
 
     def kill(self) -> None:
         """End everything at once, where it has not ended."""
@@ -128,9 +142,12 @@ class Watch:
         elif (over := self._disk.over()) is not None:
             self._stop(*over)
 
+    def _goes_well(self) -> bool:
+        return "reason" not in self._verdict
+
     def _stop(self, reason: str, used: int = 0) -> None:
         """Kill the command for a limit."""
-        if "reason" not in self._verdict and not self._ended:
+        if self._goes_well() and not self._ended:
             self._verdict |= {"reason": reason, "used": used}
             if self._init:
                 os.kill(self._init, signal.SIGKILL)
@@ -151,12 +168,34 @@ class Watch:
                 return
         except BlockingIOError:
             return
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            # The disk is full. The command waits where it prints; its time goes on.
+            self._off(self._printed)
+            self._waits, self._again_at = True, time.monotonic() + _EVERY
+            return
         if not moved:
             self._off(self._printed)
             return
         self._written += moved
         self._left -= moved
         self._nudge()
+
+    def _try_again(self) -> None:
+        """Go on with what found no room."""
+        self._waits = False
+        self._on(self._printed, self._pass_on)
+        if self._status is not None:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Write what an ended command has printed last."""
+        while self._printed in self._handlers:
+            before = self._written
+            self._pass_on()
+            if self._written == before:
+                break
 
     def _nudge(self) -> None:
         if self._channel is not None:
@@ -214,13 +253,12 @@ class Watch:
         for fd in [fd for fd, handler in self._handlers.items() if handler == self._over]:
             self._off(fd)
             os.close(fd)
-        _, status = os.waitpid(self._init, 0)
+        _, self._status = os.waitpid(self._init, 0)
         self._init = 0
-        while self._printed in self._handlers:
-            before = self._written
-            self._pass_on()
-            if self._written == before:
-                break
+        self._drain()
+
+    def _conclude(self, status: int) -> None:
+        """Say how it ended."""
         if self._relay.fileno() in self._handlers:
             self._hear_the_command()
         self._judge(os.waitstatus_to_exitcode(status))

@@ -26,7 +26,7 @@ LARGE = HEAD + (
     '        await sh("more", "head -c 10000000 /dev/zero > more")\n'
 )
 TALKING = HEAD + (
-    '        await sh("talk", "for n in $(seq 200); do echo line $n; sleep 0.01; done")\n'
+    '        await sh("talk", "x=$(printf %0500d 0); for n in $(seq 200); do echo line $n $x; sleep 0.01; done")\n'
     '        await sh("write", "echo done > done")\n'
 )
 
@@ -114,7 +114,9 @@ async def test_nothing_acknowledged_is_lost_while_there_is_no_room_at_all(disk: 
         disk.empty()
         assert (await it.concluded(talking))["conclusion"] == "success"
         log = (await it.http.get(f"/api/v1/runs/{talking}/steps/talk/log")).text.splitlines()
-        assert [line for line in log if line.startswith("line")] == [f"line {n}" for n in range(1, 201)]
+        assert [line for line in log if line.startswith("line")] == [
+            f"line {n} {0:0500}" for n in range(1, 201)
+        ]
         assert (await it.decide(gated, "approve")).status_code == 200
         assert (await it.concluded(gated))["conclusion"] == "success"
         known = {repo["name"] for repo in (await it.http.get("/api/v1/repos")).json()["items"]}

@@ -13,7 +13,9 @@ from ci_platform.egress import Connection
 from ci_platform.errors import UnavailableError
 from ci_platform.logs import LogChunk, LogKey, Logs
 from ci_platform.patient_file import MOST_WAITING
+from ci_platform.workspaces import LayerAuthor
 from dynflow.clock import ManualClock
+from tests.ci_platform.workspace_desk import REPO, opened_desk
 from tests.dynflow.disks import Disk, memory_disk
 
 KEY = LogKey("run-1", "test")
@@ -102,3 +104,23 @@ def test_a_connection_that_finds_no_room_tears_none(disk: Disk) -> None:
     found = list(log.read())
     assert 2 <= len(found) < 12
     assert set(found) == {one}
+
+
+async def test_a_layer_that_finds_no_room_is_the_platforms_fault_and_the_next_attempt_is_whole(
+    tmp_path: Path,
+) -> None:
+    for disk in memory_disk(tmp_path / "large", 32):
+        async with opened_desk(disk.folder) as desk:
+            await desk.fork(desk.remote.commit({"a": b"1"}))
+            await desk.run("echo kept > kept", step="first")
+            tree = await desk.workspaces.prepare("run1.build", LayerAuthor("second", 1, 1))
+            (tree.upper / "half").write_text("half")
+            other = desk.remote.commit({"b": b"2" * 100_000})
+            await desk.fetch(other)
+            disk.fill()
+            with pytest.raises(UnavailableError, match="the platform's disk is full"):
+                await desk.workspaces.commit(tree)
+            with pytest.raises(UnavailableError, match="the platform's disk is full"):
+                await desk.workspaces.fork("run2.build", REPO, other)
+            disk.empty()
+            assert await desk.run("ls", step="second") == "a\nkept\n", "nothing is left of the first attempt"
