@@ -99,6 +99,8 @@ def place_of(path: str) -> Place:
         raise CacheInvalidError(f"cache: {path!r:.100} may leave its folder: '..' has no place in a path")
     if not parts:
         raise CacheInvalidError(f"cache: {path!r:.100} is a whole folder: name one below it")
+    if ":" in path:  # a container's engine takes what follows for something else
+        raise CacheInvalidError(f"cache: {path!r:.100} has a ':', which the path of a cache may not have")
     if len(parts) > DEEPEST or any(len(part.encode()) > 255 for part in parts):
         raise CacheInvalidError(
             f"cache: {path!r:.100} is nested too deep, or has names that no file can have"

@@ -270,6 +270,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "everything": ((spec("k", "."),), "is a whole folder"),
     "all of home": ((spec("k", "~/"),), "is a whole folder"),
     "git": ((spec("k", "./.Git/hooks"),), "the workspace's .git"),
+    "a bind": ((spec("k", "deps:/etc"),), "'deps:/etc' has a ':'"),
     "NUL": ((spec("k", "a\0b"),), "not printable"),
     "a long name": ((spec("k", "a" * 256),), "names that no file can have"),
     "deep": ((spec("k", "/".join("a" * 41)),), "nested too deep"),
