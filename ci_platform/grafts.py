@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ci_platform.errors import (
 from ci_platform.guarded import Guard, WayAsNeeded
 from ci_platform.lfs_fetching import LfsFetching
 from ci_platform.module_access import ModuleAccess, Place
+from ci_platform.named_locks import NamedLocks
 from ci_platform.origins import Origin
 from ci_platform.remotes import Remotes
 from ci_platform.repositories import Repositories
@@ -49,6 +51,7 @@ class Grafts:
 
     def __init__(self, source: Source, access: ModuleAccess, guard: Guard, lfs: LfsFetching) -> None:
         self._source, self._access, self._guard, self._lfs = source, access, guard, lfs
+        self._mending = NamedLocks()
 
     async def find(self, origin: Origin) -> Origin:
         """Return the origin with the submodules that its commit has, those of submodules included, fetched.
@@ -159,13 +162,19 @@ class Grafts:
         return found
 
     async def _modules(self, origin: Origin, folder: GitFolder, config: str) -> Path:
-        try:
+        async def layer() -> Path:
             return await self._source.module_layer(origin.repo, origin.modules, folder, config)
-        except (MissingObjectError, NotFoundError):
+
+        with suppress(MissingObjectError, NotFoundError):
+            return await layer()
+        # One at a time: each takes away what it cannot read, which another one may have fetched just now.
+        async with self._mending(origin.repo):
+            with suppress(MissingObjectError, NotFoundError):
+                return await layer()
             async with self._guard.as_needed(trusted=not origin.alone) as way:
                 for module in origin.modules:
                     await self._again(origin, module, way)
-            return await self._source.module_layer(origin.repo, origin.modules, folder, config)
+            return await layer()
 
     async def _again(self, origin: Origin, module: Module, way: WayAsNeeded) -> None:
         """Fetch anew what is damaged, or was taken away."""

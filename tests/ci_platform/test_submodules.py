@@ -7,9 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import anyio
 import pytest
 
-from ci_platform import submodules
+from ci_platform import layers, submodules
 from ci_platform.cones import Cone
 from ci_platform.copy_on_write import MethodName
 from ci_platform.errors import (
@@ -260,6 +261,24 @@ async def test_what_is_gone_from_the_disk_is_fetched_and_written_again(
         assert await world.run(workspace, "cat lib/a; " + CLEAN) == "1"
         (mirror,) = [each for each in await world.source.mirrors() if is_module_mirror(each.repo)]
         assert await world.source.remove_mirror(mirror.repo, time.time() + 60), "collected as garbage"
+
+
+async def test_runs_that_go_on_at_once_do_not_take_away_what_another_one_fetches(
+    world: Platform, tmp_path: Path
+) -> None:
+    app, sha = await world.register(REPO), ""
+    for name in ("one", "two"):
+        content = world.forge.repository(f"bob/{name}").commit({"a": name.encode()})
+        sha = add(app, name, f"../../bob/{name}.git", content)
+    waiting = [await world.fork(sha) for _ in range(4)]
+    for mirror in [each.repo for each in await world.source.mirrors() if is_module_mirror(each.repo)]:
+        assert await world.source.remove_mirror(mirror, time.time() + 60)
+    for layer in (tmp_path / "source" / "trees" / REPO).glob("modules-*"):
+        layers.remove_tree(layer)
+    async with anyio.create_task_group() as tasks:
+        for workspace in waiting:
+            tasks.start_soon(world.workspaces.read, workspace, "one/a")
+    assert [await world.workspaces.read(each, "two/a") for each in waiting] == [b"two"] * 4
 
 
 # Hostile commits
