@@ -23,7 +23,7 @@ CLONE_NEWNET = 0x4000_0000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
-MNT_DETACH = 2
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 1, 2, 4, 8
 
@@ -98,11 +98,30 @@ def pivot_root(new: str, old: str) -> None:
 
 def bind(source: str, target: str, attributes: int, *, recursive: bool = True) -> None:
     """Bind `source` with what is mounted below it to `target`, with `ATTR_…` set on all of it."""
+    fd = detached(source, attributes, recursive=recursive)
+    try:
+        move_mount(fd, target)
+    finally:
+        os.close(fd)
+
+
+def detached(source: str, attributes: int, *, recursive: bool = False) -> int:
+    """Return a mount of `source` that is nowhere yet, for `move_mount`."""
     flags = _OPEN_TREE_CLONE | _CLOEXEC | (_AT_RECURSIVE if recursive else 0)
     fd = _syscall("open_tree", _OPEN_TREE, _long(_AT_FDCWD), os.fsencode(source), _long(flags))
     try:
         set_mount_attributes(fd, attributes, recursive=recursive)
-        _move_mount(fd, target)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def enter_mounts(pid: int) -> None:
+    """Move this thread, whose current folder is its own (`unshare`), to where another process has its mounts."""
+    fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check("setns", _libc.setns(fd, CLONE_NEWNS))
     finally:
         os.close(fd)
 
@@ -115,7 +134,8 @@ def set_mount_attributes(mount_fd: int, attributes: int, *, recursive: bool = Tr
     _syscall("mount_setattr", _MOUNT_SETATTR, *arguments)
 
 
-def _move_mount(fd: int, target: str) -> None:
+def move_mount(fd: int, target: str) -> None:
+    """Put a mount that is nowhere yet at `target`."""
     where = (_long(fd), b"", _long(_AT_FDCWD), os.fsencode(target), _long(_MOVE_MOUNT_F_EMPTY_PATH))
     _syscall("move_mount", _MOVE_MOUNT, *where)
 
@@ -140,7 +160,7 @@ def mount_filesystem(
     finally:
         os.close(context)
     try:
-        _move_mount(made, target)
+        move_mount(made, target)
     finally:
         os.close(made)
 

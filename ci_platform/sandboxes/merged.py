@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -19,6 +20,7 @@ from ci_platform.sandboxes import Tree, linux
 TREE = "tree"
 _PREFIX = "dynflow-tree-"
 _CLONE_FS = 0x200
+_ATTRIBUTES = linux.ATTR_NOSUID | linux.ATTR_NODEV
 
 
 @contextlib.contextmanager
@@ -48,27 +50,40 @@ def make_place() -> Path:
 
 def mount(tree: Tree, target: Path) -> None:
     """Mount a tree over the folder `target`. Blocks for a millisecond; needs root. Raises UnavailableError."""
-    problems: list[OSError] = []
 
     def work() -> None:
+        if not tree.lowers:
+            linux.bind(str(tree.upper), str(target), _ATTRIBUTES, recursive=False)
+            return
+        lowers = [str(lower) for lower in tree.lowers]
+        linux.mount_overlay(lowers, str(tree.upper), str(tree.work), str(target), as_root=True)
+
+    apart(work, "cannot mount the workspace")
+
+
+def apart(work: Callable[[], None], trouble: str) -> None:
+    """Do some work with mounts in a thread whose current folder and root are its own. Raises UnavailableError."""
+    problems: list[OSError] = []
+
+    def guarded() -> None:
         try:
-            # The call changes the current folder: from here on that is this thread's alone.
             linux.unshare(_CLONE_FS)
-            linux.mount_overlay(
-                [str(lower) for lower in tree.lowers],
-                str(tree.upper),
-                str(tree.work),
-                str(target),
-                as_root=True,
-            )
+            work()
         except OSError as error:
             problems.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=guarded)
     thread.start()
     thread.join()
     if problems:
-        raise UnavailableError(f"container sandbox: cannot mount the workspace: {problems[0]}")
+        raise UnavailableError(f"container sandbox: {trouble}: {problems[0]}")
+
+
+def mounts_below(folder: str, process: str = "self") -> list[str]:
+    """Return what a process has mounted below a folder, the last one first. The names are real: no link is in them."""
+    places = [line.split()[4] for line in Path(f"/proc/{process}/mountinfo").read_text().splitlines()]
+    named = [re.sub(r"\\([0-7]{3})", lambda digits: chr(int(digits[1], 8)), place) for place in places]
+    return [place for place in reversed(named) if place.startswith(folder + "/")]
 
 
 def unmount(target: Path) -> bool:

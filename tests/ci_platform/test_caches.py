@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -21,6 +22,7 @@ from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.store import col
 from dynflow.clock import SystemClock
 from pipelines import CacheSpec, hash_files, run_in_sandbox
+from pipelines.contract import SandboxKind
 from tests.ci_platform.cache_desk import REPO, RUNS, CacheDesk, opened_desk, remote_of, spec
 from tests.docker_engine import IMAGE, require_image
 
@@ -144,7 +146,8 @@ async def test_keys_follow_from_files_as_they_are_at_that_moment(any_desk: Cache
 @pytest.mark.docker
 async def test_commands_in_containers_have_caches_too(tmp_path: Path) -> None:
     require_image()
-    async with opened_desk(tmp_path, container=ContainerSandbox(image=IMAGE)) as desk:
+    sandbox = ContainerSandbox(image=IMAGE)
+    async with opened_desk(tmp_path, container=sandbox) as desk:
         cache = spec("k", "deps", "~/.cache/tool")
         script = FILL + "; echo x >~/.cache/tool/x; mkdir ~/.cache/other; echo built >out"
         assert (await desk.run(script, cache, sandbox="container")).ok
@@ -154,6 +157,12 @@ async def test_commands_in_containers_have_caches_too(tmp_path: Path) -> None:
             result = await desk.run(script, cache, sandbox=kind)
             assert result.output == "made\nx\nbuilt\nREADME.md\ndeps\nout\nrequirements.txt\nsub\n"
         assert (await desk.run("ls", sandbox="container")).output == "README.md\nout\nrequirements.txt\nsub\n"
+        # Nothing of a cache is in the home folder of the next command, and hostile ones have not led anywhere.
+        script = "mv deps moved || rm -rf moved; mv ~/.cache ~/c; ln -s /proc ~/.cache; rm ~/c/tool/x"
+        assert (await desk.run(script, cache, sandbox="container")).ok
+        assert (await desk.run("ls -A ~", sandbox="container")).output == ""
+        if os.geteuid() == 0:
+            assert sum(map(len, sandbox._waiting._idle.values())) == 1, "all of them have had one container"
         assert desk.leftovers() == []
 
 
@@ -372,25 +381,36 @@ import asyncio, sys
 from pathlib import Path
 from tests.ci_platform import test_caches
 
-asyncio.run(test_caches.be_doomed(Path(sys.argv[1]), sys.argv[2]))
+asyncio.run(test_caches.be_doomed(Path(sys.argv[1]), *sys.argv[2:4]))
 """
 SURVIVES = (
     "cat ~/held/x; echo made >deps/a; echo up; while [ $((i=i+1)) -lt 15 ]; do sleep 0.1; done; echo down"
 )
 
 
-async def be_doomed(root: Path, script: str) -> None:
+def containers(kind: SandboxKind) -> ContainerSandbox | None:
+    return ContainerSandbox(image=IMAGE) if kind == "container" else None
+
+
+async def be_doomed(root: Path, script: str, kind: SandboxKind) -> None:
     """Be a platform that runs a command until it is killed."""
-    async with opened_desk(root) as desk:
-        await desk.run(script, spec("new"), spec("held", "~/held"), step="long")
+    async with opened_desk(root, container=containers(kind)) as desk:
+        await desk.run(script, spec("new"), spec("held", "~/held"), step="long", sandbox=kind)
 
 
-async def test_a_command_that_outlives_the_platform_keeps_its_caches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["isolate", pytest.param("container", marks=pytest.mark.docker)])
+async def test_a_command_that_outlives_the_platform_keeps_its_caches(
+    tmp_path: Path, kind: SandboxKind
+) -> None:
+    if kind == "container":
+        require_image()
+        if os.geteuid() != 0:
+            pytest.skip("containers are kept warm by root alone, and others do not survive")
     remote_of(tmp_path)
     async with opened_desk(tmp_path) as first:
         await first.run("echo held >~/held/x", spec("held", "~/held"))
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", DOOMED, str(tmp_path), SURVIVES, cwd=Path(__file__).parents[2]
+        sys.executable, "-c", DOOMED, str(tmp_path), SURVIVES, kind, cwd=Path(__file__).parents[2]
     )
     logs = tmp_path / "logs"
     with anyio.fail_after(30):
@@ -398,13 +418,17 @@ async def test_a_command_that_outlives_the_platform_keeps_its_caches(tmp_path: P
             await anyio.sleep(0.02)
     process.kill()
     await process.wait()
-    async with opened_desk(tmp_path) as second:
+    async with opened_desk(tmp_path, container=containers(kind)) as second:
         held = second.keys()["held"]
         assert held.pinned
         assert not await second.caches.delete(held.id)
-        result = await second.run(SURVIVES, spec("new"), spec("held", "~/held"), step="long", attempt=2)
+        result = await second.run(
+            SURVIVES, spec("new"), spec("held", "~/held"), step="long", attempt=2, sandbox=kind
+        )
         assert result.output == "held\nup\ndown\n"
-        assert (await second.said())[-1].startswith("saved 'new'")
+        missed, hit, saved = await second.said()
+        assert missed.startswith("miss: there is no 'new'"), "it has been opened once"
+        assert (hit[:4], saved[:11]) == ("hit:", "saved 'new'")
         assert (await second.run("cat deps/a", spec("new"))).output == "made\n"
         assert [each.pinned for each in second.caches.entries()] == [False, False]
         assert second.leftovers() == []

@@ -66,8 +66,7 @@ class ContainerSandbox(ImageMaker):
 
     async def _run_over(self, job: SandboxJob, network: str | None, output: Output) -> SandboxOutcome:
         networks = [name for name in (network, self._network if job.network else None) if name]
-        # Into a container that runs, one workspace is mounted, and nothing besides.
-        if self._warm and job.scope and job.tree.lowers and not job.mounts:
+        if self._warm and job.scope and job.tree.lowers:
             _, image = await self.resolve(job.image, job.say)
             try:
                 return await self._waiting.run(image, job, networks, output)
@@ -75,7 +74,8 @@ class ContainerSandbox(ImageMaker):
                 raise self._gone(image) from None
             except ColdError:
                 # Nothing has run. An overlay that was mounted `volatile` is mounted again without its marks alone.
-                await self._engine.finish(lambda: layers.remove_tree(job.tree.work / "work"))
+                for tree in (job.tree, *(mount.tree for mount in job.mounts)):
+                    await self._engine.finish(lambda tree=tree: layers.remove_tree(tree.work / "work"))  # type: ignore[misc]
         async with self._shown(job.tree) as folder:
             walls.check_cwd(folder, job.cwd)
             return await self._run_in(job, folder, networks, output)

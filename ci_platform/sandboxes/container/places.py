@@ -15,13 +15,13 @@ import fcntl
 import os
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ci_platform import layers
 from ci_platform.errors import UnavailableError
-from ci_platform.sandboxes import MEBIBYTE, SANDBOX_UID, Tree, linux, merged
-from ci_platform.sandboxes.container.walls import PRIVATE, WORKSPACE
+from ci_platform.sandboxes import MEBIBYTE, SANDBOX_UID, Mount, Tree, linux, merged
+from ci_platform.sandboxes.container.walls import HOME, PRIVATE, WORKSPACE
 
 OUTPUT, PIPE, CODE = "/.dynflow", "out", "code"
 """Where commands print to, inside: a pipe, and the file for the exit code of the last one."""
@@ -48,13 +48,38 @@ class Place:
         """What a container has to be given of it."""
         return [f"{self.tree}:{WORKSPACE}:rw,rslave", f"{self.output}:{OUTPUT}:rw"]
 
-    def show(self, tree: Tree) -> None:
-        """Mount a job's tree as the workspace."""
+    def show(self, tree: Tree, mounts: Sequence[Mount] = (), pid: int = 0) -> None:
+        """Mount a job's tree as the workspace, and in it and in the home folder of process `pid` what comes with it."""
         merged.mount(tree, self.tree)
+        for each in mounts:
+            if each.place == "workspace":
+                merged.mount(each.tree, self.tree / each.path)
+            else:
+                self._show_at_home(each, pid)
+
+    def _show_at_home(self, mount: Mount, pid: int) -> None:
+        """Mount in a container that runs: here first, since its names mean nothing in there, and then it moves."""
+        stage = self.path / "stage"
+        stage.mkdir(exist_ok=True)
+        merged.mount(mount.tree, stage)
+        try:
+
+            def work() -> None:
+                fd = linux.detached(str(stage), linux.ATTR_NOSUID | linux.ATTR_NODEV)
+                try:
+                    linux.enter_mounts(pid)
+                    linux.move_mount(fd, _way_home(mount.path))
+                finally:
+                    os.close(fd)
+
+            merged.apart(work, "cannot mount in the home folder")
+        finally:
+            merged.unmount(stage)
 
     def hide(self) -> bool:
         """Take the workspace away; returns False where something is still open in it, and it goes when that does."""
-        return merged.unmount(self.tree)
+        below = [merged.unmount(Path(target)) for target in merged.mounts_below(str(self.tree))]
+        return merged.unmount(self.tree) and all(below)
 
     def remove(self) -> None:
         """Unmount and remove it, with what is in it."""
@@ -155,6 +180,35 @@ def empty_private(container: str, pid: int) -> bool:
                 for entry in os.listdir(folder):  # noqa: PTH208 - there is no path that may be followed
                     layers.remove_at(folder, entry)
     except OSError:
+        return False
+    return True
+
+
+def _way_home(path: str) -> str:
+    """Make the folders to a place in the home folder of the container that this thread is in; nothing runs there."""
+    target = Path(HOME)
+    for name in path.split("/"):
+        target /= name
+        if not target.exists():
+            target.mkdir()
+            os.chown(target, SANDBOX_UID, SANDBOX_UID)
+        if target.is_symlink() or not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "the image has something else there", str(target))
+    return str(target)
+
+
+def unmount_home(pid: int) -> bool:
+    """Unmount what is in the home folder of a container in which nothing else runs; returns whether it could be."""
+
+    def work() -> None:
+        linux.enter_mounts(pid)
+        for target in targets:
+            linux.unmount(target, linux.MNT_DETACH | linux.UMOUNT_NOFOLLOW)
+
+    try:
+        if targets := merged.mounts_below(HOME, str(pid)):
+            merged.apart(work, "cannot unmount in the home folder")
+    except (OSError, UnavailableError):
         return False
     return True
 

@@ -98,7 +98,7 @@ class WarmContainers:
         self._busy.add(warm)
         clean, over = False, False
         try:
-            await self.engine.finish(lambda: warm.place.show(job.tree))
+            await self.engine.finish(lambda: warm.place.show(job.tree, job.mounts, warm.pid))
             walls.check_cwd(warm.place.tree, job.cwd)
             outcome = await self._run(warm, job, output)
             clean, over = outcome.reason == "exited", True
@@ -244,6 +244,7 @@ def _is_clean(warm: _Warm) -> bool:
     """Whether nothing runs in a container but what keeps it, whose private folders are then emptied."""
     for _ in range(_TRIES):
         if places.processes(warm.container, warm.pid) == _KEEPERS_PROCESSES:
-            return places.empty_private(warm.container, warm.pid)
+            # First: what is mounted in a private folder is the job's, and must not be emptied.
+            return places.unmount_home(warm.pid) and places.empty_private(warm.container, warm.pid)
         time.sleep(0.002)  # the dead leave their group a moment after they were waited for
     return False
