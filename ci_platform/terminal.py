@@ -62,6 +62,12 @@ def state_of(run: RunJson) -> str:
     return str(run["conclusion"] or run["status"])
 
 
+def waiting_line(run: RunJson) -> str:
+    """Return what a run waits for that may not begin yet, an empty text of others."""
+    held = run["status"] == "queued" and run["waiting_for"]
+    return f"queued, waiting for {plain(run['waiting_for'])}" if held else ""
+
+
 def look(state: str) -> Text:
     """Return a state with its mark and colour."""
     mark, style = _LOOKS.get(state, ("·", ""))
@@ -167,6 +173,8 @@ class RunWatcher:
         return shown.run
 
     def _in_lines(self, path: str) -> RunJson:
+        if held := waiting_line(self._client.get(path)):
+            self._console.print(held, highlight=False, markup=False, soft_wrap=True)
         for event in self._client.stream(f"{path}/events"):
             line = _event_line(event.data)
             if line:
@@ -219,7 +227,8 @@ class _Shown:
 
     def render(self) -> RenderableType:
         run = self.run
-        return Group(steps_table(run), Text(), look(state_of(run))) if run["steps"] else look(state_of(run))
+        state = Text(held) if (held := waiting_line(run)) else look(state_of(run))
+        return Group(steps_table(run), Text(), state) if run["steps"] else state
 
 
 def _event_line(event: Mapping[str, Any]) -> str:
@@ -351,6 +360,8 @@ def print_run(run: RunJson, console: Console) -> None:
     """Print a run with its steps, its reason and what it waits for."""
     console.print(run_title(run), highlight=False, markup=False, soft_wrap=True)
     console.print(look(state_of(run)), Text(_facts(run), style="bright_black"))
+    if held := waiting_line(run):
+        console.print(held, highlight=False, markup=False, soft_wrap=True)
     if run["reason"]:
         console.print(Text("\n".join(plain(line) for line in run["reason"].splitlines())))
     for line in forks_in_words(run):

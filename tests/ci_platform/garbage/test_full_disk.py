@@ -16,6 +16,7 @@ from ci_platform.serving import Running, running
 from ci_platform.settings import Settings, load_settings
 from ci_platform.store import col
 from tests.ci_platform.api.world import GATED, HEAD, QUICK, World
+from tests.ci_platform.garbage.test_gc_command import dynflow
 from tests.dynflow.disks import Disk, memory_disk
 
 MEBIBYTE = 1024 * 1024
@@ -73,6 +74,8 @@ async def test_new_runs_wait_with_the_reason_and_begin_by_themselves_when_there_
         assert (run["status"], run["waiting_for"], run["steps"]) == ("queued", WHY, [])
         await until_shown(it.served, run["sha"], ("pending", f"queued, waiting for {WHY}"))
         assert WHY in (await it.http.get(f"/runs/{waiting}")).text
+        printed = await dynflow("show", waiting, DYNFLOW_DATA=str(disk.folder / "data"))
+        assert f"queued, waiting for {WHY}" in printed.output
         ready = await it.http.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
         assert ready.json()["parts"]["disk"] == "short of room: new runs wait"
