@@ -32,6 +32,9 @@ _NOTHING = (0,) * 10
 GITLINK = 0o160000
 """The mode of a submodule's entry."""
 
+GITLINK_OUTSIDE = GITLINK | 1 << 16
+"""What stands for that of a submodule whose folder is outside of a sparse workspace: git does not miss it there."""
+
 
 def entry(path: bytes, mode: int, oid: bytes, found: os.stat_result | None) -> bytes:
     """Return an entry. `found` is what `lstat` says of the file; None for one that is not on disk (sparse).
@@ -40,7 +43,7 @@ def entry(path: bytes, mode: int, oid: bytes, found: os.stat_result | None) -> b
     """
     flags = min(len(path), _LONGEST_NAME)
     if found is None and mode != GITLINK:
-        fields = _ENTRY.pack(*_stat_fields(None, mode), oid, flags | _EXTENDED)
+        fields = _ENTRY.pack(*_stat_fields(None, mode & 0xFFFF), oid, flags | _EXTENDED)
         head = fields + struct.pack(">H", _SKIP_WORKTREE)
     else:
         head = _ENTRY.pack(*_stat_fields(found, mode), oid, flags)

@@ -14,7 +14,7 @@ from typing import Self
 from ci_platform import layers
 from ci_platform.cones import Cone
 from ci_platform.errors import FailedError, LimitExceededError
-from ci_platform.git_index import GITLINK, Changes, Recorder
+from ci_platform.git_index import GITLINK, GITLINK_OUTSIDE, Changes, Recorder
 
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -143,7 +143,7 @@ class TreeWriter:
         if not self.is_outside:
             self._make(path)
             os.close(self._stack.pop())
-        self._record(name, GITLINK, oid, None)
+        self._record(name, GITLINK_OUTSIDE if self.is_outside else GITLINK, oid, None)
 
     def leave_out(self, name: bytes, mode: int, oid: bytes) -> None:
         """Take a file down that is outside of the cone."""
