@@ -27,9 +27,13 @@ class RejectedError(PlatformError):
 
 
 class InvalidInputError(RejectedError):
-    """A value is missing, has the wrong type or is out of range; the message names it."""
+    """A value is missing, has the wrong type or is out of range; the message names it.
+
+    Asked again, it is again: a step that ends by it is retried only where its config names `retries`.
+    """
 
     code, status = "invalid_input", 400
+    retry: ClassVar[str] = "when_configured"
 
 
 class UnauthorizedError(RejectedError):
@@ -39,9 +43,10 @@ class UnauthorizedError(RejectedError):
 
 
 class ForbiddenError(RejectedError):
-    """Who asks is known and may not do this."""
+    """Who asks is known and may not do this, however often it is asked for; see InvalidInputError."""
 
     code, status = "forbidden", 403
+    retry: ClassVar[str] = "when_configured"
 
 
 class NotFoundError(RejectedError):

@@ -227,3 +227,55 @@ async def test_imports_that_cannot_be_are_refused(world: World, new_repo: Callab
     assert_problem(await world.http.get(f"/api/v1/repos/{world.repo}/import"), 404, "not_found")
     body: dict[str, Any] = {}
     assert_problem(await world.http.post(f"/api/v1/repos/{world.repo}/refresh", json=body), 404, "not_found")
+
+
+READING = """
+from dynflow import WorkflowEntrypoint
+from pipelines import run_in_sandbox
+
+class CIPipeline(WorkflowEntrypoint):
+    async def run(self, event, step):
+        repo, artifacts = event.payload["repo"], self.env.ARTIFACTS
+        commits = await step.do("log", lambda: artifacts.log(repo, "main", limit=5))
+        commit = await step.do("commit", lambda: artifacts.read_commit(repo, commits[-1].sha))
+        entries = await step.do("folder", lambda: artifacts.read_tree(repo, path="docs"))
+        workspace = await step.do("checkout", lambda: artifacts.fork(repo, submodules=True, lfs=True))
+        said = f"{len(commits)} {commit.message.strip()} {entries[0].name}"
+        script = f"git status --porcelain; cat lib/a; echo; echo {said}"
+        await step.do("show", lambda: run_in_sandbox(workspace, ["sh", "-c", script]))
+"""
+
+
+async def test_a_pipeline_reads_history_and_has_submodules_by_leave(world: World, tmp_path: Path) -> None:
+    lib = await pushed(world, tmp_path, f"{world.repo}-lib")
+    await world.http.post("/api/v1/repos", json={"name": world.repo})
+    work = working_copy(tmp_path / "app")
+    url = f"../{world.repo.partition('/')[2]}-lib.git"
+    modules = f'[submodule "lib"]\n\tpath = lib\n\turl = {url}\n'.encode()
+    work.commit({"docs/x": b"1", ".gitmodules": modules, ".dynflow/ci.py": READING.encode()}, "first")
+    work.git("update-index", "--add", "--cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},lib")
+
+    async def run() -> dict[str, Any]:
+        work.git("commit", "--quiet", "--allow-empty", "--message", "more")
+        done = await git(work.path, "push", address(world.served, world.repo, world.served.token), "main")
+        assert done.returncode == 0, done.stderr
+        sha = work.git("rev-parse", "HEAD")
+        with anyio.fail_after(30):
+            while True:
+                for each in await world.runs():
+                    if each["sha"] == sha:
+                        return await world.concluded(each["id"])
+                await anyio.sleep(0.01)
+
+    refused = await run()
+    assert refused["conclusion"] == "failure"
+    assert f"dynflow repo set {world.repo} --reads" in str(refused)
+    answer = await world.http.patch(f"/api/v1/repos/{world.repo}", json={"reads": [f"{world.repo}-lib"]})
+    assert answer.json()["reads"] == [f"{world.repo}-lib"]
+    shown = await run()
+    assert shown["conclusion"] == "success", shown
+    log = (await world.http.get(f"/api/v1/runs/{shown['id']}/steps/show/log")).text
+    assert log.splitlines()[1:3] == ["1", "3 first x"], log
+    assert_problem(
+        await world.http.patch(f"/api/v1/repos/{world.repo}", json={"reads": ["no/where"]}), 404, "not_found"
+    )
