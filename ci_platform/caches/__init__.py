@@ -34,7 +34,8 @@ from pipelines.contract import CacheSpec
 
 __all__ = ["Budget", "CacheEntry", "Caches"]
 
-_THREADS = 4
+_FINDING, _SAVING = 4, 2
+"""Threads. Saving may take long, for a command may leave a million files; others must find theirs meanwhile."""
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class Caches:
         self._scopes, self._records, self._clock = RunScopes(store), CacheRecords(store, clock), clock
         self._budget = budget or Budget()
         self._owner = Owner.of_sandboxes(SANDBOX_UID)
-        self._limiter = anyio.CapacityLimiter(_THREADS)
+        self._finding, self._saving = anyio.CapacityLimiter(_FINDING), anyio.CapacityLimiter(_SAVING)
         self._open: dict[Path, OpenCaches] = {}
 
     @classmethod
@@ -74,9 +75,10 @@ class Caches:
         budget = Budget(settings.cache_disk, settings.cache_repository, settings.cache_floor)
         return cls(settings.caches_path, method, store, clock, budget=budget)
 
-    async def _thread(self, function: Callable[[], T]) -> T:
+    async def _thread(self, function: Callable[[], T], *, long: bool = False) -> T:
         with anyio.CancelScope(shield=True):
-            result = await anyio.to_thread.run_sync(full_disk.told(function), limiter=self._limiter)
+            limiter = self._saving if long else self._finding
+            result = await anyio.to_thread.run_sync(full_disk.told(function), limiter=limiter)
         return result  # noqa: RET504 - for all that mypy knows, a scope swallows errors
 
     # --- for the platform ------------------------------------------------------------------------
@@ -105,7 +107,7 @@ class Caches:
     async def _evict(self, identities: Collection[str]) -> int:
         now = self._clock.now()
         trash = [path for each in identities if (path := self._entries.discard(each, now)) is not None]
-        await self._thread(lambda: _remove(trash))
+        await self._thread(lambda: _remove(trash), long=True)
         return len(trash)
 
     # --- for a command ---------------------------------------------------------------------------
@@ -226,7 +228,7 @@ class Caches:
         if self._entries.get(identity) is not None:
             return lost
         scratch = cache.folder / "entry"
-        size, files = await self._thread(lambda: self._collect(cache, scratch))
+        size, files = await self._thread(lambda: self._collect(cache, scratch), long=True)
         if not files:
             return f"not saved: there is nothing in {', '.join(cache.paths)}"
         if size > self._budget.repository:
@@ -245,7 +247,7 @@ class Caches:
             now,
             scope.outside,
         )
-        if not await self._thread(lambda: self._entries.publish(scratch, entry)):
+        if not await self._thread(lambda: self._entries.publish(scratch, entry), long=True):
             return lost
         self._entries.add(entry)
         if not await self._make_room(entry):
@@ -273,7 +275,7 @@ class Caches:
         for cache in opened.caches:
             if cache.entry is not None:
                 self._entries.unpin(cache.entry)
-        await self._thread(lambda: layers.remove_tree(opened.folder))
+        await self._thread(lambda: layers.remove_tree(opened.folder), long=True)
 
     # --- for commands that outlive the platform -------------------------------------------------
 

@@ -14,16 +14,19 @@ import anyio
 import pytest
 
 from ci_platform.caches import Budget
+from ci_platform.caches.keys import KeyMaker
 from ci_platform.caches.specs import checked
 from ci_platform.copy_on_write import MethodName
 from ci_platform.errors import CacheInvalidError, LimitExceededError
-from ci_platform.model import Repository
+from ci_platform.model import Repository, RunCache
 from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.store import col
 from dynflow.clock import SystemClock
 from pipelines import CacheSpec, hash_files, run_in_sandbox
 from pipelines.contract import SandboxKind
 from tests.ci_platform.cache_desk import REPO, RUNS, CacheDesk, opened_desk, remote_of, spec
+from tests.ci_platform.harness import Harness
+from tests.ci_platform.test_runs import finish
 from tests.docker_engine import IMAGE, require_image
 
 FILL = "echo made >deps/a; mkdir -p deps/b/c; echo deep >deps/b/c/d; ln -s a deps/link"
@@ -164,6 +167,60 @@ async def test_commands_in_containers_have_caches_too(tmp_path: Path) -> None:
         if os.geteuid() == 0:
             assert sum(map(len, sandbox._waiting._idle.values())) == 1, "all of them have had one container"
         assert desk.leftovers() == []
+
+
+MATCHES = {
+    "a.txt": {"a.txt"},
+    "*.txt": {"a.txt", "b.txt"},
+    "[!a].txt": {"b.txt"},
+    "?.tx[st]": {"a.txt", "b.txt"},
+    "**/*.txt": {"a.txt", "b.txt", "d/a.txt", "d/e/a.txt", "upper/a.txt"},
+    "d/**": {"d/a.txt", "d/e/a.txt", "d/e/run.sh"},
+    "**/e/*": {"d/e/a.txt", "d/e/run.sh"},
+    "*/a.txt|b.txt": {"d/a.txt", "upper/a.txt", "b.txt"},
+    ".hidden": {".hidden"},
+    "A.TXT|b.txt": {"b.txt"},
+}
+
+
+@pytest.mark.parametrize("pattern", MATCHES)
+def test_a_key_follows_from_the_files_that_match_and_from_no_other(tmp_path: Path, pattern: str) -> None:
+    below = ["a.txt", "b.txt", ".hidden", "d/a.txt", "d/e/a.txt", "d/e/run.sh", "other.md", ".git/x.txt"]
+    names = [*(f"lower/{each}" for each in below), "upper/upper/a.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "lower/link.txt").symlink_to("a.txt")
+
+    def key() -> str:
+        return KeyMaker([tmp_path / "upper", tmp_path / "lower"])(f"k-{{hash_files:{pattern}}}")
+
+    before, found = key(), set()
+    assert key() == before
+    for name in names:
+        (tmp_path / name).write_text("changed")
+        if key() != before:
+            found.add(name.partition("/")[2])
+        (tmp_path / name).write_text(name)
+    assert found == MATCHES[pattern]
+
+
+async def test_what_a_run_was_told_of_caches_goes_with_it(platform: Harness) -> None:
+    run, now = await platform.start(), platform.clock.now()
+    known = {
+        "run_id": run.id,
+        "step": "s",
+        "count": 1,
+        "attempt": 1,
+        "key": "k",
+        "outcome": "hit",
+        "reason": "r",
+    }
+    await platform.store.write(lambda tx: tx.add(RunCache.model_validate(known | {"opened_at": now})))
+    assert [each.key for each in (await platform.runs.get(run.id)).caches] == ["k"]
+    await finish(platform, run.id)
+    await platform.runs.forget(run.id)
+    assert await platform.store.read(lambda tx: tx.all(RunCache)) == []
 
 
 # --- whose caches a run sees ---
