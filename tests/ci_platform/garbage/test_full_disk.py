@@ -11,15 +11,17 @@ import anyio
 import httpx
 import pytest
 
-from ci_platform.model import ShownStatus
+from ci_platform.model import DeliveryRow, ShownStatus
 from ci_platform.serving import Running, running
 from ci_platform.settings import Settings, load_settings
 from ci_platform.store import col
-from tests.ci_platform.api.world import GATED, HEAD, QUICK, World
+from tests.ci_platform.api.test_api_webhooks import RECORDED, post, signed
+from tests.ci_platform.api.world import GATED, HEAD, QUICK, SECRET, World
 from tests.ci_platform.garbage.test_gc_command import dynflow
 from tests.dynflow.disks import Disk, memory_disk
 
 MEBIBYTE = 1024 * 1024
+BODY = (RECORDED / "push.json").read_bytes()
 WHY = "room on the disk: less than 16.0 MiB are free (setting min_free)"
 
 LARGE = HEAD + (
@@ -107,13 +109,13 @@ async def test_garbage_is_collected_at_once_where_the_disk_is_short_of_room_and_
 
 
 async def test_nothing_acknowledged_is_lost_while_there_is_no_room_at_all(disk: Disk, tmp_path: Path) -> None:
-    async with world(disk, tmp_path) as it:
+    async with world(disk, tmp_path, github_webhook_secret=SECRET) as it:
         gated = await it.push(GATED)
         await it.at_gate(gated)
         talking = await it.push(TALKING, branch="other")
         await it.working_on(talking, "talk")
         disk.fill()
-        acknowledged = await register_until_refused(it)
+        acknowledged = await deliver_until_refused(it)
         disk.empty()
         assert (await it.concluded(talking))["conclusion"] == "success"
         log = (await it.http.get(f"/api/v1/runs/{talking}/steps/talk/log")).text.splitlines()
@@ -122,19 +124,19 @@ async def test_nothing_acknowledged_is_lost_while_there_is_no_room_at_all(disk: 
         ]
         assert (await it.decide(gated, "approve")).status_code == 200
         assert (await it.concluded(gated))["conclusion"] == "success"
-        known = {repo["name"] for repo in (await it.http.get("/api/v1/repos")).json()["items"]}
-        assert known >= set(acknowledged)
+        stored = await it.served.platform.store.read(lambda tx: tx.all(DeliveryRow))
+        assert {row.delivery_id for row in stored} >= acknowledged
+        assert (await post(it.http, BODY, signed(BODY, "push"))).status_code == 202
 
 
-async def register_until_refused(it: World) -> list[str]:
-    """Write to the database until it finds no room; return what it has taken."""
-    taken = list[str]()
+async def deliver_until_refused(it: World) -> set[str]:
+    """Deliver until there is no room; return what was taken."""
+    taken = set[str]()
     for number in range(3000):
-        name = f"many/{'x' * 80}{number}"
-        answer = await it.http.post("/api/v1/repos", json={"name": name})
+        answer = await post(it.http, BODY, signed(BODY, "push", delivery=f"delivery-{number}"))
         if answer.status_code == 503:
             assert "full" in answer.json()["error"]["message"]
             return taken
-        assert answer.status_code == 201, answer.text
-        taken.append(name)
+        assert answer.status_code == 202, answer.text
+        taken.add(f"delivery-{number}")
     raise AssertionError("the disk is not full")
