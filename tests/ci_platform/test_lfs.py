@@ -183,6 +183,9 @@ async def test_files_that_no_tree_has_are_garbage_and_fetched_again(
     assert await garbage.collect(item.name), "what is gone is collected"
     assert stored(tmp_path) == []
     assert await world.run(workspace, f"{CLEAN}; cat a") == "one"
+    (tmp_path / "source" / "lfs" / ".incoming" / "half").write_bytes(b"what a killed process left")
+    await world.source.sweep()
+    assert [path.name for path in stored(tmp_path)] == [hashlib.sha256(b"one").hexdigest()]
 
 
 # Credentials
