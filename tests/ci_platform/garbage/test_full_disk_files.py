@@ -26,6 +26,11 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     yield from memory_disk(tmp_path / "disk")
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[Disk]:
+    yield from memory_disk(tmp_path / "large", 32)
+
+
 async def texts(logs: Logs, key: LogKey = KEY) -> list[str]:
     return [line.text for line in (await logs.read(key, limit=10_000)).lines]
 
@@ -107,20 +112,19 @@ def test_a_connection_that_finds_no_room_tears_none(disk: Disk) -> None:
 
 
 async def test_a_layer_that_finds_no_room_is_the_platforms_fault_and_the_next_attempt_is_whole(
-    tmp_path: Path,
+    large: Disk,
 ) -> None:
-    for disk in memory_disk(tmp_path / "large", 32):
-        async with opened_desk(disk.folder) as desk:
-            await desk.fork(desk.remote.commit({"a": b"1"}))
-            await desk.run("echo kept > kept", step="first")
-            tree = await desk.workspaces.prepare("run1.build", LayerAuthor("second", 1, 1))
-            (tree.upper / "half").write_text("half")
-            other = desk.remote.commit({"b": b"2" * 100_000})
-            await desk.fetch(other)
-            disk.fill()
-            with pytest.raises(UnavailableError, match="the platform's disk is full"):
-                await desk.workspaces.commit(tree)
-            with pytest.raises(UnavailableError, match="the platform's disk is full"):
-                await desk.workspaces.fork("run2.build", REPO, other)
-            disk.empty()
-            assert await desk.run("ls", step="second") == "a\nkept\n", "nothing is left of the first attempt"
+    async with opened_desk(large.folder) as desk:
+        await desk.fork(desk.remote.commit({"a": b"1"}))
+        await desk.run("echo kept > kept", step="first")
+        tree = await desk.workspaces.prepare("run1.build", LayerAuthor("second", 1, 1))
+        (tree.upper / "half").write_text("half")
+        other = desk.remote.commit({"b": b"2" * 100_000})
+        await desk.fetch(other)
+        large.fill()
+        with pytest.raises(UnavailableError, match="the platform's disk is full"):
+            await desk.workspaces.commit(tree)
+        with pytest.raises(UnavailableError, match="the platform's disk is full"):
+            await desk.workspaces.fork("run2.build", REPO, other)
+        large.empty()
+        assert await desk.run("ls", step="second") == "a\nkept\n", "nothing is left of the first attempt"
