@@ -30,6 +30,9 @@ from ci_platform.source import Checkout, GitFolder, Remote, Source
 from ci_platform.submodules import Declared, Module
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
+_MOST_PARSED = 200
+"""Files whose submodules are remembered."""
+
 _CLOSED = re.compile(r"Authentication failed|could not read (?:Username|Password)|returned error: 40[13]")
 """What git says where it would need credentials."""
 
@@ -51,6 +54,7 @@ class Grafts:
 
     def __init__(self, source: Source, access: ModuleAccess, guard: Guard, lfs: LfsFetching) -> None:
         self._source, self._access, self._guard, self._lfs = source, access, guard, lfs
+        self._parsed: dict[bytes, list[Declared]] = {}
         self._mending = NamedLocks()
 
     async def find(self, origin: Origin) -> Origin:
@@ -83,7 +87,7 @@ class Grafts:
         )
         if content is None:
             return []
-        declared = await submodules.parse(content)
+        declared = await self._parse(content)
         if level.depth == 0 and origin.cone is not None:
             declared = [each for each in declared if origin.cone.holds(each.path.encode())]
         links = await self._source.links(level.store, level.sha, [each.path for each in declared])
@@ -93,6 +97,15 @@ class Grafts:
                 f"submodules are inside of each other {submodules.DEEPEST} deep, and {level.path!r} has more"
             )
         return [await self._module(origin, level, each, links[each.path], way) for each in wanted]
+
+    async def _parse(self, content: bytes) -> list[Declared]:
+        """Read a file as `submodules.parse` does; the same content again costs no process."""
+        digest = hashlib.sha256(content).digest()
+        if digest not in self._parsed:
+            if len(self._parsed) >= _MOST_PARSED:
+                self._parsed.clear()
+            self._parsed[digest] = await submodules.parse(content)
+        return self._parsed[digest]
 
     async def _module(
         self, origin: Origin, level: _Level, declared: Declared, sha: str, way: WayAsNeeded
