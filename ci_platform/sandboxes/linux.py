@@ -165,10 +165,15 @@ def mount_filesystem(
         os.close(made)
 
 
+_WHOLE = (("metacopy", "off"), ("redirect_dir", "nofollow"))
+
+
 def mount_overlay(lowers: Sequence[str], upper: str, work: str, target: str, *, as_root: bool) -> None:
     """Mount an overlay, topmost layer first in `lowers`, without the sync at unmount (`volatile`).
 
-    Layers keep their marks in `trusted.` attributes as root and in `user.` ones elsewhere, as workspaces do.
+    Layers keep their marks in `trusted.` attributes as root and in `user.` ones elsewhere, as workspaces do. Whatever a
+    kernel does by default, a changed file is whole in `upper`, and a moved folder has its files there: layers are read
+    and linked on their own. Elsewhere than as root it is never otherwise, and must not be asked for.
     A kernel before 6.7 gets the old call, which takes one page of options: paths are made short by naming
     them from their common folder.
     """
@@ -177,24 +182,25 @@ def mount_overlay(lowers: Sequence[str], upper: str, work: str, target: str, *, 
     os.chdir(common)
     try:
         *layers, top, scratch = [os.path.relpath(path, common) for path in (*lowers, upper, work)]
-        flags = ["volatile"] if as_root else ["volatile", "userxattr"]
-        _mount_overlay(layers, [("upperdir", top), ("workdir", scratch)], flags, target)
+        folders = [("upperdir", top), ("workdir", scratch)]
+        pairs = [*folders, *(_WHOLE if as_root else ())]
+        _mount_overlay(layers, pairs, ["volatile"] if as_root else ["volatile", "userxattr"], target)
     finally:
         os.fchdir(before)
         os.close(before)
 
 
 def _mount_overlay(
-    lowers: Sequence[str], folders: list[tuple[str, str]], flags: list[str], target: str
+    lowers: Sequence[str], pairs: list[tuple[str, str]], flags: list[str], target: str
 ) -> None:
     options: list[tuple[str, str | None]] = [("lowerdir+", lower) for lower in lowers]
-    options += [*folders, *((flag, None) for flag in flags)]
+    options += [*pairs, *((flag, None) for flag in flags)]
     try:
         mount_filesystem("overlay", options, target, ATTR_NOSUID | ATTR_NODEV)
     except OSError as error:
         if "fsconfig lowerdir+" not in str(error):
             raise
-        texts = [f"lowerdir={':'.join(lowers)}", *("=".join(pair) for pair in folders), *flags]
+        texts = [f"lowerdir={':'.join(lowers)}", *("=".join(pair) for pair in pairs), *flags]
         mount("overlay", target, "overlay", MS_NOSUID | MS_NODEV, ",".join(texts))
 
 

@@ -342,6 +342,25 @@ async def test_the_workspace_is_all_layers_seen_as_one(run: Run) -> None:
     assert run.text == "topnewold"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="elsewhere the kernel does it by itself")
+async def test_layers_are_whole_whatever_the_kernel_does_by_default(run: Run) -> None:
+    """With the kernel's own defaults a layer may have the size of a changed file, and none of its bytes."""
+    await run("grep ' /workspace ' /proc/self/mounts", run.tree(run.layer("one", {"a": "a"})))
+    words = run.text.splitlines()[-1].split()[3].split(",")
+    known = {"redirect_dir": "nofollow", "metacopy": "off"}
+    told = dict(word.split("=", 1) for word in words if "=" in word)
+    # What is as the kernel has it by default is not shown.
+    parameters = Path("/sys/module/overlay/parameters")
+    follows = "Y" in {
+        (parameters / f"redirect_{name}").read_text().strip() for name in ("dir", "always_follow")
+    }
+    if not follows:
+        del known["redirect_dir"]
+    if (parameters / "metacopy").read_text().strip() == "N":
+        del known["metacopy"]
+    assert {name: told.get(name) for name in known} == known
+
+
 async def test_files_of_their_own_are_mounted_in_the_workspace_and_in_the_home_folder(run: Run) -> None:
     held = run.tree(run.layer("cached", {"old": "old", "gone": "gone"}))
     fresh = Tree(run.layer("fresh"), run.layer("unused"))
