@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ci_platform import copy_on_write
+from ci_platform import copy_on_write, layers
 from ci_platform.errors import UnavailableError
 from ci_platform.sandboxes import Tree, linux
 
@@ -50,13 +50,16 @@ def make_place() -> Path:
 
 def mount(tree: Tree, target: Path) -> None:
     """Mount a tree over the folder `target`. Blocks for a millisecond; needs root. Raises UnavailableError."""
+    _mount(tree, str(target))
 
+
+def _mount(tree: Tree, target: str) -> None:
     def work() -> None:
         if not tree.lowers:
-            linux.bind(str(tree.upper), str(target), _ATTRIBUTES, recursive=False)
+            linux.bind(str(tree.upper), target, _ATTRIBUTES, recursive=False)
             return
         lowers = [str(lower) for lower in tree.lowers]
-        linux.mount_overlay(lowers, str(tree.upper), str(tree.work), str(target), as_root=True)
+        linux.mount_overlay(lowers, str(tree.upper), str(tree.work), target, as_root=True)
 
     apart(work, "cannot mount the workspace")
 
@@ -97,6 +100,48 @@ def unmount(target: Path) -> bool:
             linux.unmount(str(target), linux.MNT_DETACH)
         return False
     return True
+
+
+def mount_below(tree: Tree, root: Path, path: str) -> None:
+    """Mount a tree over a folder below another one, in which tenants' programs may run. Raises UnavailableError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = _open(stack, root, path)
+        except OSError as error:
+            why = f"{path!r} is no folder of the workspace any more: {error}"
+            raise UnavailableError(f"container sandbox: {why}") from None
+        # The folder that was found, wherever it is moved meanwhile; a name would be looked up again.
+        _mount(tree, f"/proc/self/fd/{folder}/.")
+
+
+def unmount_below(root: Path, path: str) -> bool:
+    """`unmount` for what `mount_below` has mounted; False also where it is not there any more."""
+    above, _, name = path.rpartition("/")
+    went = False
+
+    def work() -> None:
+        nonlocal went
+        with contextlib.ExitStack() as stack:
+            os.fchdir(_open(stack, root, above))
+            try:
+                linux.unmount(name, linux.UMOUNT_NOFOLLOW)
+                went = True
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                linux.unmount(name, linux.UMOUNT_NOFOLLOW | linux.MNT_DETACH)
+
+    with contextlib.suppress(UnavailableError):
+        apart(work, "cannot unmount in the workspace")
+    return went
+
+
+def _open(stack: contextlib.ExitStack, root: Path, path: str) -> int:
+    """Open a folder below another one through real folders alone: a link of a tenant's would lead about the host."""
+    folder = stack.enter_context(layers.directory(root))
+    for name in filter(None, path.split("/")):
+        folder = stack.enter_context(layers.directory(name, folder))
+    return folder
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ci_platform.errors import UnavailableError
 from ci_platform.sandboxes import Tree, merged
 
 DEAD = 4_194_305  # above the largest process id there is
@@ -79,3 +80,39 @@ def test_a_tree_that_cannot_be_unmounted_is_not_emptied(
         assert (tree / "work").exists()
     finally:
         subprocess.run(["umount", tree], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount and unmount")
+@pytest.mark.parametrize("kind", ["overlay", "folder"])
+def test_what_is_mounted_in_a_workspace_stays_in_it_whatever_its_names_lead_to(
+    tmp_path: Path, kind: str
+) -> None:
+    """Programs of an image may run in a warm container while the platform mounts there, and change every name."""
+    outside, root = tmp_path / "outside", tmp_path / "workspace"
+    (outside / "deps").mkdir(parents=True)
+    (root / "real" / "deps").mkdir(parents=True)
+    (root / "sub").symlink_to(outside)
+    tree = a_tree(tmp_path / "job")
+    if kind == "folder":
+        tree = Tree(tree.upper, tree.work)
+        (tree.upper / "secret").write_text("theirs")
+    with pytest.raises(UnavailableError, match="'sub/deps' is no folder of the workspace any more"):
+        merged.mount_below(tree, root, "sub/deps")
+    assert not (outside / "deps").is_mount()
+    merged.mount_below(tree, root, "real/deps")
+    try:
+        assert (root / "real" / "deps" / "secret").read_text() == "theirs"
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", outside / "deps"], check=True)
+        try:
+            assert not merged.unmount_below(root, "sub/deps")
+            assert (outside / "deps").is_mount(), "it is not the platform's to unmount"
+        finally:
+            subprocess.run(["umount", outside / "deps"], check=True)
+        with (root / "real" / "deps" / "secret").open():
+            assert not merged.unmount_below(root, "real/deps"), "somebody has a file of it open"
+    finally:
+        subprocess.run(["umount", "-l", root / "real" / "deps"], check=False, capture_output=True)
+    assert merged.mounts_below(str(root)) == []
+    merged.mount_below(a_tree(tmp_path / "later"), root, "real/deps")
+    assert merged.unmount_below(root, "real/deps")
+    assert list((root / "real" / "deps").iterdir()) == []

@@ -53,7 +53,7 @@ class Place:
         merged.mount(tree, self.tree)
         for each in mounts:
             if each.place == "workspace":
-                merged.mount(each.tree, self.tree / each.path)
+                merged.mount_below(each.tree, self.tree, each.path)
             else:
                 self._show_at_home(each, pid)
 
@@ -78,7 +78,8 @@ class Place:
 
     def hide(self) -> bool:
         """Take the workspace away; returns False where something is still open in it, and it goes when that does."""
-        below = [merged.unmount(Path(target)) for target in merged.mounts_below(str(self.tree))]
+        names = [os.path.relpath(target, self.tree) for target in merged.mounts_below(str(self.tree))]
+        below = [merged.unmount_below(self.tree, name) for name in names]
         return merged.unmount(self.tree) and all(below)
 
     def remove(self) -> None:
@@ -191,7 +192,7 @@ def _way_home(path: str) -> str:
         target /= name
         if not target.exists():
             target.mkdir()
-            os.chown(target, SANDBOX_UID, SANDBOX_UID)
+            os.chown(target, SANDBOX_UID, SANDBOX_UID, follow_symlinks=False)
         if target.is_symlink() or not target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "the image has something else there", str(target))
     return str(target)
