@@ -6,13 +6,14 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import anyio
 import anyio.to_thread
 
-from ci_platform import git_commands, lfs_client
+from ci_platform import full_disk, git_commands, lfs_client
 from ci_platform.errors import FailedError, ForbiddenError, LimitExceededError, PlatformError
 from ci_platform.fetching import Remote
 from ci_platform.git_commands import GitError
@@ -92,7 +93,7 @@ class LfsFetching:
                 )
 
         for pointer in missing:
-            await anyio.to_thread.run_sync(copy, pointer)
+            await anyio.to_thread.run_sync(full_disk.told(partial(copy, pointer)))
 
     async def _fetch(self, repo: str, server: _Server, missing: Sequence[Pointer], *, trusted: bool) -> None:
         most = sum(each.size for each in missing) + _MORE
@@ -114,7 +115,7 @@ class LfsFetching:
                 self._store.put(repo, pointer, lambda into: client.get(place, pointer, into), trusted=trusted)
 
             # Who is cancelled closes the way out, which ends the thread.
-            await anyio.to_thread.run_sync(put, limiter=limiter, abandon_on_cancel=True)
+            await anyio.to_thread.run_sync(full_disk.told(put), limiter=limiter, abandon_on_cancel=True)
 
         try:
             places = await anyio.to_thread.run_sync(client.places, batch, abandon_on_cancel=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.ci_platform.forge_server import TOKEN, Answer, Asked, ForgeServer
 from tests.ci_platform.git_repositories import Content, Script, WorkingCopy
 from tests.ci_platform.grafting import REPO, Platform, opened_platform
 from tests.ci_platform.test_submodules import add
+from tests.dynflow.disks import memory_disk
 
 CLEAN = "git status --porcelain; git diff HEAD"
 
@@ -350,6 +352,20 @@ async def test_a_server_that_is_away_is_asked_again_later_and_one_that_sends_on_
     lfs.twist = lambda asked: (302, {"Location": asked.path}, b"")
     with pytest.raises(FailedError, match="more than 5 times"):
         await fork(world, sha)
+
+
+@pytest.mark.root
+async def test_a_full_disk_is_the_platforms_trouble_and_leaves_nothing_half(
+    world: Platform, lfs: Lfs, app: WorkingCopy, tmp_path: Path
+) -> None:
+    sha = app.commit({f"f{number}": lfs.pointer(b"%d" % number * 200_000) for number in range(4)})
+    with contextmanager(memory_disk)(tmp_path / "source" / "lfs") as disk:
+        disk.fill(leave=500_000)
+        with pytest.raises(UnavailableError, match="disk is full"):
+            await fork(world, sha)
+        assert not list((disk.folder / ".incoming").iterdir())
+        disk.empty()
+        assert await world.run(await fork(world, sha), f"{CLEAN}; cat f3 | wc -c") == "200000\n"
 
 
 async def test_an_import_from_this_machine_has_its_lfs_files_beside_it(
