@@ -9,7 +9,7 @@ from datetime import datetime
 
 import anyio
 
-from ci_platform.errors import UnavailableError
+from ci_platform.errors import PlatformError
 from ci_platform.garbage import Collectable, Item
 from ci_platform.garbage.planning import NOTHING, SHORT_OF_ROOM, Need, Stock, Verdict, plan
 from dynflow.clock import Clock
@@ -103,7 +103,7 @@ class Collector:
             items: Sequence[Item] = ()
             try:
                 items = await store.items()
-            except (UnavailableError, OSError) as error:
+            except (PlatformError, OSError) as error:
                 trouble[store.kind] = str(error)
                 _log.info("%s cannot be looked at: %s", store.kind, error)
             stocks.append(Stock(store.kind, store.allowance, items))
@@ -132,7 +132,7 @@ class Collector:
         """Return why an item is still there, None where it is gone."""
         try:
             return None if await self._stores[verdict.kind].collect(verdict.item.name) else _TAKEN
-        except (UnavailableError, OSError) as error:
+        except (PlatformError, OSError) as error:
             _log.warning("%s %s cannot be deleted: %s", verdict.kind, verdict.item.name, error)
             return "it cannot be deleted"
 

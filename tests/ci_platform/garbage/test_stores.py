@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from ci_platform.errors import ConflictError, NotFoundError, UnavailableError
+from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError, UnavailableError
 from ci_platform.fetching import Remote
 from ci_platform.garbage import Allowance, Collectable, Item
 from ci_platform.garbage.caches import CacheEntries
@@ -242,6 +242,7 @@ class Shelf:
     def __init__(self, *items: Item) -> None:
         self.here = {item.name: item for item in items}
         self.taken, self.stuck = set[str](), set[str]()
+        self.trouble: Exception = OSError(5, "I/O error")
 
     async def items(self) -> list[Item]:
         if not self.here:
@@ -250,7 +251,7 @@ class Shelf:
 
     async def collect(self, name: str) -> bool:
         if name in self.stuck:
-            raise OSError(5, "I/O error")
+            raise self.trouble
         return name not in self.taken and bool(self.here.pop(name))
 
 
@@ -258,9 +259,10 @@ def thing(name: str, stands_on: str | None = None) -> Item:
     return Item(name, None, 10, datetime(2020, 1, 1, tzinfo=UTC), stands_on=stands_on)
 
 
-async def test_what_cannot_be_collected_stays_with_all_that_it_stands_on() -> None:
+@pytest.mark.parametrize("trouble", [OSError(5, "I/O error"), InvalidInputError("no name for a repository")])
+async def test_what_cannot_be_collected_stays_with_all_that_it_stands_on(trouble: Exception) -> None:
     shelf = Shelf(thing("base"), thing("delta", "base"), thing("taken"), thing("other"))
-    shelf.stuck, shelf.taken = {"delta"}, {"taken"}
+    shelf.stuck, shelf.taken, shelf.trouble = {"delta"}, {"taken"}, trouble
     collector = Collector([shelf], ManualClock(datetime.now(UTC)))
     would = await collector.look()
     assert (would.dry_run, len(would.items), len(shelf.here)) == (True, 4, 4)
