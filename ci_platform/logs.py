@@ -171,17 +171,20 @@ class Logs:
         """Where each run has a folder."""
         return self._root
 
-    def is_growing(self, run_id: str) -> bool:
-        """Whether something is writing a log of the run."""
-        folder = self._folder(run_id)
-        return any(path.parent == folder and file.users for path, file in self._files.items())
+    def growing(self) -> set[str]:
+        """Return the runs of which something is writing a log."""
+        return {path.parent.name for path, file in self._files.items() if file.users}
+
+    def folders(self) -> list[Path]:
+        """Return the folders of runs, in no order. Blocks."""
+        return [path for path in self._root.glob("[!.]*") if _RUN_ID.fullmatch(path.name)]
 
     async def collect(self, run_id: str) -> bool:
         """Delete all logs of a run, so that they say so when they are read; False while one of them grows.
 
         Out of sight by renames, for which no disk is too full, and in one go: nobody begins to write meanwhile.
         """
-        if self.is_growing(run_id):
+        if run_id in self.growing():
             return False
         folder, trash = self._folder(run_id), list[Path]()
         for path in sorted(folder.glob("*")):

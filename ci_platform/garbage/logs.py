@@ -41,10 +41,10 @@ class RunLogs:
     async def items(self) -> Sequence[Item]:
         """Return the runs that have logs."""
         still_open, repos = await self._still_open(), await self._repos()
-        now = self._clock.now()
+        pinned, now = self._logs.growing().union(still_open), self._clock.now()
 
         def look() -> list[Item]:
-            found = (self._item(path, still_open, repos) for path in self._logs.root.glob("[!.]*"))
+            found = (self._item(path, pinned, repos) for path in self._logs.folders())
             # What has been collected is of no use to make room, and goes when its time is over.
             return [item for item in found if item and (item.size or self._is_over(item, now))]
 
@@ -53,7 +53,7 @@ class RunLogs:
     def _is_over(self, item: Item, now: datetime) -> bool:
         return item.expires_at is not None and item.expires_at <= now
 
-    def _item(self, folder: Path, still_open: Collection[str], repos: Mapping[str, str]) -> Item | None:
+    def _item(self, folder: Path, pinned: Collection[str], repos: Mapping[str, str]) -> Item | None:
         try:
             found = [path.stat() for path in folder.iterdir()]
             newest = max((each.st_mtime for each in found), default=folder.stat().st_mtime)
@@ -67,7 +67,7 @@ class RunLogs:
             sum(each.st_size for each in found),
             used_at,
             len(found),
-            "the run has not ended" if run_id in still_open or self._logs.is_growing(run_id) else None,
+            "the run has not ended" if run_id in pinned else None,
             used_at + self._kept_for,
         )
 
@@ -76,7 +76,7 @@ class RunLogs:
         if name in await self._still_open():
             return False
         item = await anyio.to_thread.run_sync(self._item, self._logs.root / name, (), {})
-        if item is None or item.pinned:
+        if item is None or name in self._logs.growing():
             return item is None
         if self._is_over(item, self._clock.now()):
             self._logs.delete(name)
