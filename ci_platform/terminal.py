@@ -35,6 +35,9 @@ _LOOKS = {
     "queued": ("○", "yellow"),
     "waiting": ("‖", "magenta"),
 }
+_MOST_CACHES = 20
+"""That a run is shown with: the newest."""
+
 # The engine has ended a moment before the conclusion is stored.
 _CONCLUSION_WITHIN = 30.0
 _GATE_WITHIN = 10.0
@@ -367,6 +370,9 @@ def print_run(run: RunJson, console: Console) -> None:
     for line in forks_in_words(run):
         console.print(Text(line), style="bright_black")
     console.print(steps_table(run))
+    for cache in run.get("caches", ())[-_MOST_CACHES:]:
+        told = "; ".join(filter(None, (cache["reason"], cache["saved"])))
+        console.print(Text(plain(f"cache of {cache['step']}: {told}")), style="bright_black")
     for gate in run["gates"]:
         if gate["state"] == "open":
             console.print(Text(f"open gate: {gate['name']}"), style="magenta")

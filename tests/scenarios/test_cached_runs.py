@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import httpx
+from rich.console import Console
 
+from ci_platform.terminal import print_run
 from tests.scenarios.github_server import serve_github
 from tests.scenarios.pipelines import make_repository
 from tests.scenarios.server import concluded, running_server
@@ -54,6 +57,9 @@ def test_a_run_finds_what_an_earlier_one_left_and_says_so(tmp_path: Path) -> Non
                 f"{server.url}/runs/{second['id']}", headers=server.headers, follow_redirects=True
             )
             assert "of refs/heads/main, 2 files" in page.text
+            console = Console(file=io.StringIO(), width=200)
+            print_run(first, console)
+            assert f"cache of build: {missed['reason']}; saved" in console.file.getvalue().replace("\n", " ")  # type: ignore[attr-defined]
             # A path that leaves the workspace is the pipeline's failure, with the value.
             assert second["conclusion"] == "failure"
             assert (
