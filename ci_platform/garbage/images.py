@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
+from typing import Any
 
 from ci_platform.garbage import Allowance, Item
 from ci_platform.model import RunImage, SnapshotImage
 from ci_platform.sandboxes import ImageMaker
-from ci_platform.store import Store, Transaction
+from ci_platform.store import Store, Transaction, col
 
 
 class MadeImages:
@@ -44,17 +45,25 @@ class MadeImages:
 
     async def _wanted(self) -> set[str]:
         still_open = await self._still_open()
-        rows = await self._store.read(lambda tx: tx.all(RunImage))
-        return {row.exact for row in rows if row.run_id in still_open}
+        return {exact for run_id, exact in await self._given() if run_id in still_open}
+
+    async def _given(self, *where: Any) -> Sequence[tuple[str, str]]:
+        """Return which run was given which image."""
+        return await self._store.read(
+            lambda tx: tx.values((col(RunImage.run_id), col(RunImage.exact)), *where)
+        )
 
     async def collect(self, name: str) -> bool:
         """Delete one, unless a run was given it by now or a container uses it."""
-        return name not in await self._wanted() and await self._maker.remove_made(name)
+        given, still_open = await self._given(col(RunImage.exact) == name), await self._still_open()
+        if any(run_id in still_open for run_id, _ in given):
+            return False
+        return await self._maker.remove_made(name)
 
 
 def _known(tx: Transaction) -> tuple[dict[str, str], dict[str, datetime]]:
     """Return the repositories of snapshots, and when images were given to a run last, by exact name."""
     used_at = dict[str, datetime]()
-    for row in tx.all(RunImage):
-        used_at[row.exact] = max(row.pinned_at, used_at.get(row.exact, row.pinned_at))
-    return {row.exact: row.repo for row in tx.all(SnapshotImage)}, used_at
+    for exact, pinned_at in tx.values((col(RunImage.exact), col(RunImage.pinned_at))):
+        used_at[exact] = max(pinned_at, used_at.get(exact, pinned_at))
+    return dict(tx.values((col(SnapshotImage.exact), col(SnapshotImage.repo)))), used_at
