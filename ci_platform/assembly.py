@@ -30,6 +30,7 @@ from ci_platform.garbage.stores import room_of, stores_of
 from ci_platform.gates import Gates
 from ci_platform.git_store import GitStore
 from ci_platform.grafts import make_grafts
+from ci_platform.hydration.plan import Threshold
 from ci_platform.image_capability import ImagesCapability
 from ci_platform.image_making import ImageMaking
 from ci_platform.images import PinnedImages, read_names
@@ -153,6 +154,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         remote_of=remotes,
         on_damage=imports.suspect,
         limits=TreeLimits(files=settings.max_tree_files, size=settings.max_tree),
+        lazy=Threshold(settings.lazy_files, settings.lazy_size) if settings.lazy_trees else None,
     )
     forced = None if settings.copy_on_write == "auto" else settings.copy_on_write
     method = await anyio.to_thread.run_sync(lambda: copy_on_write.probe(settings.workspaces_path, forced))
@@ -298,8 +300,8 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
                 # Before the engine ends what runs: commands go on, for the next process to find.
                 execution.leave()
     finally:
-        for sandbox in sandboxes.values():
-            await sandbox.close()
+        for close in (*(sandbox.close for sandbox in sandboxes.values()), source.close):
+            await close()
 
 
 async def _recover(

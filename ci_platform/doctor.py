@@ -21,6 +21,7 @@ from ci_platform.assembly import make_sandboxes
 from ci_platform.errors import PlatformError
 from ci_platform.garbage.stores import room_of
 from ci_platform.settings import Settings, make_data_folder
+from ci_platform.source import hydrating
 from dynflow.errors import FacetUnavailableError, IsolateError
 from dynflow.facets import Facets
 from dynflow.isolates import describe_walls
@@ -153,7 +154,18 @@ def _workspaces(settings: Settings) -> Sequence[Finding]:
         "" if method.mounts else "an overlay filesystem makes commands start faster and keeps disk use low"
     )
     found = [Finding("workspaces", "copy-on-write", method.name, state, advice)]
+    found.append(_lazy_trees(settings, method.name))
     return [*found, *(Finding("workspaces", f"not {name}", why) for name, why in method.refused.items())]
+
+
+def _lazy_trees(settings: Settings, method: str) -> Finding:
+    """Say whether the first command of a large commit need not wait until its files are written."""
+    why = "lazy_trees=false" if not settings.lazy_trees else None
+    why = why or ("needs overlay" if method != "overlay" else hydrating.unavailable())
+    if why is None:
+        return Finding("workspaces", "lazy trees", "large commits are used before they are on disk", "good")
+    advice = "the first command of a large commit waits until all its files are written"
+    return Finding("workspaces", "lazy trees", f"not here: {why}", "note", advice)
 
 
 def _sandbox(kind: str, described: Mapping[str, str]) -> Iterator[Finding]:

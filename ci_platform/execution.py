@@ -195,7 +195,9 @@ class Execution:
             printer.say("command", _cut(shlex.join(command.argv)))
             if self._images is not None:
                 command = await self._images.pin_all(sandbox, run_id, command, printer.notice)
-            tree = await self._workspaces.prepare(command.workspace.id, author)
+            # Keys of caches are made from files on disk.
+            lazy = sandbox.takes_lazy and not command.cache
+            tree = await self._workspaces.prepare(command.workspace.id, author, lazy=lazy)
             tree, mounts = await self._with_caches(command, run_id, author, tree, printer)
             job = replace(self._job(command, run_id, tree, limits, printer), mounts=mounts)
             about = self._described(tree)
@@ -294,6 +296,7 @@ class Execution:
     async def _conclude(
         self, command: Command, job: SandboxJob, outcome: SandboxOutcome, printer: Printer
     ) -> CommandResult:
+        await self._workspaces.check(job.tree)
         _raise_over_limit(job, outcome)
         if outcome.exit_code != 0:
             _raise_if_full(job.tree.upper)

@@ -21,6 +21,7 @@ from ci_platform.sandboxes import SANDBOX_UID
 
 _HEADER = struct.Struct(">4sII")
 _ENTRY = struct.Struct(">10I20sH")
+_MADE = struct.Struct(">6I20sH")
 _EXTENSION = struct.Struct(">4sI")
 _NODE = re.compile(rb"([^\0]*)\0(-?\d+) (\d+)\n")
 _WORD = 0xFFFFFFFF
@@ -48,6 +49,13 @@ def entry(path: bytes, mode: int, oid: bytes, found: os.stat_result | None) -> b
     else:
         head = _ENTRY.pack(*_stat_fields(found, mode), oid, flags)
     # One to eight NUL bytes, so that each entry begins at a multiple of eight.
+    return head + path + b"\0" * (8 - (len(head) + len(path)) % 8)
+
+
+def made_entry(path: bytes, mode: int, oid: bytes, times: bytes, inode: int, size: int) -> bytes:
+    """Return the entry of a file that is not on disk yet. `times` are its ctime and mtime, packed."""
+    about = (0, inode & _WORD, mode, SANDBOX_UID, SANDBOX_UID, size & _WORD)
+    head = times + _MADE.pack(*about, oid, min(len(path), _LONGEST_NAME))
     return head + path + b"\0" * (8 - (len(head) + len(path)) % 8)
 
 
@@ -98,8 +106,12 @@ class Recorder:
     def add(self, path: bytes, mode: int, oid: bytes, found: os.stat_result | None) -> None:
         """Take down a file."""
         self._extended = self._extended or (found is None and mode != GITLINK)
+        self.append(entry(path, mode, oid, found))
+
+    def append(self, new: bytes) -> None:
+        """Take down a file's entry that somebody has made."""
         self._offsets.append(len(self._content))
-        self._content += entry(path, mode, oid, found)
+        self._content += new
         self._nodes[-1].files += 1
 
     def remove(self, path: bytes) -> None:

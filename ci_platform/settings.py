@@ -154,6 +154,15 @@ class Settings(BaseModel):
     cache_floor: Size = Field(
         1024 * MEBIBYTE, description="Disk up to which a repository loses no cache to other repositories."
     )
+    lazy_trees: bool = Field(
+        default=True,
+        description="Whether the first commands of a large commit start before its files are on disk: files are read "
+        "out of git as they are asked for, and all are written meanwhile. Needs root and /dev/fuse.",
+    )
+    lazy_files: int = Field(5_000, ge=1, description="Files from which on a commit is large.")
+    lazy_size: Size = Field(
+        256 * MEBIBYTE, description="What its files have to be together to be large anyhow."
+    )
     keep_failures: Duration = Field(
         timedelta(days=1),
         description="How long the files that failed commands left can be looked at: the last three of a workspace.",

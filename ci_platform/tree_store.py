@@ -2,8 +2,9 @@
 
 A tree is a folder `<root>/<repo>/<key>` with the files under `tree`. A base holds a whole commit; a delta is
 a layer (see `ci_platform.layers`) that turns the tree below into a nearby commit's. Neither changes once it has
-its name. A tree counts only until the machine restarts: nothing is flushed while it is written, so after a power
-cut its files could be empty.
+its name. A stand-in has no files, but can be mounted as the base that it stands for, until that is written (see
+`ci_platform.hydration`). A tree counts only until the machine restarts: nothing is flushed while it is written, so
+after a power cut its files could be empty.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ from pathlib import Path
 from ci_platform import layers
 from ci_platform.trees import Owner
 
+_BASE, _STAND_IN = "base", "lazy"
+
 SAFE_FOR = 600.0
 """Seconds after its last use in which a tree is safe: whoever asked for it has pinned it long before."""
 
 CHEAP_FOR = 3600.0
 """Seconds after its last use in which a tree stays that costs next to nothing to build again (`cheap`)."""
+
+
+def stands_for(key: str) -> str:
+    """Return the key of the base for which there is a stand-in by this key; other keys as they are."""
+    return _BASE + key.removeprefix(_STAND_IN) if key.startswith(_STAND_IN) else key
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,16 @@ class StoredTree:
     def path(self) -> Path:
         """Where the files are."""
         return self.folder / "tree"
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether its files are not on disk."""
+        return self.key.startswith(_STAND_IN)
+
+    @property
+    def stands_for(self) -> str:
+        """The key of the base whose files these are; of others their own."""
+        return stands_for(self.key)
 
 
 class TreeStore:
@@ -62,17 +80,26 @@ class TreeStore:
             self.use([found])
         return found
 
-    def chain(self, repo: str, key: str) -> list[StoredTree]:
-        """Return a tree and those below it, topmost first; empty where one is gone."""
+    def chain(self, repo: str, key: str, *, stand_ins: bool = False) -> list[StoredTree]:
+        """Return a tree and those below it, topmost first; empty where one is gone.
+
+        With `stand_ins`, a base that is not written may be its stand-in.
+        """
         found = list[StoredTree]()
         wanted: str | None = key
         while wanted is not None:
             tree = self._read(self._root / repo / wanted)
+            if tree is None and stand_ins:
+                tree = self.stand_in(repo, wanted)
             if tree is None:
                 return []
             found.append(tree)
             wanted = tree.base
         return found
+
+    def stand_in(self, repo: str, key: str) -> StoredTree | None:
+        """Return what stands for a base, written or not, by the base's key."""
+        return self._read(self._root / repo / key.replace(_BASE, _STAND_IN, 1))
 
     def use(self, trees: Sequence[StoredTree]) -> list[StoredTree]:
         """Note that trees are in use, the first of them as the last used one; return them."""

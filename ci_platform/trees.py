@@ -45,7 +45,7 @@ class TreeWriter:
     """Writes one tree depth first. Refuses names and duplicates by which a commit could leave its tree.
 
     What it writes is taken down in `index`. Of a folder outside of `cone` it takes down the entries alone. Files
-    get the time `modified_at` (in ns), where it is given.
+    and folders get the time `modified_at` (in ns), where it is given.
     """
 
     root: Path
@@ -67,7 +67,7 @@ class TreeWriter:
 
     def __exit__(self, *_: object) -> None:
         while self._stack:
-            os.close(self._stack.pop())
+            self._finish_folder()
 
     @property
     def is_outside(self) -> bool:
@@ -101,7 +101,12 @@ class TreeWriter:
         if self.is_outside:
             self._outside -= 1
         else:
-            os.close(self._stack.pop())
+            self._finish_folder()
+
+    def _finish_folder(self) -> None:
+        if self.modified_at is not None:
+            os.utime(self._stack[-1], ns=(self.modified_at, self.modified_at))
+        os.close(self._stack.pop())
 
     def file(self, name: bytes, content: bytes, oid: bytes, *, executable: bool) -> None:
         """Write a regular file."""
@@ -142,7 +147,7 @@ class TreeWriter:
         self._count(0)
         if not self.is_outside:
             self._make(path)
-            os.close(self._stack.pop())
+            self._finish_folder()
         self._record(name, GITLINK_OUTSIDE if self.is_outside else GITLINK, oid, None)
 
     def leave_out(self, name: bytes, mode: int, oid: bytes) -> None:

@@ -57,18 +57,20 @@ _PACK_WITHIN = 600.0
 class GitFolder:
     """Which `.git` is wanted: of a commit and its cone; with all of the repository, or with `alone` this commit.
 
-    `copied` says that commands get copies of the tree.
+    `copied` says that commands get copies of the tree. `index` tells indexes of one commit apart, where there are
+    several.
     """
 
     sha: str
     cone: Cone | None = None
     alone: bool = False
     copied: bool = False
+    index: str = ""
 
     def key(self, repository: Path) -> str:
         """Return its name in a store of trees. It changes with the repository's refs and packs."""
         view = f".{self.cone.name}" if self.cone is not None else ""
-        kind = ("alone" if self.alone else "git") + ("-copy" if self.copied else "")
+        kind = ("alone" if self.alone else "git") + ("-copy" if self.copied else "") + self.index
         state = "" if self.alone else f"-{_state(repository)}"
         return f"{kind}{view}-{self.sha}{state}"
 

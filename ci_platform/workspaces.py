@@ -22,9 +22,10 @@ from ci_platform import copy_on_write, layer_views, layers, sealing
 from ci_platform.commit_reports import CommitReport, Conflict, conflicts_with, describe
 from ci_platform.cones import Cone
 from ci_platform.copy_on_write import Method
-from ci_platform.errors import ConflictError, LimitExceededError
+from ci_platform.errors import ConflictError, LimitExceededError, UnavailableError
 from ci_platform.grafts import Grafts
-from ci_platform.open_trees import OpenTree
+from ci_platform.hydration.mounts import LazyLower
+from ci_platform.open_trees import OpenTree, letting_go_of
 from ci_platform.origins import Origin
 from ci_platform.sandboxes import SANDBOX_UID, Tree
 from ci_platform.snapshots import Snapshot, View, layer_facts, snapshots_of
@@ -92,7 +93,7 @@ class Workspaces(WorkspacePlaces):
         wanted = Origin(check_repo(repo), check_sha(sha), cone, alone, submodules=submodules, lfs=lfs)
         if not await self._exists(stack):
             found = await self._grafts.find(wanted) if self._grafts else wanted
-            checkout = await self._checkout(found)
+            checkout = await self._checkout(found, lazy=True)
             record = replace(found, git=checkout.git).as_json()
             await self._thread(lambda: self._create(stack, record))
         await self._check_origin(stack, wanted)
@@ -142,9 +143,10 @@ class Workspaces(WorkspacePlaces):
         """Return what of a workspace can be looked at or forked: the fork, then each layer, then failed commands."""
         return await self._thread(lambda: snapshots_of(self._stack(workspace_id)))
 
-    async def _checkout(self, origin: Origin) -> Checkout:
+    async def _checkout(self, origin: Origin, *, lazy: bool = False) -> Checkout:
         folder = GitFolder(origin.sha, origin.cone, alone=origin.alone, copied=not self._method.mounts)
-        checkout = await self._source.checkout(origin.repo, folder, origin.git)
+        lazy = lazy and self._method.name == "overlay" and not (origin.submodules or origin.lfs)
+        checkout = await self._source.checkout(origin.repo, folder, origin.git, lazy=lazy)
         return await self._grafts.onto(checkout, origin, folder) if self._grafts else checkout
 
     async def _base(self, stack: Stack) -> tuple[Path, ...]:
@@ -152,26 +154,33 @@ class Workspaces(WorkspacePlaces):
         record = await self._thread(stack.describe)
         return (await self._checkout(Origin.from_json(record))).lowers
 
-    async def prepare(self, workspace_id: str, author: LayerAuthor) -> Tree:
+    async def _lazy_base(self, stack: Stack) -> tuple[tuple[Path, ...], LazyLower | None]:
+        """Return the same, and where the last one is not on disk yet, what it is mounted from."""
+        origin = Origin.from_json(await self._thread(stack.describe))
+        found = await self._checkout(origin, lazy=True)
+        hold = await self._source.hold(origin.repo, found)
+        if found.lazy is None or hold is not None:
+            return found.lowers, hold
+        return (await self._checkout(origin)).lowers, None
+
+    async def prepare(self, workspace_id: str, author: LayerAuthor, *, lazy: bool = False) -> Tree:
         """Return a tree for one command: the workspace as it stands, with changes going to a layer of its own.
 
         Forgets first what earlier attempts of the same step left, and what the same attempt left in a process
-        that died before its step was recorded.
+        that died before its step was recorded. `lazy` says that the tree may be one that has to be mounted.
         """
         stack, state = self._stack(workspace_id), self._state(workspace_id)
         async with state.lock:
-            base = await self._base(stack)
+            base, hold = await self._lazy_base(stack) if lazy else (await self._base(stack), None)
             first, in_use = author not in state.started, self.in_use()
             # Shielded: a folder that nobody knows of would stay until the next start.
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True), letting_go_of(hold):
                 opened = await self._thread(lambda: self._prepare(stack, author, base, in_use, first=first))
             state.started.add(author)
             state.last_order = max(opened.seen, state.last_order)
-            opened = replace(opened, seen=state.last_order)
+            opened = replace(opened, seen=state.last_order, hold=hold)
             self._open[opened.folder] = opened
-        if self._method.mounts:
-            return Tree(opened.folder / "tree", opened.folder / "work", opened.lowers)
-        return await self._copy(opened)
+        return opened.tree if self._method.mounts else await self._copy(opened)
 
     def describe_open(self, tree: Tree) -> dict[str, Any] | None:
         """Return what a later process needs to `reopen` a tree; None where it is a copy, which none can."""
@@ -181,11 +190,23 @@ class Workspaces(WorkspacePlaces):
     def reopen(self, told: Mapping[str, Any]) -> Tree | None:
         """Hold a tree that a command of an earlier process still uses; call before `sweep`. None: it is gone."""
         opened = OpenTree.from_plain(told)
-        tree = Tree(opened.folder / "tree", opened.folder / "work", opened.lowers)
-        if not all(path.is_dir() for path in (tree.upper, *tree.lowers)):
+        if opened is None or not opened.is_here:
             return None
         self._open[opened.folder] = opened
-        return tree
+        return opened.tree
+
+    async def check(self, tree: Tree) -> None:
+        """Raise UnavailableError if a command may not have seen all files as they are: those of a lazy tree were lost.
+
+        From then on the tree is used when it is on disk.
+        """
+        opened = self._opened(tree)
+        if (hold := opened.hold) is not None:
+            try:
+                await self._thread(hold.check)
+            except UnavailableError as error:
+                self._source.hydration.distrust(opened.lowers[-1].parent, str(error))
+                raise
 
     async def adopt(self, tree: Tree, author: LayerAuthor) -> None:
         """Take a reopened tree for this attempt's; forgets what earlier attempts of its step have left."""
@@ -255,6 +276,7 @@ class Workspaces(WorkspacePlaces):
             return CommitReport(None)
         state = self._state(opened.workspace_id)
         async with state.lock:
+            opened = await self._to_look_into(opened)
             order = state.last_order + 1
             conflicts = await self._thread(lambda: self._publish(opened, order, sealed))
             state.last_order = order
@@ -267,6 +289,14 @@ class Workspaces(WorkspacePlaces):
             layers.remove_tree(opened.folder / "copy")
         layers.remove_tree(opened.folder / "work")
         return sealing.seal(upper, self._owner, durable=durable)
+
+    async def _to_look_into(self, opened: OpenTree) -> OpenTree:
+        """Return a tree with layers on disk, where siblings of a lazy one have been committed."""
+        stack = self._stack(opened.workspace_id)
+        if opened.hold is None or await self._thread(stack.newest_order) <= opened.seen:
+            return opened
+        own = [lower for lower in opened.lowers if lower.is_relative_to(stack.folder)]
+        return replace(opened, lowers=(*own, *await self._base(stack)))
 
     def _publish(self, opened: OpenTree, order: int, sealed: sealing.Sealed) -> tuple[Conflict, ...]:
         stack, upper = self._stack(opened.workspace_id), opened.folder / "tree"
@@ -302,6 +332,8 @@ class Workspaces(WorkspacePlaces):
         stack = self._stack(opened.workspace_id)
         async with self._state(opened.workspace_id).lock:
             self._open.pop(opened.folder, None)
+            if opened.hold is not None:
+                opened.hold.close()
             in_use = self.in_use()
             unused = await self._thread(lambda: [self._trash(path) for path in stack.garbage(in_use)])
         await self._thread(lambda: self._remove(opened.folder, *unused))

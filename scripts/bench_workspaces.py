@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ci_platform import copy_on_write, layers
 from ci_platform.copy_on_write import Method, MethodName
 from ci_platform.errors import UnavailableError
+from ci_platform.hydration.plan import Threshold
 from ci_platform.sandboxes import SandboxJob, Tree
 from ci_platform.sandboxes.isolate import IsolateSandbox
-from ci_platform.source import Source
+from ci_platform.source import Source, hydrating
 from ci_platform.workspaces import LayerAuthor, Workspaces
 from scripts.measuring import markdown, number, percentile, say
 
@@ -43,6 +44,8 @@ COMMITS = 24
 CHANGED = 15
 SLOW_ROUNDS = 3
 """Rounds of what takes seconds for each."""
+
+READ_ALL = ("sh", "-c", "find . -path ./.git -prune -o -type f -print0 | xargs -0 cat | wc -c")
 
 Timings = defaultdict[str, list[float]]
 
@@ -99,7 +102,7 @@ class Bench:
     """One repository and its forks."""
 
     def __init__(self, root: Path, files: int, method: Method, *, durable: bool = True) -> None:
-        self.root, self.timings = root, Timings(list)
+        self.root, self.method, self.timings = root, method, Timings(list)
         self.shas = make_repository(root / "repository", files)
         self.source = Source(root / "source")
         self.workspaces = Workspaces(root / "workspaces", self.source, method, durable=durable)
@@ -150,6 +153,35 @@ class Bench:
         if outcome.exit_code or (argv[:2] == ("git", "status") and printed):
             raise RuntimeError(f"{argv} ended with {outcome.exit_code}: {printed.decode()}")
 
+    async def first_commands(self, rounds: int) -> None:
+        """Run the first command ever of a repository, and read all files, with the tree on disk and without."""
+        for turn in range(rounds):
+            await self._first_command("its tree is written first", f"eager{turn}", None)
+            await self._first_command("lazy", f"lazy{turn}", Threshold(files=1, size=1))
+
+    async def _first_command(self, how: str, name: str, lazy: Threshold | None) -> None:
+        source = Source(self.root / name / "source", lazy=lazy)
+        await source.create(REPO)
+        git(self.root / "repository", "push", "--quiet", "--mirror", str(source.path(REPO)))
+        workspaces = Workspaces(self.root / name / "workspaces", source, self.method)
+        try:
+            with timed(self.timings, f"first command ever, {how}"):
+                await workspaces.fork("first.bench", REPO, self.shas[0])
+                await self._command(workspaces, ("true",), lazy)
+            with timed(self.timings, f"the next command reads all files, {how}"):
+                await self._command(workspaces, READ_ALL, lazy)
+        finally:
+            await source.close()
+            layers.remove_tree(self.root / name)
+
+    async def _command(self, workspaces: Workspaces, argv: tuple[str, ...], lazy: Threshold | None) -> None:
+        tree = await workspaces.prepare("first.bench", LayerAuthor("first", 1, 1), lazy=True)
+        if (tree.lazy is None) != (lazy is None):
+            raise RuntimeError("the tree is not as it was to be")
+        await self._run(argv, tree)
+        await workspaces.check(tree)
+        await workspaces.drop(tree)
+
     async def deletes(self, rounds: int) -> None:
         """Remove forks."""
         for turn in range(rounds):
@@ -197,6 +229,9 @@ async def measure(root: Path, files: int, rounds: int, method: Method) -> tuple[
             await bench.inside(("git", "status", "--porcelain"), "git status, some commits later", 10, last)
             await bench.inside(("git", "describe", "--tags"), "git describe, in a fork", 10, last)
             await bench.inside(("true",), "true, in a fork", 20, "same0.bench")
+            if hydrating.unavailable() is None:
+                say("first commands")
+                await bench.first_commands(SLOW_ROUNDS)
         await bench.deletes(rounds)
         say("git's own ways")
         bench.by_git()

@@ -64,7 +64,8 @@ async def _opened(settings: Settings) -> AsyncIterator[Collector]:
         workspaces = _Workspaces(settings, source)
         caches = Caches.of(settings, _METHOD, store, clock)
         for each in workspaces.left:
-            caches.reopen(each.get("caches"), OpenTree.from_plain(each).tree)
+            if (opened := OpenTree.from_plain(each)) is not None:
+                caches.reopen(each.get("caches"), opened.tree)
         await caches.sweep()
         stores = stores_of(
             settings,

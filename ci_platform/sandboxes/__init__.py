@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from ci_platform.egress import Connection
 from ci_platform.errors import ImageNotFoundError
@@ -24,17 +24,26 @@ the host; elsewhere they belong to the platform's own user, who has this number 
 Debian leaves unassigned (policy 9.2.2: 60000-64999 are for packages on demand, 64801 is not taken)."""
 
 
+class Lazy(Protocol):
+    """The lowest layer of a tree whose files are not on disk yet."""
+
+    def mount(self) -> int:
+        """Return a mount of it as an open file, to be attached once. Blocks a moment; UnavailableError."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tree:
     """The files of one command, made by `workspaces.prepare`.
 
     With `lowers` (topmost first, at least one) they are an overlay that the sandbox mounts: `upper` takes the
     changes, `work` is overlayfs's own. Without lowers `upper` is a plain directory with everything in it.
+    With `lazy` the last of `lowers` is an empty folder, and what `lazy` mounts belongs in its place.
     """
 
     upper: Path
     work: Path
     lowers: tuple[Path, ...] = ()
+    lazy: Lazy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +155,9 @@ class Sandbox(ABC):
 
     outlives: ClassVar[bool] = False
     """Whether jobs with `survive` go on without this process."""
+
+    takes_lazy: ClassVar[bool] = False
+    """Whether trees of jobs may be `lazy`."""
 
     @abstractmethod
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:

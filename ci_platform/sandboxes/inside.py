@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from ci_platform.sandboxes import linux, messages, rootfs, seccomp
 
-HOST, ROOT = "/host", "/root"
-"""Where the host's tree and the sandbox's root directory are, while it is laid out."""
+HOST, ROOT, LAZY = "/host", "/root", "/lazy"
+"""Where the host's tree, the sandbox's root directory and a lazy tree are, while it is laid out."""
 
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _OPEN_FILES = 65_536

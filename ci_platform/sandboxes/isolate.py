@@ -56,6 +56,7 @@ class IsolateSandbox(Sandbox):
     """
 
     outlives = True
+    takes_lazy = True
 
     def __init__(
         self,
@@ -149,6 +150,9 @@ class IsolateSandbox(Sandbox):
             files = {"output": file.fileno()}
             if job.survive is not None:
                 files["control"] = stack.enter_context(berths.listen(job.survive)).fileno()
+            if job.tree.lazy is not None:
+                files["lazy"] = await anyio.to_thread.run_sync(job.tree.lazy.mount)
+                stack.callback(os.close, files["lazy"])
             berth.start(message, files, way_out)
             self._refill()
             spool = Spool(file.fileno(), output, None if way_out is None else way_out.records)

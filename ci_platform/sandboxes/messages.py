@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _HEADER = 4
-_MOST_FILES = 4
+_MOST_FILES = 8
 
 
 def send(channel: socket.socket, message: dict[str, Any], files: Sequence[int] = ()) -> None:

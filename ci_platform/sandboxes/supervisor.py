@@ -11,7 +11,7 @@ from typing import Any
 
 from ci_platform.egress import ADDRESS, PORT
 from ci_platform.sandboxes import cgroups, gauges, linux, messages, rootfs
-from ci_platform.sandboxes.inside import HOST, ROOT, Inside, run_to_exit
+from ci_platform.sandboxes.inside import HOST, LAZY, ROOT, Inside, run_to_exit
 from ci_platform.sandboxes.watch import Watch
 
 
@@ -32,6 +32,14 @@ def _identity(path: str) -> list[int] | None:
     except OSError:
         return None
     return [found.st_dev, found.st_ino]
+
+
+def _attach(lazy: int) -> str:
+    """Mount the lowest layer of a tree that is not on disk, beside the host's tree; returns where."""
+    Path(LAZY).mkdir()
+    linux.move_mount(lazy, LAZY)
+    os.close(lazy)
+    return LAZY
 
 
 class Berth:
@@ -78,7 +86,7 @@ class Berth:
             # From here on it does without the platform, and without the launcher.
             linux.live_on()
             os.close(self.here)
-        changes = self._furnish(job)
+        changes = self._furnish(job, files)
         if "control" in files:
             _let_go_of_stderr()
         printed = self._hand_on(job)
@@ -187,9 +195,10 @@ class Berth:
         with socket.create_server((ADDRESS, PORT), backlog=128) as listener:
             messages.send(self.channel, {"ready": self.init}, [listener.fileno()])
 
-    def _furnish(self, job: dict[str, Any]) -> list[int]:
+    def _furnish(self, job: dict[str, Any], files: dict[str, int]) -> list[int]:
         """Mount the workspace, and leave the host's tree for good; returns the folders that take changes, open."""
-        changes = [self._show(job["tree"], ROOT + rootfs.WORKSPACE)]
+        lazy = _attach(files.pop("lazy")) if "lazy" in files else None
+        changes = [self._show(job["tree"], ROOT + rootfs.WORKSPACE, lazy)]
         for mount in job["mounts"]:
             target = rootfs.mount_point(ROOT, mount["place"], mount["path"], self.uid)
             changes.append(self._show(mount["tree"], target))
@@ -202,14 +211,16 @@ class Berth:
         os.chdir("/")
         return changes
 
-    def _show(self, tree: dict[str, Any], target: str) -> int:
-        """Mount a tree; returns the folder of what will be changed in it, open."""
+    def _show(self, tree: dict[str, Any], target: str, lazy: str | None = None) -> int:
+        """Mount a tree, `lazy` as its lowest layer; returns the folder of what will be changed in it, open."""
         upper = HOST + tree["upper"]
         if _identity(upper) != tree["identity"]:
             raise _StaleError(f"{tree['upper']} is on a file system that was mounted later")
         changes = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if tree["lowers"]:
             lowers = [HOST + lower for lower in tree["lowers"]]
+            if lazy is not None:
+                lowers[-1] = lazy
             linux.mount_overlay(lowers, upper, HOST + tree["work"], target, as_root=self.as_root)
         else:
             linux.bind(upper, target, linux.ATTR_NOSUID | linux.ATTR_NODEV, recursive=False)

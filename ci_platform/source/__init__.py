@@ -17,12 +17,15 @@ import pygit2
 
 from ci_platform import git_commands
 from ci_platform.fetching import Remote
+from ci_platform.hydration.mounts import LazyLower
+from ci_platform.hydration.plan import Threshold
 from ci_platform.lfs_pointers import Pointed
 from ci_platform.mirroring import Mirror
 from ci_platform.sandboxes import SANDBOX_UID
 from ci_platform.source import objects
 from ci_platform.source.checkouts import Checkout, Checkouts
 from ci_platform.source.grafted import ModuleTrees
+from ci_platform.source.hydrating import Hydration
 from ci_platform.source.lfs_layers import LfsTrees
 from ci_platform.source.lfs_store import LfsStore
 from ci_platform.source.names import check_repo
@@ -66,6 +69,7 @@ class Source(Reading):
         threads: int = 4,
         remote_of: RemoteOf | None = None,
         on_damage: OnDamage | None = None,
+        lazy: Threshold | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -75,11 +79,12 @@ class Source(Reading):
             remote_of=remote_of,
             on_damage=on_damage,
         )
-        owner = Owner.of_sandboxes(SANDBOX_UID)
+        owner, limits = Owner.of_sandboxes(SANDBOX_UID), limits or TreeLimits()
         self._trees = TreeStore(root / "trees", owner)
-        self._checkouts = Checkouts(self._trees, owner, limits or TreeLimits())
+        self._checkouts = Checkouts(self._trees, owner, limits, lazy)
+        self.hydration = Hydration(root / "trees", owner, limits, lazy)
         self.lfs, self._lfs_trees = LfsStore(root / "lfs", owner), LfsTrees(self._trees, owner)
-        self._modules = ModuleTrees(self._trees, owner, limits or TreeLimits(), self._with)
+        self._modules = ModuleTrees(self._trees, owner, limits, self._with)
 
     async def environment(self, repo: str, settings: Mapping[str, str]) -> dict[str, str]:
         """Return the environment in which git serves a repository of our own.
@@ -100,26 +105,42 @@ class Source(Reading):
         costs its difference. NotFoundError where the commit is not here (`fetch` first).
         """
         check_sha(sha)
+        await self.hydration.written(repo)
         return await self._read(
             repo, sha, lambda opened: self._checkouts.materialise(repo, opened, sha), building=True
         )
 
-    async def checkout(self, repo: str, folder: GitFolder, git: str | None = None) -> Checkout:
+    async def checkout(
+        self, repo: str, folder: GitFolder, git: str | None = None, *, lazy: bool = False
+    ) -> Checkout:
         """Return the commit's files as `materialise` does, and on top of them a `.git`.
 
-        `git` is that of an earlier checkout of the same commit, which is taken as long as it is here.
+        `git` is that of an earlier checkout of the same commit, which is taken as long as it is here. With `lazy`,
+        the files of a large tree need not be on disk yet: they are written from now on, and `hold` has them meanwhile.
         """
         check_sha(folder.sha)
         self._used(repo)
+        if lazy and self.hydration.refused is None:
+            found = await self._checkout(repo, folder, git, lazy=True)
+            if self.hydration.takes(found):
+                self.hydration.write(repo, self.path(repo), found, folder.cone)
+                return found
+        await self.hydration.written(repo)
+        return await self._checkout(repo, folder, git, lazy=False)
 
+    async def _checkout(self, repo: str, folder: GitFolder, git: str | None, *, lazy: bool) -> Checkout:
         def build(opened: pygit2.Repository) -> Checkout:
-            return self._checkouts.with_git(repo, opened, folder, git)
+            return self._checkouts.with_git(repo, opened, folder, git, lazy=lazy)
 
         def need(opened: pygit2.Repository) -> Iterator[bytes]:
             return objects.blobs_of(opened, repo, folder.sha, folder.cone)
 
         # Of a commit alone everything is packed.
         return await self._read(repo, folder.sha, build, building=True, need=None if folder.alone else need)
+
+    async def hold(self, repo: str, found: Checkout) -> LazyLower | None:
+        """Return the lazy tree of a checkout for one command; None where it has to wait for files on disk."""
+        return await self.hydration.hold(repo, self.path(repo), found)
 
     async def module_layer(
         self, repo: str, modules: Sequence[Module], folder: GitFolder, config: str
@@ -161,6 +182,10 @@ class Source(Reading):
         async with self._builds(repo):
             return await self._thread(lambda: self._trees.remove(repo, key))
 
+    async def close(self) -> None:
+        """End what works in the background. What commands use they keep."""
+        await self.hydration.close()
+
     async def sweep(self) -> set[str]:
         """Repair what a killed process left half done, and end what it left running. Call once at start.
 
@@ -170,4 +195,5 @@ class Source(Reading):
         await self._thread(git_commands.end_orphans)
         await self._thread(self._trees.sweep)
         await self._thread(self.lfs.sweep)
+        await self.hydration.sweep()
         return await self._thread(self._repair)

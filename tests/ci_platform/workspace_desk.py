@@ -11,6 +11,7 @@ from typing import Any
 
 from ci_platform import copy_on_write, layers
 from ci_platform.copy_on_write import MethodName
+from ci_platform.hydration.plan import Threshold
 from ci_platform.sandboxes import Sandbox, SandboxJob
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.source import Remote, Source
@@ -49,7 +50,7 @@ class Desk:
         self, script: str, workspace_id: str = "run1.build", step: str = "step", *, keep: bool = False
     ) -> str:
         """Run a script to success, keep what it changed, return what it printed."""
-        tree = await self.workspaces.prepare(workspace_id, LayerAuthor(step, 1, 1))
+        tree = await self.workspaces.prepare(workspace_id, LayerAuthor(step, 1, 1), lazy=True)
         self._jobs += 1
         printed = bytearray()
         try:
@@ -69,11 +70,12 @@ async def opened_desk(
     limits: TreeLimits | None = None,
     method: MethodName | None = None,
     toolchains: Sequence[Path] = (),
+    lazy: Threshold | None = None,
 ) -> AsyncIterator[Desk]:
     for folder in [tmp_path, *tmp_path.parents][:2]:
         folder.chmod(0o755)
     remote = working_copy(tmp_path / "remote")
-    source = Source(tmp_path / "source", allow_file=True, limits=limits)
+    source = Source(tmp_path / "source", allow_file=True, limits=limits, lazy=lazy)
     chosen = copy_on_write.probe(tmp_path / "workspaces", method)
     workspaces = Workspaces(tmp_path / "workspaces", source, chosen)
     sandbox = IsolateSandbox(toolchains=toolchains)
@@ -81,5 +83,6 @@ async def opened_desk(
         yield Desk(tmp_path, remote, source, workspaces, sandbox)
     finally:
         await sandbox.close()
+        await source.close()
         layers.remove_tree(tmp_path / "workspaces")
         layers.remove_tree(tmp_path / "source")
