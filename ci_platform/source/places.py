@@ -169,9 +169,9 @@ class Places:
         async with AsyncExitStack() as held:
             # Refs are read before packs are listed: what they lead to is in these packs, unless packs are taken
             # away meanwhile, or a boundary of history is moved.
-            await held.enter_async_context(self._upkeep(parent))
-            if (source / "shallow").exists():
+            if (source / "shallow").exists():  # in the order in which whoever packs it holds both
                 await held.enter_async_context(self._writers(parent))
+            await held.enter_async_context(self._upkeep(parent))
             await self._thread(lambda: self._fork(parent, target))
 
     def _fork(self, parent: str, target: Path) -> None:

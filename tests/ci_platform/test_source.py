@@ -477,6 +477,26 @@ async def test_a_tree_whose_commit_is_still_to_be_fetched_does_not_keep_out_whom
     assert (tree / "README.md").read_bytes() == b"later\n"
 
 
+async def test_a_fork_of_a_shallow_repository_and_its_packing_do_not_wait_for_each_other(
+    source: Source, remote: WorkingCopy
+) -> None:
+    await source.create("ada/shallow")
+    path = source.path("ada/shallow")
+    remote.commit({f"{number}": str(number).encode() for number in range(25)})
+    remote.git("--git-dir", str(path), "hash-object", "-w", *map(str, range(25)))
+    (path / "shallow").touch()
+    async with source.writing("ada/shallow"):
+        pass  # so that there is something to pack
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks, source._builds("ada/shallow"):
+            tasks.start_soon(source.maintain)
+            while not source._writers:  # noqa: ASYNC110 - nobody tells
+                await anyio.sleep(0.01)
+            tasks.start_soon(source.fork, "ada/shallow", "ada/fork")
+            await anyio.wait_all_tasks_blocked()
+    assert await source.exists("ada/fork")
+
+
 async def test_hooks_and_configuration_of_users_do_not_run(
     source: Source, remote: WorkingCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
