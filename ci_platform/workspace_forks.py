@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -92,8 +92,11 @@ class WorkspaceForks:
         for workspace_id in await self._of(source, kept):
             target = Stack(self._root / str(in_run(workspace_id, run_id, [source])))
             mine = patch if patch is not None and patch.workspace == workspace_id else None
-            async with self._workspaces.view(workspace_id, "0") as view:
-                base, stack = view.lowers, Stack(self._root / workspace_id)
+            stack, base = Stack(self._root / workspace_id), tuple[Path, ...]()
+            async with AsyncExitStack() as views:
+                if mine is not None:  # else nobody looks at the commit's files, which may not be on disk yet
+                    view = await views.enter_async_context(self._workspaces.view(workspace_id, "0"))
+                    base = view.lowers
                 with anyio.CancelScope(shield=True):
                     await _thread(lambda: self._fork(stack, target, kept, base, mine))  # noqa: B023 - awaited here
 
