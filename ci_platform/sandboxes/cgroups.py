@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import time
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ class Group:
             os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for folder in parents.folders
         ]
         self._homes = [Path(folder).name for folder in parents.folders]
+        self._platform = _hold(self._homes[0])
         self._folders = []
         for parent in self._parents:
             os.mkdir(name, dir_fd=parent)
@@ -221,7 +223,9 @@ class Group:
         return None
 
     def remove_home(self) -> None:
-        """Remove the folder of all groups of the platform, which is gone, once the last of them is empty."""
+        """Remove the folder of all groups of the platform, once it is gone and the last of them is empty."""
+        if _is_there(self._platform):
+            return
         for parent, name in zip(self._parents, self._homes, strict=True):
             with contextlib.suppress(OSError):
                 above = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
@@ -243,6 +247,23 @@ class Group:
                     time.sleep(0.001)
                 else:
                     break
+
+
+def _hold(home: str) -> int | None:
+    """Return a hold on the platform that a folder of groups is named after, None where it is gone."""
+    try:
+        return os.pidfd_open(int(home.removeprefix(_PREFIX).partition("-")[0]))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_there(platform: int | None) -> bool:
+    """Whether a platform has not ended; the host's /proc is out of sight where this is asked."""
+    if platform is None:
+        return False
+    poll = select.poll()
+    poll.register(platform, select.POLLIN)
+    return not poll.poll(0)
 
 
 def _write(folder: int, file: str, text: str) -> None:

@@ -103,7 +103,7 @@ class Fuzz:
         }
         self.server = Server(folder / "data", settings)
         self._children: set[Any] = set()
-        self._leftovers = Leftovers(folder / "data", temporary)
+        self._leftovers = Leftovers(folder / "data", temporary, self.server.pids)
         self.wanted = list(self._make_world(folder, repositories, pushes))
         for one in self._random.sample(self.wanted, len(self.wanted) // 3):
             if self._random.random() < 0.5:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
@@ -20,10 +20,13 @@ def below(pid: int) -> set[psutil.Process]:
 
 
 class Leftovers:
-    """What a platform with this data folder and this folder for temporary files may leave: nothing."""
+    """What a platform with this data folder and this folder for temporary files may leave: nothing.
 
-    def __init__(self, data: Path, temporary: Path) -> None:
-        self._data, self._temporary = data, temporary
+    `pids` are those of the processes that it was.
+    """
+
+    def __init__(self, data: Path, temporary: Path, pids: Collection[int]) -> None:
+        self._data, self._temporary, self._pids = data, temporary, pids
 
     @staticmethod
     def wait_for_end_of(processes: Iterable[psutil.Process]) -> None:
@@ -34,7 +37,7 @@ class Leftovers:
     def check(self) -> None:
         """Fail on anything that is left of the platform, once its process has ended."""
         assert mounts_below(self._data) == []
-        assert dead_groups() == []
+        assert dead_groups(self._pids) == []
         assert list(self._temporary.iterdir()) == []
         for pattern in ("workspaces/*/pending/*", "workspaces/.new/*", "workspaces/.trash/*"):
             assert list(self._data.glob(pattern)) == [], pattern
@@ -56,11 +59,12 @@ def group_homes() -> list[Path]:
     return [Path(home) for home in (*cgroups._homes_v2(), *cgroups._homes_v1())]
 
 
-def dead_groups() -> list[str]:
-    """Return the control groups of platforms that are no more."""
+def dead_groups(pids: Collection[int]) -> list[str]:
+    """Return the control groups of platforms that are no more, of those that had these pids."""
     return [
         str(folder)
         for home in group_homes()
-        for folder in home.glob("dynflow-*")
+        for pid in pids
+        for folder in home.glob(f"dynflow-{pid}-*")
         if not cgroups.is_alive(folder.name.removeprefix("dynflow-"))
     ]

@@ -34,6 +34,8 @@ class Server:
     command: tuple[str, ...] = (sys.executable,)
     user: int | None = None
     process: subprocess.Popen[bytes] | None = None
+    pids: list[int] = field(default_factory=list)
+    """Of all processes that have served it."""
 
     def start(self) -> None:
         """Start the process and wait until it says that it is ready."""
@@ -61,6 +63,7 @@ class Server:
                 group=self.user,
                 extra_groups=None if self.user is None else [],
             )
+        self.pids.append(self.process.pid)
 
     def is_ready(self) -> bool:
         """Whether the process answers; fails where it has ended."""

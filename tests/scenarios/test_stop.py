@@ -102,7 +102,7 @@ def test_a_stop_under_load_is_quick_and_the_next_start_goes_on(tmp_path: Path) -
             assert mounts_below(data) == []
         finally:
             server.stop()
-    assert dead_groups() == []
+    assert dead_groups(server.pids) == []
 
 
 def test_a_github_that_says_nothing_holds_up_no_stop(tmp_path: Path) -> None:

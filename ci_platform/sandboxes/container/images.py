@@ -146,17 +146,19 @@ def _repository(name: str) -> str:
 
 def _pull(client: docker.DockerClient, name: str, progress: _Progress) -> None:
     tag = None if "@" in name or ":" in name.rpartition("/")[2] else "latest"
+    refused = None
     try:
         for message in client.api.pull(name, tag=tag, stream=True, decode=True):
             if progress.over:
                 return  # nobody waits any more, and the engine stops when nobody reads
-            if "error" in message:
-                raise _refusal(name, str(message["error"]))
+            refused = message.get("error", refused)
             progress.take(message)
     except NotFound as error:
         raise ImageNotFoundError(_nowhere(name, str(error.explanation))) from None
     except APIError as error:
         raise _refusal(name, str(error.explanation)) from None
+    if refused is not None:  # not before the end of what is sent: that is what closes the connection
+        raise _refusal(name, str(refused))
 
 
 def _refusal(name: str, reason: str) -> ImageNotFoundError | UnavailableError:

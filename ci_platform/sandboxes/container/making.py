@@ -188,15 +188,16 @@ async def build(
 
 
 def _read_build(messages: Iterable[Mapping[str, Any]], output: Output, is_over: Any) -> str:
-    image = ""
-    for message in messages:
+    image, failed = "", None
+    for message in messages:  # to its end in any case: that is what closes the connection
         if is_over():
             raise UnavailableError("the build was stopped")
-        if "error" in message:
-            raise FailedError(f"the build failed: {str(message['error']).strip()[:2000]}")
+        failed = message.get("error", failed)
         if message.get("stream"):
             anyio.from_thread.run_sync(output, str(message["stream"]).encode())
         image = (message.get("aux") or {}).get("ID", image)
+    if failed is not None:
+        raise FailedError(f"the build failed: {str(failed).strip()[:2000]}")
     if not image:
         raise UnavailableError("the engine did not say which image it has built")
     return image
@@ -231,16 +232,17 @@ async def push(engine: Engine, image: str, references: list[str], output: Output
     def work(client: docker.DockerClient, reference: str) -> str:
         repository, _, tag = reference.rpartition(":")
         client.api.tag(image, repository, tag)
-        digest = ""
+        digest, failed = "", None
         try:
             for message in client.api.push(repository, tag=tag, stream=True, decode=True):
-                if "error" in message:
-                    raise FailedError(f"{reference!r} cannot be pushed: {str(message['error'])[:500]}")
+                failed = message.get("error", failed)
                 digest = (message.get("aux") or {}).get("Digest", digest)
         except APIError as error:
             raise UnavailableError(f"{reference!r} cannot be pushed: {error.explanation}") from None
         finally:
             client.api.remove_image(reference, noprune=True)
+        if failed is not None:
+            raise FailedError(f"{reference!r} cannot be pushed: {str(failed)[:500]}")
         anyio.from_thread.run_sync(output, f"pushed {reference}@{digest}\n".encode())
         return f"{reference}@{digest}"
 
