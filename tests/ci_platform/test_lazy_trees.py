@@ -378,6 +378,8 @@ async def test_files_that_cannot_be_read_are_our_failure(desk: Desk) -> None:
     tree = await prepare(desk)
     path = desk.source.path(REPO)
     shutil.move(path, path.with_name("away"))
+    for git in programs(desk.root, "cat-file"):
+        git.kill()  # it may have the pack open already
     code, _ = await run(desk, tree, "cat src/deep/er/b.py")
     assert code != 0
     with pytest.raises(UnavailableError, match="could not be read"):
