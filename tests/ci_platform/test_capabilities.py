@@ -291,6 +291,7 @@ async def test_a_what_if_reaches_its_own_copies_and_publishes_nothing(
     with called_by(source, step="test"), pytest.raises(ForbiddenError, match="does not belong"):
         await world.commands.run(Command(replace(theirs, id=own), ("true",)))
     making = cast("Any", object())  # nothing of it is reached
-    images = ImagesCapability(making, Settings(data=world.root / "data", push_images="registry/x"))
+    pushes: dict[str, Any] = {"push_images": "registry/x"}
+    images = ImagesCapability(making, Settings(data=world.root / "data", **pushes))
     with called_by(tried, step="push"), pytest.raises(ForbiddenError, match="publishes nothing"):
         await images.build(theirs, tags=["v1"], push=True)
