@@ -19,7 +19,6 @@ from ci_platform.caches import Caches
 from ci_platform.capabilities import ForgeCapability, SandboxCapability
 from ci_platform.command_limits import limits_of
 from ci_platform.deliveries import Deliveries
-from ci_platform.encryption import Encryption
 from ci_platform.execution import Execution
 from ci_platform.forges import Forge
 from ci_platform.forges.github import GitHubForge
@@ -140,13 +139,7 @@ async def _serving(settings: Settings, store: Store) -> AsyncIterator[Platform]:
 async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIterator[Platform]:
     forges = make_forges(settings, clock, store)
     access, repositories = Access(store, clock), Repositories(store, forges, clock)
-    imports = Imports(
-        store,
-        clock,
-        repositories=repositories,
-        encryption=Encryption(settings.data / "encryption.key"),
-        allow_file=settings.allow_file_remotes,
-    )
+    imports = Imports.of(settings, store, clock, repositories)
     remotes = Remotes(repositories, imports, forges)
     source = Source(
         settings.data / "source",

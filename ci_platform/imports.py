@@ -25,6 +25,7 @@ from ci_platform.fetching import Remote
 from ci_platform.mirroring import Shape
 from ci_platform.model import ImportRow
 from ci_platform.repositories import Repositories, check_clone_url
+from ci_platform.settings import Settings
 from ci_platform.store import Store, Transaction, col
 from ci_platform.waking import Waker
 from dynflow.clock import Clock
@@ -69,6 +70,17 @@ class Imports:
         self._store, self._clock, self._encryption = store, clock, encryption
         self._repositories, self._allow_file = repositories, allow_file
         self.waker = Waker(clock)
+
+    @staticmethod
+    def of(settings: Settings, store: Store, clock: Clock, repositories: Repositories) -> Imports:
+        """Return those of a data folder."""
+        return Imports(
+            store,
+            clock,
+            repositories=repositories,
+            encryption=Encryption(settings.data / "encryption.key"),
+            allow_file=settings.allow_file_remotes,
+        )
 
     async def start(
         self,

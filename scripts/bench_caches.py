@@ -15,10 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +40,7 @@ from ci_platform.workspaces import LayerAuthor, Workspaces
 from dynflow.clock import SystemClock
 from pipelines.contract import CacheSpec, Command, CommandResult
 from scripts.bench_workspaces import IDENTITY
-from scripts.measuring import markdown, number, percentile, say
+from scripts.measuring import Timings, markdown, number, percentile, say, timed
 
 REPO, RUN = "bench/repository", "run1"
 SMALL_FILES, SMALL_SIZE = 1000, 40
@@ -52,16 +50,6 @@ SLOW_ROUNDS = 3
 """Rounds of what takes seconds for each."""
 
 RESTORED = "restored: the difference of the two"
-
-Timings = defaultdict[str, list[float]]
-
-
-@contextmanager
-def timed(timings: Timings, name: str) -> Iterator[None]:
-    """Add the duration of the block, in milliseconds."""
-    started = time.perf_counter()
-    yield
-    timings[name].append((time.perf_counter() - started) * 1000)
 
 
 @dataclass

@@ -15,10 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -33,7 +30,7 @@ from ci_platform.sandboxes import SandboxJob, Tree
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.source import Source, hydrating
 from ci_platform.workspaces import LayerAuthor, Workspaces
-from scripts.measuring import markdown, number, percentile, say
+from scripts.measuring import Timings, markdown, number, percentile, say, timed
 
 REPO = "bench/repository"
 IDENTITY = {f"GIT_{role}_{part}": "bench" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
@@ -46,16 +43,6 @@ SLOW_ROUNDS = 3
 """Rounds of what takes seconds for each."""
 
 READ_ALL = ("sh", "-c", "find . -path ./.git -prune -o -type f -print0 | xargs -0 cat | wc -c")
-
-Timings = defaultdict[str, list[float]]
-
-
-@contextmanager
-def timed(timings: Timings, name: str) -> Iterator[None]:
-    """Add the duration of the block, in milliseconds."""
-    started = time.perf_counter()
-    yield
-    timings[name].append((time.perf_counter() - started) * 1000)
 
 
 def git(repository: Path, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""What the benchmarks of the engine share: figures of this process, summaries, tables."""
+"""What benchmarks share: durations, figures of this process, summaries, tables."""
 
 from __future__ import annotations
 
@@ -8,11 +8,25 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
+Timings = defaultdict[str, list[float]]
+"""Durations in milliseconds, by what took them."""
+
+
+@contextmanager
+def timed(timings: Timings, name: str) -> Iterator[None]:
+    """Add the duration of the block."""
+    started = time.perf_counter()
+    yield
+    timings[name].append((time.perf_counter() - started) * 1000)
 
 
 def resident_mb() -> float:

@@ -11,7 +11,6 @@ from ci_platform import data_lock
 from ci_platform.assembly import make_forges, make_sandboxes
 from ci_platform.caches import Caches
 from ci_platform.copy_on_write import Method
-from ci_platform.encryption import Encryption
 from ci_platform.errors import InvalidInputError
 from ci_platform.garbage.collector import Collector
 from ci_platform.garbage.operating import Garbage, collect_now
@@ -52,13 +51,7 @@ async def _opened(settings: Settings) -> AsyncIterator[Collector]:
     try:
         forges = make_forges(settings, clock, store)
         repositories = Repositories(store, forges, clock)
-        imports = Imports(
-            store,
-            clock,
-            repositories=repositories,
-            encryption=Encryption(settings.data / "encryption.key"),
-            allow_file=settings.allow_file_remotes,
-        )
+        imports = Imports.of(settings, store, clock, repositories)
         remotes = Remotes(repositories, imports, forges)
         source = Source(settings.data / "source", allow_file=settings.allow_file_remotes, remote_of=remotes)
         workspaces = _Workspaces(settings, source)
