@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from dynflow.engines import InstanceRef, NewInstance
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.fair_queue import Lane
-from dynflow.engines.embedded.history import Happened, keep_counters, log, log_last, queued, recount
+from dynflow.engines.embedded.history import keep_counters, log, log_last, recount
 from dynflow.engines.embedded.leases import Lease
-from dynflow.engines.embedded.rows import InstanceRow, load_steps
+from dynflow.engines.embedded.rows import load_steps
+from dynflow.engines.happened import Happened, queued
+from dynflow.engines.view import InstanceRow
 from dynflow.errors import WorkflowInternalError
 from dynflow.serialization import encode
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,19 +24,16 @@ from dynflow.engines import (
 )
 from dynflow.engines.embedded import claims, forks, history, instances, rows, steps
 from dynflow.engines.embedded.database import Synchronous
-from dynflow.engines.embedded.env import Env
-from dynflow.engines.embedded.history import Happened
-from dynflow.engines.embedded.rows import InstanceRow
-from dynflow.engines.embedded.scheduler import Registered, Scheduler
+from dynflow.engines.embedded.scheduler import Scheduler
 from dynflow.engines.embedded.storage import Storage
-from dynflow.engines.embedded.telling import Telling
-from dynflow.engines.embedded.view import end_of, history_events, instance_status, result_of
 from dynflow.engines.embedded.whole import Calls, whole
+from dynflow.engines.happened import ENDS, Happened
+from dynflow.engines.registry import Registry, at_least_one, bind
+from dynflow.engines.telling import Telling
+from dynflow.engines.view import InstanceRow, end_of, history_events, instance_status, result_of
 from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
-from dynflow.instance import FINISHED, check_workflow_name, may
-from dynflow.router import DynamicWorkflowBinding
+from dynflow.instance import FINISHED, may
 from dynflow.segment import Segment
-from dynflow.step_config import StepConfig, merge_config
 from dynflow.types import HistoryEvent, InstanceStatus, WorkflowEvent
 from dynflow.workflow import WorkflowEntrypoint
 
@@ -66,9 +62,9 @@ class EmbeddedEngine(Engine):
         retention: Any = timedelta(days=30),
         tenant_concurrency: int | None = None,
     ) -> None:
-        self._concurrency = _at_least_one(concurrency, "concurrency")
+        at_least_one(concurrency, "concurrency")
         if tenant_concurrency is not None:
-            _at_least_one(tenant_concurrency, "tenant_concurrency")
+            at_least_one(tenant_concurrency, "tenant_concurrency")
         if synchronous not in {"FULL", "NORMAL"}:
             raise InvalidArgumentError(f'synchronous must be "FULL" or "NORMAL", not {synchronous!r}')
         self.limits = limits or Limits()
@@ -77,6 +73,7 @@ class EmbeddedEngine(Engine):
         self._keep = parse_duration(retention)
         self._storage = Storage(Path(path), synchronous)
         self._telling, self.calls = Telling(), Calls()
+        self._registry = Registry(max_retries=self.limits.retries, concurrency=concurrency)
         self._scheduler = Scheduler(
             self._storage,
             self._telling,
@@ -110,33 +107,13 @@ class EmbeddedEngine(Engine):
         `env` give tenants the workflow. `step_defaults`: a step config in place of the contract's defaults.
         `concurrency`: how many of its instances run at a time, where that is fewer than the engine's.
         """
-        if check_workflow_name(name) in self._scheduler.registered():
-            raise InvalidArgumentError(
-                f"workflow {name!r} is registered already: an engine has one of a name"
-            )
-        _check_entrypoint(entrypoint)
-        if binding is not None and (type(binding) is not str or not binding.isidentifier()):
-            raise InvalidArgumentError(f"binding is a name in tenants' env, not {binding!r:.100}")
-        defaults, delay = merge_config(
-            step_defaults, defaults=StepConfig(), max_retries=self.limits.retries, step="(defaults)"
-        )
-        if delay is not None:
-            raise InvalidArgumentError("step_defaults: retries.delay is a duration; functions are steps' own")
-        bound = Env(env) if isinstance(env, Mapping) else env
-        most = self._concurrency if concurrency is None else _at_least_one(concurrency, "concurrency")
-        self._scheduler.register(name, Registered(entrypoint, bound, defaults, most))
-        if binding is not None:
-            raw = self.binding(name)
-            for item in env.values() if isinstance(env, Mapping) else ():
-                if hasattr(item, "bind"):
-                    item.bind(binding, partial(DynamicWorkflowBinding, raw))
+        registered = self._registry.add(name, entrypoint, env, binding, step_defaults, concurrency)
+        self._scheduler.register(name, registered)
+        bind(self.binding(name), binding, env)
 
     def binding(self, name: str) -> WorkflowBinding:
         """Return the raw binding of a registered workflow: it reaches all tenants' instances."""
-        if name not in self._scheduler.registered():
-            raise InvalidArgumentError(
-                f"no workflow {name!r:.100} is registered; registered are {self._scheduler.registered()}"
-            )
+        self._registry.check(name)
         return WorkflowBinding(self, name, tenant=None, tenant_key=self._tenant_key)
 
     def add_listener(self, listener: Listener) -> None:
@@ -365,7 +342,7 @@ class EmbeddedEngine(Engine):
                         if event.event_id > cursor:
                             cursor = event.event_id
                             yield event
-                    if not is_live or (new and new[-1].types[-1] in history.ENDS):
+                    if not is_live or (new and new[-1].types[-1] in ENDS):
                         break
                     new = await follower.after(cursor)
 
@@ -387,14 +364,3 @@ class EmbeddedEngine(Engine):
 
     async def _full(self, ref: InstanceRef) -> InstanceRef:
         return await self.find(ref) if ref.tenant is None else ref
-
-
-def _at_least_one(given: object, what: str) -> int:
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise InvalidArgumentError(f"{what} must be an int of at least 1, not {given!r:.100}")
-    return given
-
-
-def _check_entrypoint(given: object) -> None:
-    if not isinstance(given, type) or not callable(getattr(given, "run", None)):
-        raise InvalidArgumentError(f"{given!r:.200} is not a class with run(event, step)")

@@ -7,8 +7,10 @@ from typing import NamedTuple
 from dynflow.engines import WITHIN, InstanceRef, NewFork, NewInstance, StepKey, shown_name
 from dynflow.engines.embedded import claims, instances
 from dynflow.engines.embedded.connection import Connection
-from dynflow.engines.embedded.history import STEP_OVERHEAD, Happened, log
-from dynflow.engines.embedded.rows import MASK, InstanceRow, find, row_of, rows_of
+from dynflow.engines.embedded.history import STEP_OVERHEAD, log
+from dynflow.engines.embedded.rows import MASK, find, row_of, rows_of
+from dynflow.engines.happened import Happened
+from dynflow.engines.view import InstanceRow
 
 # What a fork takes over. Events were sent to the other instance: whoever sent them did not mean this one.
 _TAKEN = "kind IN ('do', 'sleep', 'sleep_until') AND state IN ('complete', 'errored', 'cancelled')"

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from dynflow.engines import StepRecord, shown_name
+from dynflow.engines import StepRecord
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.rows import MASK, row_of, rows_of
+from dynflow.engines.happened import ENDS, Happened, first_started, queued, step_ended
 from dynflow.errors import LeaseLostError, WorkflowInternalError
-from dynflow.failure import Failure
 from dynflow.serialization import decode
 
 # Numbers above this are for the end of an instance alone: it must always be possible to end one.
 _LAST_NUMBER = MASK - 64
-ENDS = frozenset({"workflow.completed", "workflow.errored", "workflow.terminated"})
 # What may have the kept numbers: an instance has to be claimed to find that its history is full, and to end.
 _KEPT = ENDS | {"workflow.running", "workflow.started+workflow.running"}
 # What a history row takes beside its data: about a page's share of row header, key, time and type.
@@ -28,30 +27,6 @@ _ROW_OVERHEAD = 64
 # What a row of `steps` or `events` takes beside its payload.
 STEP_OVERHEAD = 100
 NO_LIMIT = 1 << 62
-
-
-class Happened(NamedTuple):
-    """One or two events that happened together; `number` is the last one's. Listeners get it after the commit."""
-
-    number: int
-    at: int
-    types: tuple[str, ...]
-    data: Mapping[str, Any]
-
-
-def step_data(record: StepRecord, attempt: int | None = None) -> dict[str, Any]:
-    """Return what an event says of the step it is about."""
-    data: dict[str, Any] = {"step": shown_name(record.name), "count": record.count, "kind": record.kind}
-    if record.attempt:
-        data["attempt"] = attempt or record.attempt
-    if record.event_type is not None:
-        data["event_type"] = record.event_type
-    return data
-
-
-def error_data(failure: Failure) -> dict[str, str]:
-    """Return what an event says of an error."""
-    return {"name": failure.name, "message": failure.message}
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -202,11 +177,6 @@ def load_history(db: Connection, key: int, cursor: int, limit: int) -> list[Happ
     return sorted(found)[:limit]
 
 
-def queued(created_at: int) -> Happened:
-    """Return the first event of every instance."""
-    return Happened(1, created_at, ("workflow.queued",), {})
-
-
 def _of_steps(db: Connection, key: int, cursor: int, first: int) -> Iterator[Happened]:
     rows = db.execute(
         "SELECT kind, name, count, state, attempt, started_at, attempt_at, ended_at, event_type, failure,"
@@ -237,37 +207,3 @@ def _of_steps(db: Connection, key: int, cursor: int, first: int) -> Iterator[Hap
             yield first_started(record, started)
         if ended is not None and ended > cursor:
             yield step_ended(record, ended)
-
-
-_KINDS = {
-    kind: (
-        (f"{kind}.started", "attempt.started"),
-        ("attempt.completed", f"{kind}.completed"),
-        ("attempt.errored", f"{kind}.errored"),
-    )
-    for kind in ("step", "rollback")
-}
-
-
-def first_started(record: StepRecord, number: int) -> Happened:
-    """Return what a step's row says of its start."""
-    started, _, _ = _KINDS["rollback" if record.kind == "rollback" else "step"]
-    return Happened(number, record.started_at, started, step_data(record, attempt=1))
-
-
-def attempt_started(record: StepRecord, number: int) -> Happened:
-    """Return that the record's attempt has started."""
-    if record.attempt == 1:
-        return first_started(record, number)
-    return Happened(number, record.attempt_at, ("attempt.started",), step_data(record))
-
-
-def step_ended(record: StepRecord, number: int) -> Happened:
-    """Return what a step's row says of its end."""
-    _, completed, errored = _KINDS["rollback" if record.kind == "rollback" else "step"]
-    at, data = record.ended_at or record.attempt_at, step_data(record)
-    if record.state == "complete":
-        return Happened(number, at, completed, data)
-    if record.failure is not None:
-        data["error"] = error_data(record.failure)
-    return Happened(number, at, errored, data)

@@ -20,10 +20,12 @@ from dynflow.engines import (
 )
 from dynflow.engines.embedded.claims import paused, queue_as_new, requeue
 from dynflow.engines.embedded.connection import Connection
-from dynflow.engines.embedded.history import Happened, error_data, keep_counters, log, log_last, write_out
+from dynflow.engines.embedded.history import keep_counters, log, log_last, write_out
 from dynflow.engines.embedded.leases import Lease
-from dynflow.engines.embedded.rows import MASK, InstanceRow, find, row_of, rows_of, status_of
+from dynflow.engines.embedded.rows import MASK, find, row_of, rows_of, status_of
 from dynflow.engines.embedded.steps import deliver_buffered
+from dynflow.engines.happened import Happened, error_data
+from dynflow.engines.view import InstanceRow
 from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.failure import Failure
 from dynflow.serialization import decode, encode

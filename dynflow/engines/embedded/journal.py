@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dynflow.clock import Clock
 from dynflow.engines import InstanceRef, Journal, Limits, StepKey, StepRecord, shown_name
 from dynflow.engines.embedded import instances, steps
-from dynflow.engines.embedded.history import Happened, attempt_started, step_ended
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.storage import Storage
-from dynflow.engines.embedded.telling import Telling
 from dynflow.engines.embedded.writer import Operation
+from dynflow.engines.happened import Happened, attempt_started, step_ended
+from dynflow.engines.telling import Telling
 from dynflow.errors import WorkflowTimeoutError
 from dynflow.failure import Failure
 

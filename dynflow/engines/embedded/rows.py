@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from dynflow.engines import InstanceRef, StepKey, StepRecord
 from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.view import InstanceRow
 from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.serialization import decode
 from dynflow.step_config import StepConfig
@@ -16,29 +17,6 @@ from dynflow.types import Status
 # Steps and history rows of an instance: its key, shifted by this, plus their number in it.
 _BITS = 24
 MASK = (1 << _BITS) - 1
-
-
-class InstanceRow(NamedTuple):
-    """The small row of an instance."""
-
-    key: int
-    workflow: str
-    tenant: str
-    id: str
-    status: Status
-    created_at: int
-    started_at: int | None
-    ended_at: int | None
-    paused_at: int | None
-    ending: str | None
-    output: bytes | None
-    failure: bytes | None
-    rollback: bytes | None
-
-    @property
-    def ref(self) -> InstanceRef:
-        """Its full reference."""
-        return InstanceRef(self.workflow, self.id, self.tenant)
 
 
 COLUMNS = (

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 from dynflow.clock import MICROSECOND, Clock, TimerHandle, to_datetime
 from dynflow.engines import Blocked, Completed, Failed, InstanceRef, Interrupted, Limits, Outcome, Terminated
@@ -18,7 +17,8 @@ from dynflow.engines.embedded.claims import Claim, Room
 from dynflow.engines.embedded.journal import EmbeddedJournal
 from dynflow.engines.embedded.rows import step_records
 from dynflow.engines.embedded.storage import Storage
-from dynflow.engines.embedded.telling import Telling
+from dynflow.engines.registry import Registered
+from dynflow.engines.telling import Telling
 from dynflow.errors import (
     EngineClosedError,
     IsolateCrashedError,
@@ -29,9 +29,7 @@ from dynflow.errors import (
 from dynflow.failure import Failure
 from dynflow.segment import Main, Segment
 from dynflow.serialization import decode
-from dynflow.step_config import StepConfig
 from dynflow.types import WorkflowEvent
-from dynflow.workflow import ExecutionContext, WorkflowEntrypoint, awaitable, current_env
 
 # An isolate that goes down by itself is tried again this often before the instance fails with it.
 _MOST_CRASHES = 3
@@ -42,26 +40,8 @@ _STORAGE_RETRY = timedelta(seconds=1)
 _CRASHED = f"{IsolateCrashedError.__module__}:{IsolateCrashedError.__qualname__}"
 
 
-_CONTEXT = ExecutionContext()
-
 MakeSegment = Callable[..., Segment]
 """What takes the arguments of Segment and makes one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """A workflow that the engine runs."""
-
-    entrypoint: type[WorkflowEntrypoint]
-    env: Any
-    step_defaults: StepConfig
-    concurrency: int
-
-    async def main(self, event: WorkflowEvent, step: Any) -> Any:
-        """Run one instance's code."""
-        current_env.set(self.env)
-        entrypoint = self.entrypoint(_CONTEXT, self.env)
-        return await awaitable(entrypoint.run(event, step), entrypoint.run)
 
 
 @dataclass(slots=True, eq=False)
@@ -108,10 +88,6 @@ class Scheduler:
         """Run instances of this workflow from now on."""
         self._registered[name] = registered
         self.pump()
-
-    def registered(self) -> list[str]:
-        """Return the names of the registered workflows."""
-        return sorted(self._registered)
 
     async def start(self) -> None:
         """Go on with what a process that is gone was running, and with what is due."""

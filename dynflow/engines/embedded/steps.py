@@ -7,23 +7,11 @@ from functools import lru_cache
 from dynflow.clock import to_datetime, to_microseconds
 from dynflow.engines import StepRecord, StepState
 from dynflow.engines.embedded.connection import Connection
-from dynflow.engines.embedded.history import (
-    STEP_OVERHEAD,
-    Happened,
-    count,
-    error_data,
-    log,
-    step_data,
-)
+from dynflow.engines.embedded.history import STEP_OVERHEAD, count, log
 from dynflow.engines.embedded.leases import Lease
-from dynflow.engines.embedded.rows import (
-    STEP_COLUMNS,
-    InstanceRow,
-    row_of,
-    rows_of,
-    status_of,
-    step_record,
-)
+from dynflow.engines.embedded.rows import STEP_COLUMNS, row_of, rows_of, status_of, step_record
+from dynflow.engines.happened import Happened, error_data, step_data
+from dynflow.engines.view import InstanceRow
 from dynflow.errors import WorkflowInternalError
 from dynflow.failure import Failure
 from dynflow.serialization import decode, encode

@@ -1,21 +1,52 @@
-"""What the instance API shows of the embedded engine's rows: status, history, result."""
+"""What the instance API shows of what engines keep: status, history, result."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynflow.clock import MICROSECOND, to_datetime
-from dynflow.engines import Completed, Failed, StepKey, StepRecord, Terminated, outer_name, shown_name
-from dynflow.engines.embedded.history import Happened
-from dynflow.engines.embedded.rows import InstanceRow
+from dynflow.engines import (
+    Completed,
+    Failed,
+    InstanceRef,
+    StepKey,
+    StepRecord,
+    Terminated,
+    outer_name,
+    shown_name,
+)
+from dynflow.engines.happened import Happened
 from dynflow.errors import InstanceFailedError, InstanceTerminatedError
 from dynflow.failure import Failure
 from dynflow.serialization import decode
-from dynflow.types import AttemptInfo, ErrorInfo, HistoryEvent, InstanceStatus, StepStatus
+from dynflow.types import AttemptInfo, ErrorInfo, HistoryEvent, InstanceStatus, Status, StepStatus
 
 REDACTED = "[REDACTED]"
+
+
+class InstanceRow(NamedTuple):
+    """The small row of an instance. `key` is the engine's own; values are encoded, times in microseconds."""
+
+    key: int
+    workflow: str
+    tenant: str
+    id: str
+    status: Status
+    created_at: int
+    started_at: int | None
+    ended_at: int | None
+    paused_at: int | None
+    ending: str | None
+    output: bytes | None
+    failure: bytes | None
+    rollback: bytes | None
+
+    @property
+    def ref(self) -> InstanceRef:
+        """Its full reference."""
+        return InstanceRef(self.workflow, self.id, self.tenant)
 
 
 def instance_status(

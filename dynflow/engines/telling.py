@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from dynflow.engines import Completed, Failed, InstanceRef, Listener, Terminated
-from dynflow.engines.embedded.history import Happened
-from dynflow.engines.embedded.view import history_events
+from dynflow.engines.happened import Happened
+from dynflow.engines.view import history_events
 from dynflow.errors import EngineClosedError
 
 T = TypeVar("T")
