@@ -158,12 +158,13 @@ class Grafts:
 
     async def onto(self, checkout: Checkout, origin: Origin, folder: GitFolder) -> Checkout:
         """Return the checkout with the layers that the origin wants on top of it."""
-        config, added = folder.config() + (workspace_git.LINKED if origin.lfs else ""), list[Path]()
+        config, lowers = folder.config() + (workspace_git.LINKED if origin.lfs else ""), checkout.lowers
         if origin.lfs:
-            added.append(await self._files(origin, folder, config))
-        if origin.modules:
-            added.append(await self._modules(origin, folder, config))
-        return replace(checkout, lowers=(*reversed(added), *checkout.lowers))
+            lowers = (await self._files(origin, folder, config), *lowers)
+        if not origin.modules:
+            return replace(checkout, lowers=lowers)
+        modules = await self._modules(origin, folder, config)
+        return replace(checkout, lowers=(modules, *lowers), modules=modules.parent.name)
 
     async def _files(self, origin: Origin, folder: GitFolder, config: str) -> Path:
         found = await self._source.lfs_layer(origin.repo, folder, config)
@@ -176,7 +177,7 @@ class Grafts:
 
     async def _modules(self, origin: Origin, folder: GitFolder, config: str) -> Path:
         async def layer() -> Path:
-            return await self._source.module_layer(origin.repo, origin.modules, folder, config)
+            return await self._source.module_layer(origin.repo, origin.modules, folder, config, origin.layer)
 
         with suppress(MissingObjectError, NotFoundError):
             return await layer()

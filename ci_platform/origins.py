@@ -15,7 +15,7 @@ class Origin:
     """What a workspace was forked from. `git` names the `.git` that it got.
 
     `snapshot` is another workspace and a snapshot of it, where it began as that. With `submodules` these are in it,
-    `modules` says which; with `lfs` files that LFS keeps.
+    `modules` says which, `layer` names what has their files; with `lfs` files that LFS keeps.
     """
 
     repo: str
@@ -27,10 +27,11 @@ class Origin:
     submodules: bool = False
     lfs: bool = False
     modules: tuple[Module, ...] = ()
+    layer: str | None = None
 
     def asked(self) -> Origin:
         """Return what was asked for, without what was found."""
-        return replace(self, git=None, modules=())
+        return replace(self, git=None, modules=(), layer=None)
 
     def __str__(self) -> str:
         more = [name for name in ("submodules", "lfs") if getattr(self, name)]
@@ -43,7 +44,7 @@ class Origin:
         sparse = None if self.cone is None else list(self.cone.folders)
         fields = {"repo": self.repo, "sha": self.sha, "sparse": sparse, "alone": self.alone}
         fields |= {"git": self.git, "snapshot": self.snapshot, "submodules": self.submodules, "lfs": self.lfs}
-        return fields | {"modules": [module.as_json() for module in self.modules]}
+        return fields | {"modules": [module.as_json() for module in self.modules], "layer": self.layer}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Origin:
@@ -61,4 +62,5 @@ class Origin:
             submodules=bool(record.get("submodules")),
             lfs=bool(record.get("lfs")),
             modules=tuple(Module.from_json(each) for each in record.get("modules", ())),
+            layer=record.get("layer"),
         )

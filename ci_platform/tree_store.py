@@ -58,6 +58,11 @@ class StoredTree:
         return self.key.startswith(_STAND_IN)
 
     @property
+    def is_of_lfs(self) -> bool:
+        """Whether its files are links of those that LFS keeps."""
+        return self.key.startswith("lfs-")
+
+    @property
     def stands_for(self) -> str:
         """The key of the base whose files these are; of others their own."""
         return stands_for(self.key)

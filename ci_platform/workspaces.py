@@ -94,7 +94,7 @@ class Workspaces(WorkspacePlaces):
         if not await self._exists(stack):
             found = await self._grafts.find(wanted) if self._grafts else wanted
             checkout = await self._checkout(found, lazy=True)
-            record = replace(found, git=checkout.git).as_json()
+            record = replace(found, git=checkout.git, layer=checkout.modules).as_json()
             await self._thread(lambda: self._create(stack, record))
         await self._check_origin(stack, wanted)
         return Workspace(workspace_id, repo, sha)

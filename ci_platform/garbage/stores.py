@@ -15,7 +15,8 @@ from ci_platform.garbage.logs import RunLogs
 from ci_platform.garbage.mirrors import Mirrors
 from ci_platform.garbage.room import Room
 from ci_platform.garbage.trees import Trees
-from ci_platform.garbage.workspaces import EndedRuns, Failures, wanted_commits
+from ci_platform.garbage.wanted import Wanted, wanted_by, without_lfs_layer
+from ci_platform.garbage.workspaces import EndedRuns, Failures
 from ci_platform.logs import Logs
 from ci_platform.run_queries import RunQueries
 from ci_platform.sandboxes import ImageMaker, Sandbox
@@ -41,11 +42,14 @@ def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
 ) -> list[Collectable]:
     """Return what can be collected of a data folder."""
 
-    async def open_repos() -> set[str]:
-        return set((await runs.repos(still_open=True)).values())
+    async def wanted() -> Wanted:
+        return await wanted_by(workspaces, runs.open_ids)
 
-    async def commits() -> set[tuple[str, str]]:
-        return await wanted_commits(workspaces, runs.open_ids)
+    async def mirrors() -> set[str]:
+        return (await wanted()).mirrors.union((await runs.repos(still_open=True)).values())
+
+    async def lfs() -> set[str]:
+        return await without_lfs_layer(source, await wanted())
 
     images = []
     if isinstance(maker, ImageMaker):
@@ -53,13 +57,13 @@ def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
         images.append(MadeImages(maker, store, allowance, still_open=runs.open_ids))
     return [
         *images,
-        Mirrors(source, _allowance(settings, settings.mirror_budget), wanted=open_repos, remote_of=remote_of),
-        LfsFiles(source.lfs, _allowance(settings, settings.lfs_budget)),
+        Mirrors(source, _allowance(settings, settings.mirror_budget), wanted=mirrors, remote_of=remote_of),
+        LfsFiles(source.lfs, _allowance(settings, settings.lfs_budget), wanted=lfs),
         Trees(
             source,
             _allowance(settings, settings.tree_cache, newest=1),
             in_use=workspaces.in_use,
-            wanted=commits,
+            wanted=wanted,
         ),
         EndedRuns(
             workspaces,

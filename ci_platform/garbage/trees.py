@@ -11,11 +11,12 @@ from pathlib import Path
 import anyio.to_thread
 
 from ci_platform.garbage import Allowance, Item
+from ci_platform.garbage.wanted import Wanted
 from ci_platform.source import Source
 from ci_platform.tree_store import CHEAP_FOR, SAFE_FOR, StoredTree
 
-Commits = Callable[[], Awaitable[Collection[tuple[str, str]]]]
-"""Asks which commits (repository, id) runs that have not ended stand on."""
+Ask = Callable[[], Awaitable[Wanted]]
+"""Asks what runs that have not ended stand on."""
 
 
 class Trees:
@@ -24,14 +25,15 @@ class Trees:
     kind = "trees"
 
     def __init__(
-        self, source: Source, allowance: Allowance, *, in_use: Callable[[], Collection[Path]], wanted: Commits
+        self, source: Source, allowance: Allowance, *, in_use: Callable[[], Collection[Path]], wanted: Ask
     ) -> None:
         self.allowance = allowance
         self._source, self._in_use, self._wanted = source, in_use, wanted
 
     async def items(self) -> Sequence[Item]:
         """Return all trees. One on which others stand was used when they were."""
-        wanted = await self._source.tree_ids(await self._wanted())
+        found = await self._wanted()
+        wanted = found.layers | await self._source.tree_ids(found.commits)
         in_use, now = set(self._in_use()), time.time()
         trees = await self._source.trees()
         return await anyio.to_thread.run_sync(
@@ -47,7 +49,9 @@ class Trees:
             pinned = "a command or a reader stands on it"
         elif tree.used_at > now - SAFE_FOR:
             pinned = "used a short while ago"
-        elif not tree.cheap and (repo, tree.key.rpartition("-")[2]) in wanted:
+        elif not tree.cheap and not wanted.isdisjoint(
+            [(repo, tree.key), (repo, tree.key.rpartition("-")[2])]
+        ):
             pinned = "a run that has not ended stands on it"
         expires_at = used_at + timedelta(seconds=CHEAP_FOR) if tree.cheap else None
         below = None if tree.base is None else f"{repo}/{tree.base}"

@@ -31,7 +31,7 @@ class EndedRuns:
     async def items(self) -> Sequence[Item]:
         """Return the runs whose workspaces are on disk."""
         still_open = await self._still_open()
-        return await anyio.to_thread.run_sync(_runs, _stacks(self._workspaces.root), still_open)
+        return await anyio.to_thread.run_sync(_runs, stacks(self._workspaces.root), still_open)
 
     async def collect(self, name: str) -> bool:
         """Delete a run's workspaces; a rerun from one of its steps is then refused, one from the start is not."""
@@ -54,11 +54,11 @@ class Failures:
         """Return what is kept of failed commands."""
         in_use = self._workspaces.in_use()
         return await anyio.to_thread.run_sync(
-            lambda: [item for stack in _stacks(self._workspaces.root) for item in self._of(stack, in_use)]
+            lambda: [item for stack in stacks(self._workspaces.root) for item in self._of(stack, in_use)]
         )
 
     def _of(self, stack: Stack, in_use: Collection[Path]) -> Iterable[Item]:
-        origin = _origin(stack)
+        origin = origin_of(stack)
         try:
             kept = stack.kept() if origin is not None else []
         except FileNotFoundError:
@@ -95,11 +95,12 @@ class _Taken:
         )
 
 
-def _stacks(root: Path) -> list[Stack]:
+def stacks(root: Path) -> list[Stack]:
+    """Return all workspaces on disk."""
     return [Stack(path) for path in root.glob("[!.]*")]
 
 
-def _origin(stack: Stack) -> Origin | None:
+def origin_of(stack: Stack) -> Origin | None:
     """Return what a workspace was forked from, None where it is gone or collected."""
     try:
         return Origin.from_json(stack.describe())
@@ -109,7 +110,7 @@ def _origin(stack: Stack) -> Origin | None:
 
 def _look(stack: Stack) -> tuple[Origin, _Taken, datetime] | None:
     """Return what a workspace is of, takes, and when it was used; None where somebody takes it away just now."""
-    origin, taken = _origin(stack), _Taken(files=4)
+    origin, taken = origin_of(stack), _Taken(files=4)
     if origin is None:
         return None
     try:
@@ -121,9 +122,9 @@ def _look(stack: Stack) -> tuple[Origin, _Taken, datetime] | None:
     return origin, taken, datetime.fromtimestamp(used_at, UTC)
 
 
-def _runs(stacks: Sequence[Stack], still_open: Collection[str]) -> list[Item]:
+def _runs(found_stacks: Sequence[Stack], still_open: Collection[str]) -> list[Item]:
     found = dict[str, Item]()
-    for stack in stacks:
+    for stack in found_stacks:
         seen, run_id = _look(stack), stack.folder.name.partition(".")[0]
         if seen is None:
             continue
@@ -137,17 +138,3 @@ def _runs(stacks: Sequence[Stack], still_open: Collection[str]) -> list[Item]:
             pinned="the run has not ended" if run_id in still_open else None,
         )
     return list(found.values())
-
-
-async def wanted_commits(workspaces: Workspaces, still_open: OpenRuns) -> set[tuple[str, str]]:
-    """Return the commits (repository, id) that workspaces of runs stand on that have not ended."""
-    run_ids = set(await still_open())
-
-    def look() -> set[tuple[str, str]]:
-        found = set[tuple[str, str]]()
-        for stack in _stacks(workspaces.root):
-            if stack.folder.name.partition(".")[0] in run_ids and (origin := _origin(stack)) is not None:
-                found.add((origin.repo, origin.sha))
-        return found
-
-    return await anyio.to_thread.run_sync(look)

@@ -143,16 +143,24 @@ class Source(Reading):
         return await self.hydration.hold(repo, self.path(repo), found)
 
     async def module_layer(
-        self, repo: str, modules: Sequence[Module], folder: GitFolder, config: str
+        self,
+        repo: str,
+        modules: Sequence[Module],
+        folder: GitFolder,
+        config: str,
+        key: str | None = None,
     ) -> Path:
-        """Return a layer with the files of submodules, whose commits are here, and their `.git`."""
+        """Return a layer with the files of submodules, and their `.git`: that of an earlier call by its key.
+
+        Where it is not here (any more) it is made, by the same key, of commits that have to be here.
+        """
         for each in modules:
             self._used(each.store)
         async with AsyncExitStack() as held:
             # In one order, whoever holds some of them meanwhile: nothing may pack what is read.
             for name in sorted({repo, *(module.store for module in modules)}):
                 await held.enter_async_context(self._builds(name))
-            return await self._thread(lambda: self._modules.layer(repo, modules, folder, config))
+            return await self._thread(lambda: self._modules.layer(repo, modules, folder, config, key))
 
     async def lfs_layer(
         self, repo: str, folder: GitFolder, config: str, files: Sequence[Pointed] | None = None

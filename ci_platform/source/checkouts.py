@@ -49,12 +49,14 @@ class Checkout:
     """A commit on disk: layers, topmost first. `git` is the key of the one with its `.git`.
 
     `lazy` is the folder of the last one where that has no files, but is to be mounted; `tree` is its tree's id.
+    `modules` is the key of the one with the files of submodules.
     """
 
     lowers: tuple[Path, ...]
     git: str
     lazy: Path | None = None
     tree: str = ""
+    modules: str | None = None
 
 
 class Checkouts:

@@ -38,10 +38,16 @@ class ModuleTrees:
     limits: TreeLimits
     opened: With
 
-    def layer(self, repo: str, modules: Sequence[Module], folder: GitFolder, config: str) -> Path:
-        """Return the layer; `config` is what the workspace's own configuration says without them."""
-        told = json.dumps([[module.as_json() for module in modules], config, folder.copied])
-        key = f"modules-{hashlib.sha256(told.encode()).hexdigest()[:40]}"
+    def layer(
+        self, repo: str, modules: Sequence[Module], folder: GitFolder, config: str, key: str | None = None
+    ) -> Path:
+        """Return the layer; `config` is what the workspace's own configuration says without them.
+
+        Who has had it before names it by its `key`, by which it is kept from being collected.
+        """
+        if key is None:
+            told = json.dumps([[module.as_json() for module in modules], config, folder.copied])
+            key = f"modules-{hashlib.sha256(told.encode()).hexdigest()[:40]}"
         found = self.store.find(repo, key)
         return (
             found or self.store.build(repo, key, lambda scratch: self._fill(scratch, modules, folder, config))

@@ -130,4 +130,6 @@ class LfsTrees:
 
 
 def _key(below: Sequence[StoredTree], told: str) -> str:
-    return f"lfs-{hashlib.sha256(f'{below[0].key} {told}'.encode()).hexdigest()[:40]}"
+    """Return a key that ends as that of the tree does: whoever stands on the commit keeps both."""
+    digest = hashlib.sha256(f"{below[0].key} {told}".encode()).hexdigest()[:40]
+    return f"lfs-{digest}-{below[0].key.rpartition('-')[2]}"

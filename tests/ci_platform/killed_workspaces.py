@@ -36,6 +36,7 @@ from ci_platform.garbage.logs import RunLogs
 from ci_platform.garbage.mirrors import Mirrors
 from ci_platform.garbage.planning import Need
 from ci_platform.garbage.trees import Trees
+from ci_platform.garbage.wanted import Wanted
 from ci_platform.garbage.workspaces import EndedRuns, Failures
 from ci_platform.lineage import workspace_id_of
 from ci_platform.logs import LogKey, Logs
@@ -269,6 +270,9 @@ class Collect:
         async def none() -> set[Any]:
             return set()
 
+        async def nothing() -> Wanted:
+            return Wanted()
+
         async def no_repos() -> dict[str, str]:
             return {}
 
@@ -280,7 +284,7 @@ class Collect:
             Mirrors(source, allowance, wanted=none, remote_of=somewhere),
             Failures(workspaces, allowance, kept_for=timedelta(0)),
             EndedRuns(workspaces, allowance, still_open=none),
-            Trees(source, allowance, in_use=workspaces.in_use, wanted=none),
+            Trees(source, allowance, in_use=workspaces.in_use, wanted=nothing),
             RunLogs(logs, allowance, SystemClock(), kept_for=timedelta(1), still_open=none, repos=no_repos),
         ]
         await Collector(stores, SystemClock()).collect(lambda: Need(1 << 40))

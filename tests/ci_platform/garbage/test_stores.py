@@ -21,7 +21,8 @@ from ci_platform.garbage.logs import RunLogs
 from ci_platform.garbage.mirrors import Mirrors
 from ci_platform.garbage.planning import NOTHING, Need
 from ci_platform.garbage.trees import Trees
-from ci_platform.garbage.workspaces import EndedRuns, Failures, wanted_commits
+from ci_platform.garbage.wanted import wanted_by
+from ci_platform.garbage.workspaces import EndedRuns, Failures
 from ci_platform.logs import LogKey, Logs
 from ci_platform.workspaces import LayerAuthor
 from dynflow.clock import ManualClock
@@ -64,7 +65,7 @@ def trees(desk: Desk, still_open: OpenRuns) -> Trees:
         desk.source,
         NOTHING_AT_ALL,
         in_use=desk.workspaces.in_use,
-        wanted=lambda: wanted_commits(desk.workspaces, still_open),
+        wanted=lambda: wanted_by(desk.workspaces, still_open),
     )
 
 
