@@ -237,6 +237,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
             logs=logs,
             caches=caches,
             maker=maker,
+            pinned=images,
             store=store,
             remote_of=remotes,
         ),

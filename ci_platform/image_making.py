@@ -11,7 +11,13 @@ from datetime import timedelta
 import anyio
 
 from ci_platform.dockerfiles import checked
-from ci_platform.errors import FailedError, ImageNotFoundError, LimitExceededError, PlatformError
+from ci_platform.errors import (
+    FailedError,
+    ImageNotFoundError,
+    LimitExceededError,
+    PlatformError,
+    UnavailableError,
+)
 from ci_platform.images import PinnedImages
 from ci_platform.logs import LogKey, Logs, LogWriter
 from ci_platform.model import SnapshotImage
@@ -66,7 +72,7 @@ class ImageMaking:
 
             job = self._job(maker, command, tree, log)
             image = await self._sandbox.build(job, dockerfile, lambda text: checked(text, pin), log.write)
-            await self._images.hold(maker.run_id, image)
+            await self._hold(maker, image, log)
             pushed = await self._sandbox.push(image, references, log.write)
             log.note("result", f"built {image}")
             return BuiltImage(image, tuple(pushed))
@@ -75,7 +81,6 @@ class ImageMaking:
         """Return the image that the command leaves of a container, made once for each key of a repository."""
         found = await self._found(maker, key)
         if found is not None:
-            await self._images.hold(maker.run_id, found)
             return found
         async with self._working(maker, command, shlex.join(command.argv)) as (log, tree):
             image = await self._images.pin(self._sandbox, maker.run_id, command.image, _saying(log))
@@ -86,17 +91,25 @@ class ImageMaking:
                 _raise(command, outcome, self._limits)
                 raise AssertionError("an install without an image has failed")
             exact = await self._keep(maker, key, made)
-            await self._images.hold(maker.run_id, exact)
+            await self._hold(maker, exact, log)
             log.note("result", f"snapshot {key!r} is {exact}")
             return exact
 
+    async def _hold(self, maker: Maker, image: str, log: LogWriter) -> None:
+        """Keep what was made for its run; an engine may have taken it from an earlier one, which nothing held."""
+        try:
+            await self._images.hold(self._sandbox, maker.run_id, image, _saying(log))
+        except ImageNotFoundError as error:
+            raise UnavailableError(f"the image was collected as soon as it was made: {error}") from None
+
     async def _found(self, maker: Maker, key: str) -> str | None:
+        """Return the snapshot of a key, which the run holds from then on; None where it has to be made."""
         row = await self._store.read(lambda tx: tx.get(SnapshotImage, (maker.repo, key)))
         if row is None:
             return None
         log = self._logs.writer(LogKey(maker.run_id, maker.author.step, maker.author.count))
         try:
-            await self._sandbox.resolve(row.exact, _saying(log))
+            await self._images.hold(self._sandbox, maker.run_id, row.exact, _saying(log))
             log.note("notice", f"snapshot {key!r} is there: {row.exact}")
         except ImageNotFoundError:
             log.note("notice", f"snapshot {key!r} is gone from this machine, and made anew")

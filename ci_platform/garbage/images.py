@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from ci_platform.garbage import Allowance, Item
+from ci_platform.images import PinnedImages
 from ci_platform.model import RunImage, SnapshotImage
 from ci_platform.sandboxes import ImageMaker
 from ci_platform.store import Store, Transaction, col
@@ -20,13 +21,14 @@ class MadeImages:
     def __init__(
         self,
         maker: ImageMaker,
+        images: PinnedImages,
         store: Store,
         allowance: Allowance,
         *,
         still_open: Callable[[], Awaitable[Collection[str]]],
     ) -> None:
         self.allowance = allowance
-        self._maker, self._store, self._still_open = maker, store, still_open
+        self._maker, self._images, self._store, self._still_open = maker, images, store, still_open
 
     async def items(self) -> Sequence[Item]:
         """Return all images that runs have made. Raises UnavailableError where the engine does not answer."""
@@ -55,10 +57,11 @@ class MadeImages:
 
     async def collect(self, name: str) -> bool:
         """Delete one, unless a run was given it by now or a container uses it."""
-        given, still_open = await self._given(col(RunImage.exact) == name), await self._still_open()
-        if any(run_id in still_open for run_id, _ in given):
-            return False
-        return await self._maker.remove_made(name)
+        async with self._images.settled(name):
+            given, still_open = await self._given(col(RunImage.exact) == name), await self._still_open()
+            if any(run_id in still_open for run_id, _ in given):
+                return False
+            return await self._maker.remove_made(name)
 
 
 def _known(tx: Transaction) -> tuple[dict[str, str], dict[str, datetime]]:

@@ -15,6 +15,7 @@ from ci_platform.errors import InvalidInputError
 from ci_platform.garbage.collector import Collector
 from ci_platform.garbage.operating import Garbage, collect_now
 from ci_platform.garbage.stores import room_of, stores_of
+from ci_platform.images import PinnedImages
 from ci_platform.imports import Imports
 from ci_platform.logs import Logs
 from ci_platform.open_trees import OpenTree
@@ -70,6 +71,7 @@ async def _opened(settings: Settings) -> AsyncIterator[Collector]:
             logs=Logs(settings.logs_path, clock=clock),
             caches=caches,
             maker=maker,
+            pinned=PinnedImages(store, clock),
             store=store,
             remote_of=remotes,
         )

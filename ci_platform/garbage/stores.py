@@ -17,6 +17,7 @@ from ci_platform.garbage.room import Room
 from ci_platform.garbage.trees import Trees
 from ci_platform.garbage.wanted import Wanted, wanted_by, without_lfs_layer
 from ci_platform.garbage.workspaces import EndedRuns, Failures
+from ci_platform.images import PinnedImages
 from ci_platform.logs import Logs
 from ci_platform.run_queries import RunQueries
 from ci_platform.sandboxes import ImageMaker, Sandbox
@@ -37,6 +38,7 @@ def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
     logs: Logs,
     caches: Caches,
     maker: Sandbox | None,
+    pinned: PinnedImages,
     store: Store,
     remote_of: Callable[[str], Awaitable[Remote | None]],
 ) -> list[Collectable]:
@@ -54,7 +56,7 @@ def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
     images = []
     if isinstance(maker, ImageMaker):
         allowance = _allowance(settings, settings.image_budget)
-        images.append(MadeImages(maker, store, allowance, still_open=runs.open_ids))
+        images.append(MadeImages(maker, pinned, store, allowance, still_open=runs.open_ids))
     return [
         *images,
         Mirrors(source, _allowance(settings, settings.mirror_budget), wanted=mirrors, remote_of=remote_of),

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from ci_platform import copy_on_write
@@ -23,7 +24,7 @@ from ci_platform.image_capability import ImagesCapability
 from ci_platform.image_making import ImageMaking
 from ci_platform.images import PinnedImages
 from ci_platform.logs import LogKey, Logs
-from ci_platform.model import Repository, Run
+from ci_platform.model import Repository, Run, RunImage
 from ci_platform.sandboxes import SandboxLimits
 from ci_platform.sandboxes.container import ContainerSandbox
 from ci_platform.settings import load_settings
@@ -52,6 +53,7 @@ class Bench:
     sha: str
     home: Path
     store: Store
+    pinned: PinnedImages
     step: int = 0
 
     def calling(self, *, trusted: bool = True, repo: str = REPO) -> Any:
@@ -98,18 +100,19 @@ async def make_bench(home: Path, files: dict[str, bytes], **settings: Any) -> Be
         )
 
     await store.write(add)
-    logs, sandbox = Logs(home / "logs"), ContainerSandbox(image=IMAGE)
+    logs, sandbox, pinned = Logs(home / "logs"), ContainerSandbox(image=IMAGE), PinnedImages(store, clock)
     making = ImageMaking(
         store,
         clock,
         workspaces=workspaces,
         logs=logs,
-        images=PinnedImages(store, clock),
+        images=pinned,
         sandbox=sandbox,
         limits=SandboxLimits(),
     )
     images = ImagesCapability(making, load_settings({"data": home / "data", **settings}, {}))
-    return Bench(images, await workspaces.fork(f"{RUN}.fork", REPO, sha), logs, sandbox, sha, home, store)
+    workspace = await workspaces.fork(f"{RUN}.fork", REPO, sha)
+    return Bench(images, workspace, logs, sandbox, sha, home, store, pinned)
 
 
 @pytest.fixture
@@ -239,7 +242,7 @@ async def test_images_that_runs_have_made_are_collected_when_no_run_may_use_them
     with bench.calling():
         built = (await bench.images.build(bench.workspace)).image
     allowance = Allowance(1, timedelta())
-    store = MadeImages(bench.sandbox, bench.store, allowance, still_open=open_runs)
+    store = MadeImages(bench.sandbox, bench.pinned, bench.store, allowance, still_open=open_runs)
     items = {item.name: item for item in await store.items()}
     assert {items[name].pinned for name in (snapshot, built)} == {"a run that has not ended may use it"}
     assert (items[snapshot].repo, items[snapshot].size < 1_000_000) == (REPO, True), "its own bytes alone"
@@ -251,12 +254,64 @@ async def test_images_that_runs_have_made_are_collected_when_no_run_may_use_them
     report = await Collector([store], SystemClock()).collect()
     assert {item.name for item in report.items} >= {snapshot, built}
     assert await store.items() == []
-    other = MadeImages(ContainerSandbox(home="other"), bench.store, allowance, still_open=open_runs)
+    other = MadeImages(
+        ContainerSandbox(home="other"), bench.pinned, bench.store, allowance, still_open=open_runs
+    )
     with bench.calling():
         again = await bench.images.snapshot(bench.workspace, ["true"], key="k")
     assert again != snapshot
     assert (await other.items(), await other.collect(again)) == ([], False), "it is another platform's"
     await other._maker.close()
+
+
+@pytest.mark.docker
+async def test_a_snapshot_is_never_given_to_a_run_while_it_is_being_collected(bench: Bench) -> None:
+    """Whichever comes first: the run holds it, and it stays; or it goes, and is made anew."""
+    with bench.calling():
+        first = await bench.images.snapshot(bench.workspace, ["true"], key="k")
+    await bench.store.write(lambda tx: tx.remove(RunImage))
+    asked, answer = anyio.Event(), anyio.Event()
+
+    async def open_runs() -> set[str]:
+        asked.set()
+        await answer.wait()
+        return {RUN}
+
+    store = MadeImages(
+        bench.sandbox, bench.pinned, bench.store, Allowance(1, timedelta()), still_open=open_runs
+    )
+    given = list[str]()
+
+    async def ask() -> None:
+        with bench.calling():
+            given.append(await bench.images.snapshot(bench.workspace, ["sh", "-c", "echo >/new"], key="k"))
+
+    async with anyio.create_task_group() as group:
+
+        async def collect() -> None:
+            assert await store.collect(first), "nobody had it when it was asked"
+
+        group.start_soon(collect)
+        await asked.wait()  # the collection knows by now that no run was given it
+        group.start_soon(ask)
+        while bench.pinned._turns._locks[first][1] < 2:  # and the run waits
+            await anyio.lowlevel.checkpoint()
+        answer.set()
+    assert given != [first]
+    assert await store.collect(given[0]) is False, "the run has it"
+    assert await bench.run("ls /new", given[0]) == "/new\n"
+
+
+@pytest.mark.docker
+async def test_a_name_that_is_gone_is_held_by_nobody(bench: Bench) -> None:
+    with bench.calling():
+        first = await bench.images.snapshot(bench.workspace, ["true"], key="k")
+    await bench.store.write(lambda tx: tx.remove(RunImage))
+    assert await bench.sandbox.remove_made(first)
+    for hold in (bench.pinned.hold, bench.pinned.pin):
+        with pytest.raises(ImageNotFoundError):
+            await hold(bench.sandbox, RUN, first, print)
+    assert await bench.store.read(lambda tx: tx.all(RunImage)) == []
 
 
 @pytest.mark.docker

@@ -175,7 +175,10 @@ class ContainerSandbox(ImageMaker):
     async def remove_made(self, exact: str) -> bool:
         """Remove an image that a run has made; False while something uses it."""
         self._images.forget(exact)
-        return await self._engine.shielded(lambda client: making.remove_made(client, self._home, exact))
+        try:
+            return await self._engine.shielded(lambda client: making.remove_made(client, self._home, exact))
+        finally:
+            self._images.forget(exact)  # who looked meanwhile has seen it
 
     @asynccontextmanager
     async def _shown(self, tree: Tree) -> AsyncIterator[Path]:
