@@ -70,6 +70,21 @@ class StorageError(DynflowError):
     code = "storage"
 
 
+class EngineUnreachableError(StorageError):
+    """The server that keeps the engine's instances does not answer. It may later: what was asked can be asked again."""
+
+    code = "engine_unreachable"
+
+
+class EngineRefusedError(StorageError):
+    """The server that keeps the engine's instances does not take this client: TLS, namespace or permission.
+
+    Waiting does not help: the message says what to change.
+    """
+
+    code = "engine_refused"
+
+
 # --- delivered into workflows --------------------------------------------------------------------
 
 

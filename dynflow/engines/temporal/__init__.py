@@ -1,0 +1,1 @@
+"""The engine's contracts on a Temporal server; needs the extra `dynflow[temporal]`."""
