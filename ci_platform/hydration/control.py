@@ -15,10 +15,14 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from ci_platform.sandboxes import linux, messages
+from ci_platform.sandboxes import doors, linux, messages
 
 _EVERY = 1.0
 """Seconds between two looks at whether an answer takes too long."""
+
+_DOOR = "control"
+_ANSWERS_WITHIN = 10.0
+"""Seconds that a caller waits for each answer."""
 
 _WORD = "ended"
 _ATTRIBUTES = linux.ATTR_RDONLY | linux.ATTR_NOSUID | linux.ATTR_NODEV
@@ -84,7 +88,7 @@ class Control:
         self._alone.wait()
         if self._outlived:
             (self._folder / _WORD).write_text(json.dumps({"trouble": self._served.trouble}))
-        (self._folder / "control").unlink(missing_ok=True)
+        (self._folder / _DOOR).unlink(missing_ok=True)
         (self._folder / "mount").rmdir()
         if not self._outlived:
             self._folder.rmdir()
@@ -135,27 +139,9 @@ def last_word_at(folder: Path) -> float:
 
 def listen(folder: Path) -> socket.socket:
     """Return the socket in `folder` at which the program is found."""
-    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        listener = socket.socket(socket.AF_UNIX)
-        # By way of the descriptor: the address of such a socket is at most 107 bytes long.
-        listener.bind(f"/proc/self/fd/{place}/control")
-        listener.listen(8)
-        return listener
-    finally:
-        os.close(place)
+    return doors.listen(folder, _DOOR)
 
 
 def connect(folder: Path) -> socket.socket:
     """Return a connection to the program of `folder`; OSError where it is gone."""
-    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    channel = socket.socket(socket.AF_UNIX)
-    channel.settimeout(10.0)
-    try:
-        channel.connect(f"/proc/self/fd/{place}/control")
-    except OSError:
-        channel.close()
-        raise
-    finally:
-        os.close(place)
-    return channel
+    return doors.connect(folder, _DOOR, _ANSWERS_WITHIN)

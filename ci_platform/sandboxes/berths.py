@@ -13,8 +13,9 @@ import anyio.lowlevel
 
 from ci_platform.egress.records import Records, WayOut
 from ci_platform.errors import UnavailableError
-from ci_platform.sandboxes import Output, messages, watch
+from ci_platform.sandboxes import Output, doors, messages, watch
 
+_DOOR = "supervisor"
 _PIECE = 32 * 1024
 """Bytes read at a time: what is done with them keeps the event loop busy, 10 ms if they are empty lines."""
 
@@ -135,32 +136,19 @@ class Berth:
 
 def listen(folder: Path) -> socket.socket:
     """Return the socket in `folder` at which a supervisor will be found."""
-    (folder / "supervisor").unlink(missing_ok=True)
-    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        listener = socket.socket(socket.AF_UNIX)
-        # By way of the descriptor: the address of such a socket is at most 107 bytes long.
-        listener.bind(f"/proc/self/fd/{place}/supervisor")
-        listener.listen(2)
-        return listener
-    finally:
-        os.close(place)
+    return doors.listen(folder, _DOOR)
 
 
 def find(folder: Path) -> tuple[Berth, list[int]] | None:
     """Return the end of a supervisor that an earlier process has left in `folder`, and its files. Blocks a moment."""
-    place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    channel = socket.socket(socket.AF_UNIX)
-    channel.settimeout(_ANSWER_WITHIN)
     try:
-        channel.connect(f"/proc/self/fd/{place}/supervisor")
+        channel = doors.connect(folder, _DOOR, _ANSWER_WITHIN)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
         received = messages.receive(channel)
         if received is not None and received[0].get("hello") == watch.VERSION:
             return Berth(channel), received[1]
-    except OSError:
-        pass
-    finally:
-        os.close(place)
     with contextlib.suppress(OSError):
         messages.send(channel, {"kill": True})
         messages.send(channel, {"heard": True})
