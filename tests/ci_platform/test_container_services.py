@@ -66,7 +66,7 @@ class Scope(Run):
 @pytest.fixture
 async def run(tmp_path: Path) -> AsyncIterator[Scope]:
     require_image()
-    sandbox = ContainerSandbox(image=IMAGE, warm=False)  # so that services are all that is left
+    sandbox = ContainerSandbox(image=IMAGE, warm=None)  # so that services are all that is left
     run = Scope(sandbox, tmp_path)
     run.said, run.scope = [], f"run-{os.getpid()}-{tmp_path.name}"
     yield run

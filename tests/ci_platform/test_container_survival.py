@@ -17,7 +17,7 @@ import anyio.to_thread
 import pytest
 
 from ci_platform.sandboxes import SandboxJob, SandboxOutcome, Tree
-from ci_platform.sandboxes.container import ContainerSandbox
+from ci_platform.sandboxes.container import ContainerSandbox, Warm
 from tests.ci_platform.test_container_warm import containers, mounted, places
 from tests.contracts.test_sandboxes import SOON, Run, eventually, limits
 from tests.docker_engine import IMAGE, require_image
@@ -29,6 +29,9 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="commands in containers survive where root keeps them warm"),
 ]
 
+WAYS: tuple[Warm, ...] = ("agent", "engine")
+"""Who runs commands in warm containers."""
+
 PLATFORM = """
 import asyncio, sys
 from datetime import timedelta
@@ -37,9 +40,9 @@ from ci_platform.sandboxes import SandboxJob, Tree
 from ci_platform.sandboxes.container import ContainerSandbox
 
 async def main():
-    image, scope, folder, script, leaving, *folders = sys.argv[1:]
+    image, warm, scope, folder, script, leaving, *folders = sys.argv[1:]
     upper, work, lower = map(Path, folders)
-    sandbox = ContainerSandbox(image=image)
+    sandbox = ContainerSandbox(image=image, warm=warm)
     job = SandboxJob("job", ("bash", "-c", script), Tree(upper, work, (lower,)), scope=scope, survive=Path(folder))
     begun = asyncio.Event()
 
@@ -85,13 +88,13 @@ async def run(tmp_path: Path) -> AsyncIterator[Survival]:
 
 @contextmanager
 def platform(
-    run: Run, script: str, tree: Tree, *, leaving: bool = False
+    run: Run, script: str, tree: Tree, *, leaving: bool = False, warm: Warm = "agent"
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run the job in another process, which is killed at the end of the block."""
     folders = [str(path) for path in (tree.upper, tree.work, tree.lowers[0])]
     folder, how = str(run.home / "folder"), "leaving" if leaving else "killed"
     process = subprocess.Popen(
-        [sys.executable, "-c", PLATFORM, IMAGE, run.scope, folder, script, how, *folders],
+        [sys.executable, "-c", PLATFORM, IMAGE, warm, run.scope, folder, script, how, *folders],
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
     )
@@ -117,10 +120,13 @@ async def resume(run: Survival, tree: Tree, **options: object) -> SandboxOutcome
     return await run.sandbox.resume(replace(job, survive=run.home / "folder"), run._take)
 
 
-async def test_a_killed_platforms_command_goes_on_and_its_output_has_no_gap(run: Survival) -> None:
+@pytest.mark.parametrize("warm", WAYS)
+async def test_a_killed_platforms_command_goes_on_and_its_output_has_no_gap(
+    run: Survival, warm: Warm
+) -> None:
     tree = run.tree()
     script = "for n in $(seq 1 300); do echo line $n; sleep 0.01; done; echo made >new; exit 3"
-    with platform(run, script, tree) as process:
+    with platform(run, script, tree, warm=warm) as process:
         await read_until(process, b"line 20\n")
     assert await run.sandbox.sweep() >= 0
     outcome = await resume(run, tree)
@@ -135,9 +141,12 @@ async def test_a_killed_platforms_command_goes_on_and_its_output_has_no_gap(run:
     assert await resume(run, tree) is None
 
 
-async def test_a_command_that_ended_while_the_platform_was_away_is_found_with_its_end(run: Survival) -> None:
+@pytest.mark.parametrize("warm", WAYS)
+async def test_a_command_that_ended_while_the_platform_was_away_is_found_with_its_end(
+    run: Survival, warm: Warm
+) -> None:
     tree = run.tree()
-    with platform(run, "echo up; sleep 1; echo the last words; exit 7", tree) as process:
+    with platform(run, "echo up; sleep 1; echo the last words; exit 7", tree, warm=warm) as process:
         await read_until(process, b"up\n")
     (container,) = containers(run.scope)
     # Its shell and all it ran are gone: docker-init and what keeps the container are left.

@@ -105,14 +105,18 @@ async def test_a_container_let_go_of_while_a_command_runs_ends_with_it(run: Run)
     assert containers(run.scope) == []
 
 
-async def test_an_image_without_a_shell_gets_a_fresh_container_for_each_command(run: Run) -> None:
+async def test_the_engine_runs_each_command_of_an_image_without_a_shell_in_a_fresh_container(
+    run: Run,
+) -> None:
     made = make_image("dynflow-test/shell-less:1", programs=("true", "cat"))
+    run.sandbox = ContainerSandbox(image=IMAGE, warm="engine")
     try:
         for _ in range(2):
             assert (await run(("true",), image="dynflow-test/shell-less:1")).exit_code == 0
             assert (await run(("no-such",), image="dynflow-test/shell-less:1")).exit_code == 127
             assert containers(run.scope) == []
     finally:
+        await run.sandbox.close()
         forget_image("dynflow-test/shell-less:1", made)
 
 

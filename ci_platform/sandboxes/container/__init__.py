@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import anyio
 from docker.errors import DockerException, ImageNotFound
@@ -14,14 +15,17 @@ from docker.errors import DockerException, ImageNotFound
 from ci_platform import layers
 from ci_platform.errors import FailedError, ImageNotFoundError, UnavailableError
 from ci_platform.sandboxes import ImageMaker, MadeImage, Output, SandboxJob, SandboxOutcome, Say, Tree, merged
-from ci_platform.sandboxes.container import making, survivors, walls
+from ci_platform.sandboxes.container import agent_kit, making, survivors, walls
 from ci_platform.sandboxes.container.engine import Engine
+from ci_platform.sandboxes.container.executions import ColdError
 from ci_platform.sandboxes.container.images import Images, missing
 from ci_platform.sandboxes.container.leftovers import scopes_of, sweep_engine
 from ci_platform.sandboxes.container.plain import run_fresh
 from ci_platform.sandboxes.container.resuming import Resuming
 from ci_platform.sandboxes.container.services import Services
-from ci_platform.sandboxes.container.warm import ColdError, WarmContainers
+from ci_platform.sandboxes.container.warm import WarmContainers
+
+Warm = Literal["agent", "engine"]
 
 
 class ContainerSandbox(ImageMaker):
@@ -31,7 +35,8 @@ class ContainerSandbox(ImageMaker):
     allows fetching images that are not there. `network` is the engine's network of jobs that ask for one, None
     where they may not. `url` None: as the docker command finds the engine. `commands` bounds how many run at a
     time: each holds a thread for its output. `warm` keeps containers for the next command of the same run (as root:
-    a workspace is mounted into a container that runs). `home` tells this platform's images from those of others.
+    a workspace is mounted into a container that runs) and says who starts commands in them: an agent of ours, where
+    one can be, or the engine. `home` tells this platform's images from those of others.
     """
 
     outlives = True
@@ -45,16 +50,16 @@ class ContainerSandbox(ImageMaker):
         network: str | None = None,
         url: str | None = None,
         commands: int = 64,
-        warm: bool = True,
+        warm: Warm | None = "agent",
         home: str = "local",
     ) -> None:
         self._image, self._named, self._network = image, named or {}, network
         self._engine, self._home = Engine(url), home
         self._images = Images(self._engine, pull=pull)
         self._services = Services(self._engine)
-        self._warm = warm and os.geteuid() == 0
+        self._warm = warm if os.geteuid() == 0 else None
         self._streams = anyio.CapacityLimiter(commands)
-        self._waiting = WarmContainers(self._engine, self._streams)
+        self._waiting = WarmContainers(self._engine, self._streams, agents=warm == "agent")
         self._resuming = Resuming(self._engine)
 
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
@@ -66,7 +71,7 @@ class ContainerSandbox(ImageMaker):
 
     async def _run_over(self, job: SandboxJob, network: str | None, output: Output) -> SandboxOutcome:
         networks = [name for name in (network, self._network if job.network else None) if name]
-        if self._warm and job.scope and job.tree.lowers:
+        if self._warm is not None and job.scope and job.tree.lowers:
             _, image = await self.resolve(job.image, job.say)
             try:
                 return await self._waiting.run(image, job, networks, output)
@@ -199,6 +204,7 @@ class ContainerSandbox(ImageMaker):
         with contextlib.suppress(UnavailableError):
             await self._waiting.release(None)
             await self._services.close(but=self._waiting.left)
+        await self._engine.finish(self._waiting.kit.close)
         await self._engine.close()
 
     def describe(self) -> Mapping[str, str]:
@@ -213,8 +219,19 @@ class ContainerSandbox(ImageMaker):
             "engine": f"Docker {version['Version']}",
             "walls": "namespaces, no capabilities, no new privileges, seccomp (engine's profile), read-only root",
             "user": f"uid {walls.user()}",
+            "containers": self._how_warm(),
             "limits": "memory, processors and processes, by control groups",
             "network": self._network or "none",
             "image": self._image
             + ("" if self._image in have else ", which is missing; scripts/build_images makes it"),
         }
+
+    def _how_warm(self) -> str:
+        if self._warm is None:
+            return "a fresh one for each command"
+        trouble = agent_kit.trouble() if self._warm == "agent" else "as it is set"
+        return (
+            "commands are run by our agent"
+            if trouble is None
+            else f"commands are run by the engine: {trouble}"
+        )

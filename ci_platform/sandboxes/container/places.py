@@ -13,6 +13,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import sys
 import termios
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,11 @@ from ci_platform.sandboxes import MEBIBYTE, SANDBOX_UID, Mount, Tree, linux, mer
 from ci_platform.sandboxes.container.walls import HOME, PRIVATE, WORKSPACE
 
 OUTPUT, PIPE, CODE = "/.dynflow", "out", "code"
-"""Where commands print to, inside: a pipe, and the file for the exit code of the last one."""
+"""Where commands print to, inside: a pipe, and the file for the number and the exit code of the last one."""
 
 _PIECE = 32 * 1024
+_END = re.compile(rb"(\d{1,9})(?: (\d{1,3})\n)?")
+_LONGEST_END, _MOST_CODE = 32, 255
 
 _SHARED = 1 << 20
 _SPLICE_F_NONBLOCK = 2
@@ -81,6 +84,30 @@ class Place:
         names = [os.path.relpath(target, self.tree) for target in merged.mounts_below(str(self.tree))]
         below = [merged.unmount_below(self.tree, name) for name in names]
         return merged.unmount(self.tree) and all(below)
+
+    def written(self, number: int) -> tuple[bool, int | None]:
+        """Return whether a command has begun, and its exit code once it is over, as is written in there.
+
+        Tenants may write that, too.
+        """
+        try:
+            with layers.directory(self.output) as folder:
+                file = os.open(
+                    CODE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder
+                )
+        except OSError:
+            return False, None
+        try:
+            found = _END.match(os.read(file, _LONGEST_END))
+        finally:
+            os.close(file)
+        if found is None or int(found[1]) != number:
+            return False, None
+        return True, None if found[2] is None or int(found[2]) > _MOST_CODE else int(found[2])
+
+    def written_end(self, number: int) -> int | None:
+        """Return the exit code of a command that is over, as it is written there; None where it is not."""
+        return self.written(number)[1]
 
     def remove(self) -> None:
         """Unmount and remove it, with what is in it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,14 +16,21 @@ import docker
 from docker.errors import NotFound
 
 from ci_platform.sandboxes import StopReason
-from ci_platform.sandboxes.container.places import CODE, Place
+from ci_platform.sandboxes.container import places
+from ci_platform.sandboxes.container.places import Place
+from ci_platform.sandboxes.container.tails import KILLED
 
 _RECORD = "container.json"
+
+_BEGINS_WITHIN = 5.0
+"""Seconds from writing down a command to its beginning: it takes milliseconds, unless the platform was killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survivor:
-    """A command: the `number`th in its container, and the execution's id. `began` is in seconds since 1970.
+    """A command: the `number`th in its container, and the execution's id, "" where an agent runs it.
+
+    `began` is in seconds since 1970.
 
     `code` is None as long as it runs; then `reason` and `seconds` say how it ended.
     """
@@ -77,12 +85,25 @@ def ended(client: docker.DockerClient, survivor: Survivor) -> Survivor | None:
 
     None where it has never begun, or nothing is known of it any more. Blocks for a few milliseconds.
     """
+    if not survivor.execution:
+        return _ended_by_agent(survivor)
     try:
         state = client.api.exec_inspect(survivor.execution)
     except NotFound:
         # The engine forgets an execution some minutes after its end.
-        written = (Path(survivor.place) / "output" / CODE).read_text().strip()
-        return replace(survivor, code=int(written)) if written.isdecimal() and len(written) < 4 else None
+        code = Place(Path(survivor.place)).written_end(survivor.number)
+        return None if code is None else replace(survivor, code=code)
     if state["Running"]:
         return survivor
     return None if state["ExitCode"] is None else replace(survivor, code=int(state["ExitCode"]))
+
+
+def _ended_by_agent(survivor: Survivor) -> Survivor | None:
+    place = Place(Path(survivor.place))
+    runs = places.processes(survivor.container, survivor.pid) > 0  # asked first: what it writes last counts
+    begun, code = place.written(survivor.number)
+    if code is not None:
+        return replace(survivor, code=code)
+    if not runs:
+        return replace(survivor, code=KILLED)
+    return survivor if begun or time.time() < survivor.began + _BEGINS_WITHIN else None
