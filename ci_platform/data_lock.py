@@ -18,14 +18,19 @@ _TRIES, _PAUSE_SECONDS = 20, 0.05
 
 
 @contextmanager
-def held(folder: Path) -> Generator[None]:
+def held(folder: Path, *, look_only: bool = False) -> Generator[None]:
     """Hold the folder as long as the block runs; the kernel lets go if the process dies. Blocks for a second.
 
-    Raises ConflictError while another process has it, InvalidInputError where nothing can be written there.
+    Raises ConflictError while another process has it, InvalidInputError where nothing can be written there. With
+    `look_only` nothing is: where there is no lock, no platform has ever been in the folder.
     """
     path = folder / LOCK_FILE
+    if look_only and folder.is_dir() and not path.exists():
+        yield
+        return
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDONLY if look_only else os.O_RDWR | os.O_CREAT
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise InvalidInputError(f"cannot write to the data folder {folder}: {error.strerror}") from None
     try:

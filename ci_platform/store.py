@@ -16,6 +16,8 @@ from typing import Any, TypeVar, cast
 import anyio.to_thread
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from anyio import CapacityLimiter
 from sqlalchemy import Connection, Engine, event, make_url
@@ -124,11 +126,14 @@ class Store:
         self._readers: CapacityLimiter | None = None
         self._writers: CapacityLimiter | None = None
 
-    async def open(self) -> None:
-        """Bring the schema up to date and be ready. Raises UnavailableError."""
+    async def open(self, *, look_only: bool = False) -> None:
+        """Bring the schema up to date and be ready. Raises UnavailableError.
+
+        With `look_only` the schema stays as it is, and has to be this release's.
+        """
         self._readers = CapacityLimiter(_READERS)
         self._writers = CapacityLimiter(1 if self.is_sqlite else _POSTGRES_WRITERS)
-        await anyio.to_thread.run_sync(self._migrate, limiter=self._writers)
+        await anyio.to_thread.run_sync(self._check if look_only else self._migrate, limiter=self._writers)
 
     async def close(self) -> None:
         """Let go of all connections."""
@@ -150,6 +155,12 @@ class Store:
             if writes:
                 session.commit()
             return result
+
+    def _check(self) -> None:
+        with _speaking_plainly(), self._engine.connect() as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+            if found != ScriptDirectory(str(_MIGRATIONS)).get_current_head():
+                raise UnavailableError("the database's schema is of another release: start the server once")
 
     def _migrate(self) -> None:
         database = self._engine.url.database

@@ -71,12 +71,13 @@ class StoredTree:
 class TreeStore:
     """Trees by repository and key. Safe for threads; two that build the same key agree on the first."""
 
-    def __init__(self, root: Path, owner: Owner) -> None:
+    def __init__(self, root: Path, owner: Owner, *, look_only: bool = False) -> None:
         self._root, self._owner = root, owner
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        for name in (".building", ".trash"):
-            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-        root.chmod(0o700)
+        if not look_only:
+            for name in (".building", ".trash"):
+                (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+            root.chmod(0o700)
 
     def find(self, repo: str, key: str) -> StoredTree | None:
         """Return a tree and note that it is in use; None where it has to be built."""

@@ -37,15 +37,16 @@ class State:
 class WorkspacePlaces:
     """The folders of workspaces below `root`, and the trees of theirs that are open."""
 
-    def __init__(self, root: Path, *, threads: int) -> None:
+    def __init__(self, root: Path, *, threads: int, look_only: bool = False) -> None:
         self._root = root
         self._limiter = anyio.CapacityLimiter(threads)
         self._states: dict[str, State] = {}
         self._open: dict[Path, OpenTree] = {}
         self._runs = NamedLocks()
-        for name in (".new", ".trash"):
-            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-        root.chmod(0o700)
+        if not look_only:
+            for name in (".new", ".trash"):
+                (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+            root.chmod(0o700)
 
     async def _thread(self, function: Callable[[], T]) -> T:
         return await anyio.to_thread.run_sync(full_disk.told(function), limiter=self._limiter)

@@ -54,7 +54,8 @@ class Workspaces(WorkspacePlaces):
     ends its work on disk first. *Errors*: NotFoundError for a workspace that is not there, LimitExceededError
     where a command left what cannot be kept.
 
-    With `durable`, a layer is flushed before `commit` returns, so it survives a power cut.
+    With `durable`, a layer is flushed before `commit` returns, so it survives a power cut. `look_only`: nothing will
+    be asked for that writes, so that not even folders are made.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Workspaces(WorkspacePlaces):
         grafts: Grafts | None = None,
         durable: bool = True,
         threads: int = 4,
+        look_only: bool = False,
     ) -> None:
-        super().__init__(root, threads=threads)
+        super().__init__(root, threads=threads, look_only=look_only)
         self._source, self._method, self._durable = source, method, durable
         self._grafts = grafts
         self._owner = Owner.of_sandboxes(SANDBOX_UID)

@@ -88,6 +88,10 @@ class Caches:
         spared = {opened.folder for opened in self._open.values()}
         await self._thread(lambda: self._entries.load(spared))
 
+    async def look(self) -> None:
+        """Find the entries, and change nothing."""
+        await self._thread(self._entries.find)
+
     def entries(self) -> list[CacheEntry]:
         """Return every entry with its size, last use, and whether a command uses it now."""
         return self._entries.all()

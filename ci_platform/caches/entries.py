@@ -57,7 +57,7 @@ def entry_id(tenant: str, scope: str, key: str, paths: Sequence[str]) -> str:
 
 @dataclass(slots=True)
 class Entries:
-    """All entries below a root. `load`, `publish` and `scratch` block; the others are the event loop's alone."""
+    """All entries below a root. `load`, `find`, `publish`, `scratch` block; the others are the event loop's alone."""
 
     root: Path
     durable: bool = True
@@ -73,15 +73,22 @@ class Entries:
             for path in (self.root / name).iterdir():
                 if path not in spared:
                     layers.remove_tree(path)
+        for path in self.find():
+            self._remove(path)
+
+    def find(self) -> list[Path]:
+        """Read what is there; returns what nobody can say what it is."""
         self._known.clear()
         self._of_tenants.clear()
+        unknown = list[Path]()
         for path in self.root.glob("[!.]*/*"):
             try:
                 found = _read(path)
             except (OSError, ValueError, KeyError, TypeError):
-                self._remove(path)  # nobody can say what it is
+                unknown.append(path)
             else:
                 self._hold(found)
+        return unknown
 
     def _hold(self, entry: CacheEntry) -> None:
         self._known[entry.id] = self._of_tenants.setdefault(entry.tenant, {})[entry.id] = entry

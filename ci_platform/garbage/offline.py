@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from ci_platform.garbage.stores import room_of, stores_of
 from ci_platform.images import PinnedImages
 from ci_platform.imports import Imports
 from ci_platform.logs import Logs
+from ci_platform.looking import looked_at
 from ci_platform.open_trees import OpenTree
 from ci_platform.remotes import Remotes
 from ci_platform.repositories import Repositories
@@ -39,28 +40,44 @@ async def collect_offline(settings: Settings, *, dry_run: bool) -> Garbage:
         raise InvalidInputError(
             f"there is no platform in {settings.data}: --data names the folder of a platform"
         )
-    with data_lock.held(settings.data):
-        async with _opened(settings) as collector:
+    with data_lock.held(settings.data, look_only=dry_run):
+        async with _opened(settings, look_only=dry_run) as collector:
             return await collect_now(collector, room_of(settings), dry_run=dry_run)
 
 
 @asynccontextmanager
-async def _opened(settings: Settings) -> AsyncIterator[Collector]:
-    clock, store = SystemClock(), Store(settings.store_url)
-    maker = make_sandboxes(settings).get("container")
+async def _store(settings: Settings) -> AsyncIterator[Store]:
+    store = Store(settings.store_url)
     await store.open()
     try:
+        yield store
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def _opened(settings: Settings, *, look_only: bool) -> AsyncIterator[Collector]:
+    clock, maker = SystemClock(), make_sandboxes(settings).get("container")
+    database = looked_at(settings.store_url) if look_only else _store(settings)
+    async with AsyncExitStack() as opened, database as store:
+        if maker is not None:
+            opened.push_async_callback(maker.close)
         forges = make_forges(settings, clock, store)
         repositories = Repositories(store, forges, clock)
         imports = Imports.of(settings, store, clock, repositories)
         remotes = Remotes(repositories, imports, forges)
-        source = Source(settings.data / "source", allow_file=settings.allow_file_remotes, remote_of=remotes)
-        workspaces = _Workspaces(settings, source)
+        source = Source(
+            settings.data / "source",
+            allow_file=settings.allow_file_remotes,
+            remote_of=remotes,
+            look_only=look_only,
+        )
+        workspaces = _Workspaces(settings, source, look_only=look_only)
         caches = Caches.of(settings, _METHOD, store, clock)
         for each in workspaces.left:
-            if (opened := OpenTree.from_plain(each)) is not None:
-                caches.reopen(each.get("caches"), opened.tree)
-        await caches.sweep()
+            if (left := OpenTree.from_plain(each)) is not None:
+                caches.reopen(each.get("caches"), left.tree)
+        await (caches.look() if look_only else caches.sweep())
         stores = stores_of(
             settings,
             clock,
@@ -76,19 +93,14 @@ async def _opened(settings: Settings) -> AsyncIterator[Collector]:
             remote_of=remotes,
         )
         yield Collector(stores, clock)
-    finally:
-        if maker is not None:
-            await maker.close()
-        await store.close()
 
 
 class _Workspaces(Workspaces):
     """The workspaces of a data folder, on which commands may stand that the last server has left running."""
 
-    def __init__(self, settings: Settings, source: Source) -> None:
-        super().__init__(settings.workspaces_path, source, _METHOD)
-        found = Survival(settings.data / "commands").load(lambda *_key: 0)
-        self.left = [each.tree for each in found]
+    def __init__(self, settings: Settings, source: Source, *, look_only: bool) -> None:
+        super().__init__(settings.workspaces_path, source, _METHOD, look_only=look_only)
+        self.left = Survival(settings.data / "commands").trees()
 
     def in_use(self) -> set[Path]:
         """Return the trees that these commands stand on."""

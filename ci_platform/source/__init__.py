@@ -56,10 +56,11 @@ class Source(Reading):
     *Concurrency*: one event loop; one writer and one tree at a time per repository, any number of readers.
     *Idempotency*: everything but `create` and `fork`. *Cancellation*: git is killed, and what it left is tidied;
     work in threads ends first. *Errors*: InvalidInputError for names no repository can have, NotFoundError,
-    FailedError where the repository is at fault, UnavailableError where a remote is.
+    FailedError where the repository is at fault, UnavailableError where a remote is. `look_only`: nothing will be
+    asked for that writes, so that not even folders are made.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the settings say of repositories
         self,
         root: Path,
         *,
@@ -70,6 +71,7 @@ class Source(Reading):
         remote_of: RemoteOf | None = None,
         on_damage: OnDamage | None = None,
         lazy: Threshold | None = None,
+        look_only: bool = False,
     ) -> None:
         super().__init__(
             root,
@@ -78,9 +80,10 @@ class Source(Reading):
             allow_file=allow_file,
             remote_of=remote_of,
             on_damage=on_damage,
+            look_only=look_only,
         )
         owner, limits = Owner.of_sandboxes(SANDBOX_UID), limits or TreeLimits()
-        self._trees = TreeStore(root / "trees", owner)
+        self._trees = TreeStore(root / "trees", owner, look_only=look_only)
         self._checkouts = Checkouts(self._trees, owner, limits, lazy)
         self.hydration = Hydration(root / "trees", owner, limits, lazy)
         self.lfs, self._lfs_trees = LfsStore(root / "lfs", owner), LfsTrees(self._trees, owner)

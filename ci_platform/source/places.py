@@ -52,10 +52,11 @@ class Places:
     One writer at a time for each, any number of readers. Blocking work is done in threads of its own limiter.
     """
 
-    def __init__(self, root: Path, *, within: timedelta, threads: int) -> None:
+    def __init__(self, root: Path, *, within: timedelta, threads: int, look_only: bool) -> None:
         self._root, self._within = root, within
-        for name in ("git", "mirrors"):
-            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not look_only:
+            for name in ("git", "mirrors"):
+                (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
         self._trash = root / "trash"
         self._journal = folders.Journal(root / "writing")
         self._limiter = anyio.CapacityLimiter(threads)

@@ -59,8 +59,9 @@ class Reading(Places):
         allow_file: bool,
         remote_of: RemoteOf | None,
         on_damage: OnDamage | None,
+        look_only: bool,
     ) -> None:
-        super().__init__(root, within=within, threads=threads)
+        super().__init__(root, within=within, threads=threads, look_only=look_only)
         self._allow_file, self._remote_of = allow_file, remote_of or _nowhere
         self._on_damage = on_damage or _helpless
 

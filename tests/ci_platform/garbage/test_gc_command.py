@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -91,3 +92,69 @@ async def test_the_doctor_says_that_new_runs_wait_for_room(tmp_path: Path) -> No
     assert finding.state == "bad"
     assert "new runs wait for room on the disk" in finding.advice
     assert "dynflow gc" in finding.advice
+
+
+def listing(root: Path) -> dict[str, tuple[Any, ...]]:
+    """All that there is below a folder, with modes, times and contents."""
+    found = dict[str, tuple[Any, ...]]()
+    for path in [root, *root.rglob("*")]:
+        about = path.lstat()
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        sides = (
+            about.st_mode,
+            about.st_uid,
+            about.st_nlink,
+            about.st_size,
+            about.st_mtime_ns,
+            about.st_ctime_ns,
+        )
+        found[str(path.relative_to(root))] = (*sides, content)
+    return found
+
+
+async def test_a_dry_run_without_a_server_changes_nothing_whatever_a_killed_one_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DYNFLOW_URL", raising=False)
+    data = tmp_path / "data"
+    async with running(load_settings({"data": data, **OPTIONS}, {})) as served:
+        headers = {"Authorization": f"Bearer {served.token}"}
+        async with httpx.AsyncClient(base_url=served.url, headers=headers, timeout=30) as http:
+            it = World(served, http, tmp_path, "o/r")
+            run_id = await it.push(QUICK)
+            await it.concluded(run_id)
+        # As a kill leaves them: what was written last is in the log alone.
+        killed = [data / f"platform.db{more}" for more in ("", "-wal")]
+        as_killed = {path: path.read_bytes() for path in killed}
+        assert as_killed[data / "platform.db-wal"]
+    for path, content in as_killed.items():
+        path.write_bytes(content)
+    (data / "server.json").unlink(missing_ok=True)
+    for half in (
+        "workspaces/.new/half/layers",
+        "workspaces/.trash/gone/tree",
+        "workspaces/.caches/.open/half",
+        "workspaces/.caches/.trash/gone",
+        "workspaces/.caches/tenant/unreadable/files",
+        "source/trees/.building/half/tree",
+        "source/trees/o/r/base-unreadable",
+        "source/git/o/.new-half/objects",
+        "source/trash/gone",
+        "commands/half",
+    ):
+        (data / half).mkdir(parents=True)
+    environ = {f"DYNFLOW_{name.upper()}": str(value) for name, value in OPTIONS.items()}
+    assert load_settings({"data": data}, {}).caches_path == data / "workspaces/.caches"
+    for missing in ("", "source/mirrors", "source/trees/.building", "commands"):
+        if missing:  # as a release has left it that did not make this folder
+            (data / missing).rename(tmp_path / "away")
+        before = listing(data)
+        said = await dynflow("gc", "--dry-run", "--json", "--data", str(data), **environ)
+        assert said.exit_code == 0, said.output
+        assert gone(json.loads(said.output)) == ["logs"]
+        assert listing(data) == before
+        if missing:
+            (tmp_path / "away").rename(data / missing)
+    done = await dynflow("gc", "--json", "--data", str(data), **environ)
+    assert gone(json.loads(done.output)) == ["logs"]
+    assert listing(data) != before
