@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, DateTime, Dialect, Index, MetaData, UniqueConstraint, false
+from sqlalchemy import JSON, DateTime, Dialect, Index, MetaData, UniqueConstraint, false, text
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
@@ -123,6 +123,10 @@ class DeliveryRow(Row, table=True):
     last_error: str | None = None
 
 
+_OPEN = text("conclusion IS NULL")
+"""Of the runs that have not ended: garbage asks for these again and again, and they are few among all."""
+
+
 class Run(Row, table=True):
     """One run. Alive or not is the engine's to say: `phase` is a projection of it that lists filter by.
 
@@ -137,6 +141,7 @@ class Run(Row, table=True):
         Index("ix_run_sha", "sha"),
         Index("ix_run_phase", "phase"),
         Index("ix_run_forked_from", "forked_from"),
+        Index("ix_run_open", "id", sqlite_where=_OPEN, postgresql_where=_OPEN),
     )
 
     seq: int | None = Field(default=None, primary_key=True)

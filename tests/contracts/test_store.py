@@ -172,6 +172,7 @@ async def test_queries_that_every_page_makes_use_an_index(store: Store, url: str
     with engine.connect() as connection:
         for query in (
             "SELECT * FROM run WHERE id = 'x'",
+            "SELECT id, repo FROM run WHERE conclusion IS NULL",
             "SELECT * FROM outbox WHERE key = 'x'",
             "SELECT * FROM gate WHERE run_id = 'x'",
         ):
