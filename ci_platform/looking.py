@@ -9,10 +9,9 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio.to_thread
-from sqlalchemy import make_url
 
 from ci_platform.errors import UnavailableError
-from ci_platform.store import Store
+from ci_platform.store import Store, file_of
 
 _FILES = ("", "-journal", "-wal")
 """What belongs to a database of SQLite. Where its log is not merged yet, opening it would do that."""
@@ -25,16 +24,15 @@ async def looked_at(url: str) -> AsyncIterator[Store]:
     Nobody may write meanwhile. Raises UnavailableError where another database has the schema of another release, or
     where there is no room for the copy.
     """
-    parsed = make_url(url)
+    file = file_of(url)
     with ExitStack() as copies:
-        is_file = parsed.get_backend_name() == "sqlite" and parsed.database is not None
-        if is_file:
+        if file is not None:
             copy = Path(copies.enter_context(tempfile.TemporaryDirectory())) / "copy"
-            await anyio.to_thread.run_sync(_copy, Path(str(parsed.database)), copy)
+            await anyio.to_thread.run_sync(_copy, file, copy)
             url = f"sqlite:///{copy}"
         store = Store(url)
         try:
-            await store.open(look_only=not is_file)
+            await store.open(look_only=file is None)
             yield store
         finally:
             await store.close()

@@ -218,6 +218,13 @@ def _make_engine(url: str) -> Engine:
         raise InvalidInputError(f"database_url cannot be used: {type(error).__name__}") from None
 
 
+def file_of(url: str) -> Path | None:
+    """Return where a database of SQLite is; None of others."""
+    parsed = make_url(url)
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
+    return Path(str(parsed.database)) if is_file else None
+
+
 def _make_private(path: Path) -> None:
     """Make the file before SQLite does, for its owner alone; what SQLite puts beside it takes over the mode."""
     try:

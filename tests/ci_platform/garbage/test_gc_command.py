@@ -145,6 +145,7 @@ async def test_a_dry_run_without_a_server_changes_nothing_whatever_a_killed_one_
         (data / half).mkdir(parents=True)
     environ = {f"DYNFLOW_{name.upper()}": str(value) for name, value in OPTIONS.items()}
     assert load_settings({"data": data}, {}).caches_path == data / "workspaces/.caches"
+    before = listing(data)
     for missing in ("", "source/mirrors", "source/trees/.building", "commands"):
         if missing:  # as a release has left it that did not make this folder
             (data / missing).rename(tmp_path / "away")
