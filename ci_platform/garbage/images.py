@@ -6,11 +6,17 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 from typing import Any
 
+import anyio
+
+from ci_platform.errors import UnavailableError
 from ci_platform.garbage import Allowance, Item
 from ci_platform.images import PinnedImages
 from ci_platform.model import RunImage, SnapshotImage
-from ci_platform.sandboxes import ImageMaker
+from ci_platform.sandboxes import ImageMaker, MadeImage
 from ci_platform.store import Store, Transaction, col
+
+_PATIENCE = 20.0
+"""Seconds: an engine looks through all that its images and containers have on disk."""
 
 
 class MadeImages:
@@ -26,13 +32,14 @@ class MadeImages:
         allowance: Allowance,
         *,
         still_open: Callable[[], Awaitable[Collection[str]]],
+        patience: float = _PATIENCE,
     ) -> None:
-        self.allowance = allowance
+        self.allowance, self._patience = allowance, patience
         self._maker, self._images, self._store, self._still_open = maker, images, store, still_open
 
     async def items(self) -> Sequence[Item]:
         """Return all images that runs have made. Raises UnavailableError where the engine does not answer."""
-        made, wanted = await self._maker.made(), await self._wanted()
+        made, wanted = await self._made(), await self._wanted()
         repos, used_at = await self._store.read(_known)
         return [
             Item(
@@ -44,6 +51,12 @@ class MadeImages:
             )
             for each in made
         ]
+
+    async def _made(self) -> list[MadeImage]:
+        """Ask an engine that may take minutes to count: other garbage does not wait for that."""
+        with anyio.move_on_after(self._patience):
+            return await self._maker.made()
+        raise UnavailableError(f"the engine does not say within {self._patience:g} s what its images take")
 
     async def _wanted(self) -> set[str]:
         still_open = await self._still_open()

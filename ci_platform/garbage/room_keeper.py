@@ -19,6 +19,12 @@ _EVERY = timedelta(seconds=2)
 _AGAIN = timedelta(minutes=1)
 """After a collection that found nothing: what there is has to be looked through each time."""
 
+_REST = 20
+"""Times as long as a collection took, while there is still too little: it costs no more than 5 % of the time."""
+
+_LONGEST = timedelta(minutes=10)
+"""What has become garbage meanwhile does not wait for longer."""
+
 
 class RoomKeeper:
     """A service. `let_go` has runs begin that were held back for want of room. `wake` it where room was missed."""
@@ -51,5 +57,12 @@ class RoomKeeper:
             _log.warning(
                 "the disk is short of room; collected %d items of %d bytes", len(report.items), freed
             )
-            self._not_before = None if report.items else now + _AGAIN
+            self._not_before = self._clock.now() + self._rest(now, found_nothing=not report.items)
         self._let_go()
+
+    def _rest(self, began: datetime, *, found_nothing: bool) -> timedelta:
+        """Return for how long nothing is collected after a collection."""
+        if not self.room.is_little():
+            return timedelta()
+        rest = min(_LONGEST, _REST * (self._clock.now() - began))
+        return max(rest, _AGAIN) if found_nothing else rest

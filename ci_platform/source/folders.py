@@ -11,9 +11,10 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ci_platform import layers
@@ -217,6 +218,12 @@ def sweep(root: Path, trash: Path) -> None:
             layers.remove_tree(path)
 
 
+_MEASURED_FOR = 3600.0
+"""Seconds for which what a repository takes is good enough, where it seems to be the same."""
+
+_Stamp = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """What a repository takes: bytes on disk, files and folders; `used_at` in seconds since the epoch."""
@@ -227,15 +234,35 @@ class Held:
     used_at: float
 
 
-def held(root: Path) -> list[Held]:
-    """Return what the repositories below a folder take."""
-    found = list[Held]()
-    for repo in served(root):
-        path = root / f"{repo}.git"
-        with suppress(FileNotFoundError):
-            used_at = path.stat().st_mtime
-            found.append(Held(repo, *layers.taken(path), used_at))
-    return found
+@dataclass(slots=True)
+class Sizes:
+    """What the repositories below a folder take. One whose packs are the same is walked through once in an hour.
+
+    For one thread at a time.
+    """
+
+    _known: dict[str, tuple[_Stamp, float, tuple[int, int]]] = field(default_factory=dict)
+
+    def held(self, root: Path) -> list[Held]:
+        """Return all repositories."""
+        found, known = list[Held](), self._known
+        self._known = {}
+        for repo in served(root):
+            path = root / f"{repo}.git"
+            with suppress(FileNotFoundError):
+                used_at, stamp = path.stat().st_mtime, _stamp(path)
+                before, measured_at, taken = known.get(repo, (None, 0.0, (0, 0)))
+                if before != stamp or not 0 <= time.time() - measured_at < _MEASURED_FOR:
+                    measured_at, taken = time.time(), layers.taken(path)
+                self._known[repo] = (stamp, measured_at, taken)
+                found.append(Held(repo, *taken, used_at))
+        return found
+
+
+def _stamp(path: Path) -> _Stamp:
+    """Return what changes when objects come or go: mostly in packs, or in new folders of single objects."""
+    objects = [(path / name).stat() for name in ("objects/pack", "objects")]
+    return tuple((each.st_ino, each.st_mtime_ns) for each in objects)
 
 
 def used_before(path: Path, moment: float) -> bool:

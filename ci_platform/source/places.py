@@ -62,6 +62,7 @@ class Places:
         self._limiter = anyio.CapacityLimiter(threads)
         self._writers, self._builds, self._upkeep = NamedLocks(), NamedLocks(), NamedLocks()
         self._written: set[str] = set()
+        self._measuring, self._sizes = anyio.Lock(), folders.Sizes()
         objects.isolate_libgit2()
 
     async def _thread(self, function: Callable[[], T]) -> T:
@@ -85,7 +86,8 @@ class Places:
 
     async def mirrors(self) -> list[Held]:
         """Return the mirrors on disk, with what they take and when they were used last."""
-        return await self._thread(lambda: folders.held(self._root / "mirrors"))
+        async with self._measuring:
+            return await self._thread(lambda: self._sizes.held(self._root / "mirrors"))
 
     async def _discard(self, repo: str) -> None:
         await self._thread(partial(folders.discard, self._mirrored(repo), self._trash))

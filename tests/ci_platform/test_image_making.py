@@ -303,6 +303,17 @@ async def test_a_snapshot_is_never_given_to_a_run_while_it_is_being_collected(be
 
 
 @pytest.mark.docker
+async def test_an_engine_that_counts_for_minutes_holds_up_nothing_else(bench: Bench) -> None:
+    async def none() -> set[str]:
+        return set()
+
+    allowance = Allowance(1, timedelta())
+    store = MadeImages(bench.sandbox, bench.pinned, bench.store, allowance, still_open=none, patience=0)
+    (kind,) = (await Collector([store], SystemClock()).collect()).kinds
+    assert "does not say within 0 s" in (kind.trouble or "")
+
+
+@pytest.mark.docker
 async def test_a_name_that_is_gone_is_held_by_nobody(bench: Bench) -> None:
     with bench.calling():
         first = await bench.images.snapshot(bench.workspace, ["true"], key="k")
