@@ -20,9 +20,13 @@ from tests.temporal_server import new_queue, require_program, serving
 DEADLINE = 20.0
 
 
-async def found(client: Client, retention: timedelta | None = None) -> dict[str, Finding]:
+async def found(client: Client, retention: timedelta | None = None, **states: str) -> dict[str, Finding]:
+    """What is found; what is tried is tried again until it is as it should be: a busy machine tells half truths."""
     async with asyncio.timeout(DEADLINE):
-        return {finding.name: finding for finding in await examine(client, retention)}
+        while True:
+            findings = {finding.name: finding for finding in await examine(client, retention)}
+            if all(findings[name].state == state for name, state in states.items()):
+                return findings
 
 
 async def seen(client: Client, query: str, count: int) -> None:
@@ -34,7 +38,7 @@ async def seen(client: Client, query: str, count: int) -> None:
 
 async def test_a_server_that_is_set_up_right(temporal_client: Client) -> None:
     assert await ensure_search_attributes(temporal_client) == []
-    findings = await found(temporal_client)
+    findings = await found(temporal_client, fairness="good")
     states = {name: finding.state for name, finding in findings.items()}
     # How quick queues are is the machine's matter: here it is only said.
     assert states.pop("queues") in {"good", "fair"}
@@ -57,16 +61,12 @@ async def test_a_server_as_it_comes(tmp_path: Path) -> None:
     slow = {"matching.numTaskqueueReadPartitions": "1", "matching.numTaskqueueWritePartitions": "1"}
     with serving(require_program(), tmp_path, slow) as server:
         client = await server.client()
-        findings = await found(client, timedelta(days=30))
-        async with asyncio.timeout(DEADLINE):
-            while findings["queues"].state == "good":  # a server that has just started has been idle
-                findings = await found(client, timedelta(days=30))
+        findings = await found(client, timedelta(days=30), queues="fair", fairness="fair")
     assert findings["namespace"].state == "fair"
     assert "--retention 720h" in findings["namespace"].advice
     assert findings["search attributes"].state == "fair"
     assert "--name DynTenant --type Keyword" in findings["search attributes"].advice
     assert "history.transferProcessorMaxPollRPS" in findings["queues"].advice
-    assert findings["fairness"].state == "fair"
     assert findings["fairness"].advice == "matching.enableFairness=true"
 
 

@@ -36,6 +36,8 @@ _SLOW_MS = 20.0
 _TRIES, _LATER = 40, 10
 # So many tasks of one tenant stand before one of another.
 _BEFORE = 8
+# Tasks come into a queue side by side, not in order; how many stand in it the server tells a second late.
+_SETTLED_SECONDS = 0.4
 _DAY = timedelta(days=1)
 
 
@@ -164,7 +166,9 @@ class _Probe:
         """Return the place, from 1, at which the task of a tenant comes that stands behind many of another's."""
         for _ in range(_BEFORE):
             await self._start("a")
+        await asyncio.sleep(_SETTLED_SECONDS)
         last = await self._start("b")
+        await asyncio.sleep(_SETTLED_SECONDS)
         for place in range(1, _BEFORE + 2):
             if await self._poll() == last:
                 return place
