@@ -198,10 +198,13 @@ class Places:
                 await self._thread(lambda: layers.remove_tree(scratch))
 
     async def delete(self, repo: str) -> None:
-        """Remove a repository or mirror; nothing where there is none. Who reads it now may get an error."""
+        """Remove a repository or mirror; nothing where there is none. Who reads it now may get an error.
+
+        Trees that are being built of it, and of its submodules, are finished first.
+        """
         paths = [self._served(repo), self._mirrored(repo)]
         paths += [self._root / of / name for of in ("mirrors", "lfs") for name in module_mirrors(repo)]
-        async with self._writers(repo):
+        async with self._writers(repo), self._builds(repo):
             for path in paths:
                 await self._thread(partial(folders.discard, path, self._trash))
 

@@ -79,6 +79,20 @@ async def test_the_workspace_has_nothing_of_it(any_desk: CacheDesk) -> None:
     assert [each.paths for each in layers] == [2]
 
 
+@pytest.mark.parametrize("mode", ["0", "555"])
+async def test_a_closed_folder_on_the_way_leaves_a_cache_where_it_is(any_desk: CacheDesk, mode: str) -> None:
+    """Also where workspaces are copies, and where the platform itself may not pass."""
+    await any_desk.run(f"mkdir -p closed/inner; chmod {mode} closed")
+    cache = spec("k", "closed/x", "closed/inner/y/z")
+    for before in ("", "made\nmade\n"):
+        script = "chmod 755 closed; cat closed/*/a closed/inner/y/z/a 2>/dev/null || true"
+        script += f"; echo made | tee closed/x/a >closed/inner/y/z/a; chmod {mode} closed"
+        assert (await any_desk.run(script, cache)).output == before
+    assert [outcome for _, outcome, _ in await any_desk.records()] == ["miss", "hit"]
+    assert (await any_desk.run("chmod 755 closed; find closed | sort")).output == "closed\nclosed/inner\n"
+    assert any_desk.leftovers() == []
+
+
 async def test_a_folder_of_the_repository_is_covered_while_a_cache_is_there(desk: CacheDesk) -> None:
     assert (await desk.run("ls sub; stat -c %a sub; echo x >sub/x", spec("k", "sub"))).output == "755\n"
     assert (await desk.run("ls sub", spec("k", "sub"))).output == "x\n"

@@ -239,6 +239,16 @@ async def test_a_hostile_commit_is_read_without_harm(source: Source, work: Worki
 # Being many, being deleted
 
 
+async def test_a_repository_goes_when_what_is_being_built_of_it_is_whole(source: Source) -> None:
+    path = source.path(REPO)
+    async with anyio.create_task_group() as group, source._builds(REPO):
+        group.start_soon(source.delete, REPO)
+        for _ in range(100):
+            await anyio.lowlevel.checkpoint()
+        assert path.is_dir()
+    assert not path.exists()
+
+
 async def test_a_deleted_repository_is_gone_and_its_name_is_free(source: Source, work: WorkingCopy) -> None:
     sha = work.commit({"a": b"1"})
     put(source, REPO, work)
