@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -22,7 +23,10 @@ from pathlib import Path
 from ci_platform import layers
 from ci_platform.trees import Owner
 
-_BASE, _STAND_IN = "base", "lazy"
+_BASE, _STAND_IN, _BUILDING = "base", "lazy", ".building"
+
+_BUILDERS_END = 10.0
+"""Seconds in which processes end that are told to: longer, and what they leave is there until the next start."""
 
 SAFE_FOR = 600.0
 """Seconds after its last use in which a tree is safe: whoever asked for it has pinned it long before."""
@@ -75,7 +79,7 @@ class TreeStore:
         self._root, self._owner = root, owner
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         if not look_only:
-            for name in (".building", ".trash"):
+            for name in (_BUILDING, ".trash"):
                 (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
             root.chmod(0o700)
 
@@ -147,7 +151,7 @@ class TreeStore:
 
         `fill` gets the folder, in which there is an empty `tree`; it returns the bytes that it wrote.
         """
-        scratch = self._root / ".building" / secrets.token_hex(8)
+        scratch = self._root / _BUILDING / secrets.token_hex(8)
         try:
             (scratch / "tree").mkdir(parents=True)
             size = fill(scratch)
@@ -207,10 +211,33 @@ class TreeStore:
         layers.remove_tree(trash)
 
     def sweep(self) -> None:
-        """Remove what a killed process left half built or half removed, and trees of before a restart."""
-        for name in (".building", ".trash"):
+        """Remove what a killed process left half built or half removed, and trees of before a restart.
+
+        Waits for the builders of one that was killed just now: they end by themselves, and might write on meanwhile.
+        """
+        with layers.directory(self._root / _BUILDING) as builders:
+            _await(builders)
+        for name in (_BUILDING, ".trash"):
             for path in (self._root / name).iterdir():
                 layers.remove_tree(path)
         for path in self._root.glob("[!.]*/*/*"):
             if self._read(path) is None:
                 self._discard(path)
+
+
+def join_builders(root: Path) -> int:
+    """Be one of the processes that build trees below `root`, as long as the returned descriptor is open."""
+    descriptor = layers.open_directory(root / _BUILDING)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _await(builders: int) -> None:
+    until = time.monotonic() + _BUILDERS_END
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(builders, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return

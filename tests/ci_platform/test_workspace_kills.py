@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 
 from ci_platform.source import Source
+from ci_platform.source.hydrating import unavailable
 from tests.ci_platform.git_repositories import Content, Link, Script, working_copy
 from tests.ci_platform.killed_workspaces import REPO
 
 # All of them take more than three minutes.
 EVERY = 8 if os.environ.get("CI") else 1
-SELDOM = {"collect": 3}
-"""Times `EVERY`: of what has very many places."""
+SELDOM = {"collect": 3, "grafts": 4, "grafts-collected": 3, "lazy": 12, "with-cache": 6}
+"""Times `EVERY`: of what has very many places, or takes long at each."""
+
+GRAFTS = ("grafts", "grafts-collected", "lazy", "with-cache")
+NO_LAZY_TREES = unavailable()
 
 FILES: dict[str, Content] = {
     "README.md": b"hello\n",
@@ -30,11 +34,13 @@ FILES: dict[str, Content] = {
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "scenario", ["fork", "seal", "drop", "flatten", "snapshots", "collect", "forked-run"]
+    "scenario", ["fork", "seal", "drop", "flatten", "snapshots", "collect", "forked-run", *GRAFTS]
 )
 async def test_a_kill_before_any_change_leaves_whole_layers_and_nothing_else(
     tmp_path: Path, scenario: str
 ) -> None:
+    if scenario == "lazy" and NO_LAZY_TREES is not None:
+        pytest.skip(f"no lazy trees here: {NO_LAZY_TREES}")
     remote, source = working_copy(tmp_path / "remote"), Source(tmp_path / "source")
     shas = [remote.commit(FILES), remote.commit({"src/a.py": b"changed\n", "run.sh": None, "new/x": b"x"})]
     await source.create(REPO)
@@ -43,7 +49,7 @@ async def test_a_kill_before_any_change_leaves_whole_layers_and_nothing_else(
     command = [
         sys.executable,
         "-m",
-        "tests.ci_platform.killed_workspaces",
+        f"tests.ci_platform.killed_{'grafts' if scenario in GRAFTS else 'workspaces'}",
         str(tmp_path),
         scenario,
         str(EVERY * SELDOM.get(scenario, 1) if EVERY > 1 else 1),
