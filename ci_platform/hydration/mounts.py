@@ -77,7 +77,7 @@ class LazyLower:
         """Let go of it; commands that have it mounted keep it. Who forgets it does the same."""
         if self._channel is not None:
             self._channel.close()
-        elif self._ended is not None:
+        if self._ended is not None:
             layers.remove_tree(self.folder)
 
     def __del__(self) -> None:
@@ -85,17 +85,22 @@ class LazyLower:
             self._channel.close()
 
     def _ask(self, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-        if self._channel is None:
+        if self._channel is None or self._ended is not None:
             return dict(self._ended or {}), []
         try:
             with self._lock:
                 messages.send(self._channel, dict(wanted))
                 received = messages.receive(self._channel)
+            why = "has ended"
         except OSError as error:
-            raise UnavailableError(f"the program of a lazy tree does not answer: {error}") from error
-        if received is None:
-            raise UnavailableError("the program of a lazy tree has ended")
-        return received
+            received, why = None, f"does not answer: {error}"
+        if received is not None:
+            return received
+        # It may have come to its end, with its last command, while we were connecting: then it has left its word.
+        self._ended = control.last_word(self.folder)
+        if self._ended is None:
+            raise UnavailableError(f"the program of a lazy tree {why}")
+        return dict(self._ended), []
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -435,6 +436,28 @@ async def test_a_server_that_is_killed_leaves_a_folder_that_is_swept(tmp_path: P
     assert not folder.exists()
     held.close()
     servers.close()
+
+
+@pytest.mark.parametrize("word", [None, '{"trouble": null}', '{"trouble": "lost"}'])
+def test_a_server_that_ends_while_a_platform_connects_is_taken_at_its_word(
+    tmp_path: Path, word: str | None
+) -> None:
+    folder = tmp_path / "program"
+    folder.mkdir()
+    if word is not None:
+        (folder / "ended").write_text(word)
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    found = mounts.LazyLower(folder, ours)
+    if word is not None and "lost" not in word:
+        found.check()
+    else:
+        with pytest.raises(UnavailableError, match="has ended|does not answer|could not be read: lost"):
+            found.check()
+    with pytest.raises(UnavailableError):
+        found.mount()
+    found.close()
+    assert folder.exists() == (word is None)
 
 
 async def test_a_git_that_hangs_does_not_hang_the_command(tmp_path: Path) -> None:
