@@ -452,7 +452,7 @@ def test_a_server_that_ends_while_a_platform_connects_is_taken_at_its_word(
     if word is not None and "lost" not in word:
         found.check()
     else:
-        with pytest.raises(UnavailableError, match="has ended|does not answer|could not be read: lost"):
+        with pytest.raises(UnavailableError, match=r"has ended|does not answer|could not be read: lost"):
             found.check()
     with pytest.raises(UnavailableError):
         found.mount()
