@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import anyio
 
 from ci_platform.caches import Caches
+from ci_platform.caches.specs import needs_files
 from ci_platform.command_checks import check_command
 from ci_platform.errors import (
     FailedError,
@@ -195,8 +196,7 @@ class Execution:
             printer.say("command", _cut(shlex.join(command.argv)))
             if self._images is not None:
                 command = await self._images.pin_all(sandbox, run_id, command, printer.notice)
-            # Keys of caches are made from files on disk.
-            lazy = sandbox.takes_lazy and not command.cache
+            lazy = sandbox.takes_lazy and not needs_files(command.cache)
             tree = await self._workspaces.prepare(command.workspace.id, author, lazy=lazy)
             tree, mounts = await self._with_caches(command, run_id, author, tree, printer)
             job = replace(self._job(command, run_id, tree, limits, printer), mounts=mounts)

@@ -61,6 +61,22 @@ def checked(specs: Any) -> tuple[Wanted, ...]:
     return wanted
 
 
+def needs_files(specs: Any) -> bool:
+    """Whether the files of a workspace have to be on disk for these caches: for keys that follow from them, or mounts.
+
+    True for what cannot be caches: that is said where they are opened.
+    """
+    try:
+        wanted = checked(specs)
+    except CacheInvalidError:
+        return True
+    return any(
+        any(place.root == "workspace" for place in each.places)
+        or any("{" in key for key in (each.key, *each.restore_keys))
+        for each in wanted
+    )
+
+
 def _one(spec: Any) -> Wanted:
     key: Any = getattr(spec, "key", None)
     paths, restore_keys = (_texts(getattr(spec, name, None), name) for name in ("paths", "restore_keys"))

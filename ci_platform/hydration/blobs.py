@@ -20,6 +20,9 @@ _LARGE = 4 << 20
 _MOST_LARGE = 4
 """Large files that are kept."""
 
+_REMEMBERED = 4096
+"""Files given whole: who has one of them again and again has it from memory, not each time from git."""
+
 _PIECE = 1 << 20
 
 
@@ -44,6 +47,7 @@ class Blobs:
         self._git: subprocess.Popen[bytes] | None = None
         self._ahead: OrderedDict[bytes, bytes] = OrderedDict()
         self._held = 0
+        self._given: OrderedDict[bytes, None] = OrderedDict()
         self._large: OrderedDict[bytes, IO[bytes]] = OrderedDict()
 
     def read(self, oid: bytes, size: int, offset: int, count: int) -> tuple[bytes, bool]:
@@ -53,11 +57,21 @@ class Blobs:
         content, was_here = self._ahead.get(oid), True
         if content is None:
             (content,), was_here = self._fetch([oid]), False
-        if offset + count >= size:
+        if offset + count < size or self._is_wanted_again(oid):
+            if not was_here:
+                self._keep(oid, content)
+        else:
             self._forget(oid)  # the kernel has it now
-        elif not was_here:
-            self._keep(oid, content)
         return content[offset : offset + count], was_here
+
+    def _is_wanted_again(self, oid: bytes) -> bool:
+        """Whether a file that was given whole is asked for once more: somebody reads past what the kernel keeps."""
+        again = oid in self._given
+        self._given[oid] = None
+        self._given.move_to_end(oid)
+        while len(self._given) > _REMEMBERED:
+            self._given.popitem(last=False)
+        return again
 
     def fetch_ahead(self, wanted: Sequence[tuple[bytes, int]]) -> None:
         """Fetch contents (id, size) that will be asked for soon. What is lost is said when it is asked for."""

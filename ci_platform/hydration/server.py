@@ -97,7 +97,9 @@ class Server:
             return protocol.refusal(unique, errno.ESTALE)
         except OSError as error:
             if error.errno not in {errno.ENOSYS, errno.ENOTTY}:
-                self.trouble = str(error)
+                self.trouble = (
+                    error.strerror or "an input/output error"
+                )  # a command is told, and no path of ours
             return protocol.refusal(unique, error.errno or errno.EIO)
 
     def _answer(self, code: int, number: int, body: memoryview) -> bytes:

@@ -13,6 +13,7 @@ from ci_platform import copy_on_write
 from ci_platform.caches import Budget, CacheEntry, Caches
 from ci_platform.copy_on_write import MethodName
 from ci_platform.execution import Execution
+from ci_platform.hydration.plan import Threshold
 from ci_platform.logs import LogKey, Logs
 from ci_platform.model import Repository, Run, RunCache
 from ci_platform.sandboxes import Sandbox
@@ -137,12 +138,13 @@ async def opened_desk(
     budget: Budget | None = None,
     durable: bool = False,
     container: Sandbox | None = None,
+    lazy: Threshold | None = None,
 ) -> AsyncIterator[CacheDesk]:
     """Start over `root`, as a platform does, and end as one that is told to stop."""
     for folder in [root, *root.parents][:2]:
         folder.chmod(0o755)
     sha, url = remote_of(root)
-    source = Source(root / "source", allow_file=True)
+    source = Source(root / "source", allow_file=True, lazy=lazy)
     for repo in (REPO, OTHER):
         await source.fetch(repo, sha, Remote(url))
     chosen = copy_on_write.probe(root / "workspaces", method)
@@ -163,4 +165,5 @@ async def opened_desk(
     finally:
         for each in sandboxes.values():
             await each.close()
+        await source.close()
         await store.close()

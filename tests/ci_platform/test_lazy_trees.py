@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from ci_platform import copy_on_write
+from ci_platform.caches.specs import needs_files
 from ci_platform.cones import Cone
 from ci_platform.errors import FailedError, LimitExceededError, UnavailableError
 from ci_platform.execution import Execution
@@ -32,7 +33,9 @@ from ci_platform.source.hydrating import unavailable
 from ci_platform.survival import Survival
 from ci_platform.trees import TreeLimits
 from ci_platform.workspaces import LayerAuthor, Workspaces
+from pipelines import hash_files
 from pipelines.contract import Command, CommandResult, Workspace
+from tests.ci_platform import cache_desk
 from tests.ci_platform.git_repositories import Content, Link, Script
 from tests.ci_platform.workspace_desk import REPO, Desk, opened_desk
 
@@ -57,6 +60,8 @@ FILES: dict[str, Content] = {
     "n/\udcff": b"no UTF-8",
     **{f"many/file{n}": b"%d\n" % n * (n % 50) for n in range(400)},
 }
+
+IS_LAZY = "grep -qs 'lowerdir+=/*lazy,' /proc/self/mountinfo && echo lazy || true"
 
 LOOK = r"""
 find . -mindepth 1 -name .git -prune -o -type f -printf '%m %u %s %T@ %p\n' -o -printf '%y %m %u %T@ %p %l\n' | sort
@@ -230,6 +235,19 @@ async def test_commands_that_need_all_files_on_disk_wait_for_them(desk: Desk) ->
     assert (tree.lowers[-1] / "many/file7").read_bytes() == b"7\n" * 7
     assert await desk.workspaces.read(ID, "src/a.py") == b"a\n"
     await desk.workspaces.drop(tree)
+
+
+async def test_a_command_with_a_cache_in_its_home_alone_does_not_wait_for_files(tmp_path: Path) -> None:
+    """Of others keys, or what is on the way to a mount, would have to be looked for where nothing is yet."""
+    at_home, in_workspace = cache_desk.spec("k", "~/.cache/x"), cache_desk.spec("k", "deps")
+    by_files = cache_desk.spec(f"k-{hash_files('README.md')}", "~/.cache/y")
+    async with cache_desk.opened_desk(tmp_path, lazy=Threshold(files=1)) as desk:
+        script = "cat README.md ~/.cache/x/x 2>/dev/null || true; echo kept >~/.cache/x/x"
+        assert (await desk.run(script + "; " + IS_LAZY, at_home)).output == "hello\nlazy\n"
+        assert (await desk.run(script, at_home)).output == "hello\nkept\n"
+    assert [needs_files((each,)) for each in (at_home, in_workspace, by_files)] == [False, True, True]
+    assert needs_files("no caches at all")
+    await eventually(lambda: programs(tmp_path) == [])
 
 
 @pytest.mark.parametrize(
@@ -484,6 +502,22 @@ async def test_a_git_that_hangs_does_not_hang_the_command(tmp_path: Path) -> Non
         held.close()
         servers.close()
         await desk.workspaces.drop(prepared)
+
+
+async def test_whatever_a_hostile_command_reads_its_server_answers_and_lives(desk: Desk) -> None:
+    await desk.fork(desk.remote.commit(FILES))
+    tree = await prepare(desk)
+    assert tree.lazy is not None
+    script = (Path(__file__).parent / "lazy_attacks.py.txt").read_text()
+    with anyio.fail_after(2 * SOON):
+        code, said = await run(
+            desk, tree, f"cat >/tmp/attack.py <<'END'\n{script}\nEND\npython3 /tmp/attack.py"
+        )
+    assert code == 0, said
+    await desk.workspaces.check(tree)
+    (server,) = programs(desk.root, "hydration.server")
+    assert server.memory_info().rss < 200 << 20
+    await desk.workspaces.drop(tree)
 
 
 async def test_a_lazy_tree_cannot_be_written_to_and_its_server_has_nothing(desk: Desk) -> None:
