@@ -19,6 +19,7 @@ from ci_platform.caches import Caches
 from ci_platform.capabilities import ForgeCapability, SandboxCapability
 from ci_platform.command_limits import limits_of
 from ci_platform.deliveries import Deliveries
+from ci_platform.engines import PlatformEngine, make_engine
 from ci_platform.execution import Execution
 from ci_platform.forges import Forge
 from ci_platform.forges.github import GitHubForge
@@ -59,7 +60,6 @@ from ci_platform.trees import TreeLimits
 from ci_platform.workspace_forks import WorkspaceForks
 from ci_platform.workspaces import Workspaces
 from dynflow.clock import Clock, SystemClock
-from dynflow.engines.embedded import EmbeddedEngine
 from dynflow.isolates import IsolateLimits, ProcessLoader
 from dynflow.router import create_dynamic_workflow_entrypoint
 from pipelines.contract import SandboxKind
@@ -93,7 +93,7 @@ class Platform:
     room_keeper: RoomKeeper
     sandboxes: Mapping[SandboxKind, Sandbox]
     releases: Releases
-    engine: EmbeddedEngine
+    engine: PlatformEngine
     instances: RunInstances
     forges: Mapping[str, Forge]
 
@@ -169,12 +169,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         give_up_after=settings.report_for,
     )
     gates = Gates(store, clock, notices)
-    engine = EmbeddedEngine(
-        settings.engine_path,
-        clock=clock,
-        concurrency=settings.concurrency,
-        tenant_concurrency=settings.repository_share,
-    )
+    engine = make_engine(settings, clock)
     loader, images = make_loader(settings), PinnedImages(store, clock)
     execution = Execution(
         workspaces,

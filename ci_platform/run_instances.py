@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from ci_platform.capabilities import RunIdentity
-from ci_platform.errors import NotFoundError
+from ci_platform.errors import NotFoundError, UnavailableError
 from ci_platform.model import Run, RunFork
 from ci_platform.store import Store, Transaction, col
+from dynflow.errors import StorageError
 from dynflow.router import DynamicWorkflowBinding
+from dynflow.types import HistoryEvent, InstanceStatus
 
 # Identities in memory; what a run is never changes.
 _REMEMBERED = 10_000
@@ -28,7 +32,8 @@ class RunInstances:
             self._identities.remember(
                 RunIdentity(id, params["repo"], params["sha"], params["pr"], params["trusted"])
             )
-        return await self._of(id, params).create(id=id, params=params)
+        with answering():
+            return await self._of(id, params).create(id=id, params=params)
 
     async def fork(
         self,
@@ -39,14 +44,69 @@ class RunInstances:
         params: Any,
     ) -> Any:
         """Create a run's instance with what another run of its repository had finished before a step."""
-        return await self._of(id, params).fork(source_id, before=before, id=id, params=params)
+        with answering():
+            return await self._of(id, params).fork(source_id, before=before, id=id, params=params)
 
     def _of(self, run_id: str, params: Any) -> DynamicWorkflowBinding:
         return DynamicWorkflowBinding(self._binding, {"tenant_id": params["repo"], "run_id": run_id})
 
-    async def get(self, id: str) -> Any:  # noqa: A002 - the binding's name
+    async def get(self, id: str) -> RunInstance:  # noqa: A002 - the binding's name
         """Return a run's instance."""
-        return await self._binding.get(id)
+        binding = self._binding
+        with suppress(NotFoundError):  # its row is gone: the engine may still know whose it is
+            repo = (await self._identities.identity(id)).repo
+            binding = DynamicWorkflowBinding(self._binding, {"tenant_id": repo, "run_id": id})
+        with answering():
+            return RunInstance(await binding.get(id))
+
+
+class RunInstance:
+    """One run's instance: what the platform asks of it, with UnavailableError where its engine cannot do it now."""
+
+    def __init__(self, instance: Any) -> None:
+        self._instance = instance
+
+    async def status(self) -> InstanceStatus:
+        """Return what is known of it."""
+        with answering():
+            status: InstanceStatus = await self._instance.status()
+            return status
+
+    async def terminate(self) -> None:
+        """End it."""
+        with answering():
+            await self._instance.terminate()
+
+    async def restart(self, from_step: tuple[str, int] | tuple[str, int, str] | None = None) -> None:
+        """Run it again."""
+        with answering():
+            await self._instance.restart(from_step)
+
+    async def delete(self) -> object:
+        """Remove it."""
+        with answering():
+            return await self._instance.delete()
+
+    async def send_event(self, *, type: str, payload: Any = None) -> None:  # noqa: A002 - dynflow's public name
+        """Send it an event."""
+        with answering():
+            await self._instance.send_event(type=type, payload=payload)
+
+    async def subscribe(self, cursor: int | None = None) -> AsyncGenerator[HistoryEvent, None]:
+        """Yield its history."""
+        with answering():
+            async with aclosing(self._instance.subscribe(cursor)) as events:
+                async for event in events:
+                    yield event
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Say of an engine that has no room or no server, in the block, what is true of it: that it passes."""
+    try:
+        yield
+    except StorageError as error:
+        raise UnavailableError(f"what keeps runs cannot do it now: {error}") from error
 
 
 class StoredIdentities:

@@ -73,7 +73,12 @@ IMPLEMENTATIONS = (
 )
 """Chosen in one place: imported by the assembly, by their own package and by tests alone."""
 
-CHOOSERS = ("ci_platform.assembly", "ci_platform.backup", "dynflow.testing")
+CHOOSERS = (
+    "ci_platform.assembly",
+    "ci_platform.backup",
+    "ci_platform.engines",
+    "dynflow.testing",
+)
 
 STDLIB_ONLY = (
     "dynflow",

@@ -1,0 +1,38 @@
+"""The engine that keeps runs: chosen here by the settings, and nothing else of the platform knows which it is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Self
+
+from ci_platform.settings import Settings
+from dynflow.clock import Clock
+from dynflow.engines import Listener
+from dynflow.engines.embedded import EmbeddedEngine
+from dynflow.workflow import WorkflowEntrypoint
+
+
+class PlatformEngine(Protocol):
+    """What the platform needs of an engine. It is used inside `async with`, after `register`."""
+
+    def register(self, name: str, entrypoint: type[WorkflowEntrypoint]) -> None:
+        """Make a workflow known."""
+
+    def binding(self, name: str) -> Any:
+        """Return the raw binding of a registered workflow."""
+
+    def add_listener(self, listener: Listener) -> None:
+        """Have `listener` called at what happens to instances, once it is durable."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+
+def make_engine(settings: Settings, clock: Clock) -> PlatformEngine:
+    """Return the engine of these settings."""
+    return EmbeddedEngine(
+        settings.engine_path,
+        clock=clock,
+        concurrency=settings.concurrency,
+        tenant_concurrency=settings.repository_share,
+    )
