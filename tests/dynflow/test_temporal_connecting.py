@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 
-from dynflow.engines.temporal.connecting import TemporalAddress, connect
+from dynflow.engines.temporal.connecting import TemporalAddress, connect, connect_patiently
 from dynflow.errors import EngineRefusedError, EngineUnreachableError, InvalidArgumentError, StorageError
 from tests.dynflow.temporal_doors import Authority, listening, passing_on, refusing, web
 from tests.temporal_server import TemporalServer, new_queue
@@ -149,6 +149,22 @@ async def test_a_killed_server_is_said_and_a_client_goes_on_when_it_is_back(
         temporal_server.start()
         async with asyncio.timeout(30):
             assert (await asked).namespace_info.name == "default"
+
+
+async def test_patience_says_at_once_what_is_wrong_and_waits(
+    temporal_server: TemporalServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    temporal_server.kill()
+    connecting = asyncio.ensure_future(connect_patiently(TemporalAddress(temporal_server.address)))
+    async with asyncio.timeout(SAID_WITHIN):
+        while "nobody listens there" not in caplog.text:  # noqa: ASYNC110 - nothing tells of a log
+            await asyncio.sleep(0.01)
+    assert not connecting.done()
+    temporal_server.start()
+    async with asyncio.timeout(30):
+        await connecting
+    with pytest.raises(EngineRefusedError):
+        await connect_patiently(TemporalAddress(temporal_server.address, "nowhere"))
 
 
 @pytest.mark.parametrize(

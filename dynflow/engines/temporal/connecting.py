@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 import socket
@@ -24,11 +25,17 @@ from dynflow.errors import EngineRefusedError, EngineUnreachableError, InvalidAr
 
 # Together with a look at what went wrong, less than the five seconds in which it has to be said.
 _CONNECT_SECONDS = 3.0
+# Between two words on a server that does not answer.
+_SAID_SECONDS = 60.0
+# Between two looks for a server that does not answer.
+_AGAIN_SECONDS = 2.0
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 _REFUSALS = frozenset({RPCStatusCode.PERMISSION_DENIED, RPCStatusCode.UNAUTHENTICATED})
 _PASSING = frozenset(
     {RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.RESOURCE_EXHAUSTED}
 )
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,19 @@ async def connect(options: TemporalAddress) -> Client:
     return client
 
 
+async def connect_patiently(options: TemporalAddress) -> Client:
+    """Return a client as `connect` does, and wait for a server that does not answer: what is wrong is logged, at once.
+
+    Raises EngineRefusedError and InvalidArgumentError, for which waiting does not help.
+    """
+    while True:
+        try:
+            return await connect(options)
+        except EngineUnreachableError as error:
+            _log.warning("%s. Trying again until it answers", error)
+        await asyncio.sleep(_AGAIN_SECONDS)
+
+
 async def _client(options: TemporalAddress) -> Client:
     return await Client.connect(
         options.address,
@@ -156,10 +176,36 @@ async def _client(options: TemporalAddress) -> Client:
     )
 
 
+class _InShort(logging.Filter):
+    """Says of a server that does not answer so, and no more often than each minute: the SDK does at every try."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether to log a record, and have it say what matters to people."""
+        text = record.getMessage()
+        if "Unavailable" not in text and "retried" not in text:
+            return True
+        if record.created - self._said_at < _SAID_SECONDS:
+            return False
+        self._said_at = record.created
+        record.msg = (
+            "Temporal does not answer. What runs waits for it, and it is tried again until it does: %s"
+        )
+        record.args = (text.partition("message:")[2][:200],)
+        return True
+
+
 @cache
 def _runtime() -> Runtime:
     """Return the SDK's threads, once in this process; what they log goes where Python's logs go."""
-    forwarding = LogForwardingConfig(logger=logging.getLogger("dynflow.engines.temporal.sdk"))
+    logger = logging.getLogger("dynflow.engines.temporal.sdk")
+    logger.addFilter(_InShort())
+    forwarding = LogForwardingConfig(
+        logger=logger, append_target_to_name=False, prepend_target_on_message=False
+    )
     telemetry = TelemetryFilter(core_level="WARN", other_level="ERROR")
     return Runtime(telemetry=TelemetryConfig(logging=LoggingConfig(filter=telemetry, forwarding=forwarding)))
 
