@@ -149,8 +149,8 @@ class Sandbox(ABC):
     *Concurrency*: one event loop. *Idempotency*: none; a caller that repeats gives a fresh tree.
     *Cancellation*: cancelling `run` kills the whole process tree and waits for it before CancelledError leaves.
     *Errors*: UnavailableError where the sandbox itself cannot run; a command that fails is an outcome, not an
-    error. When `run` returns or raises, no process or mount of the job is left, nor anything else but what is
-    kept ready for the next job of its scope, until `release`.
+    error. When `run` returns or raises, no process of the job is left, and no mount that anything can be changed by,
+    nor anything else but what is kept ready for the next job of its scope, until `release`.
     """
 
     outlives: ClassVar[bool] = False

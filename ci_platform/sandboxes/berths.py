@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class Berth:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._prepared = False
+        self.is_settling = False
+        """Whether the kernel is not done yet with what the command has looked at, when it is over."""
         self.listener = -1
         """Where the command's connections to its gateway come in. -1 until it is prepared."""
 
@@ -101,7 +104,20 @@ class Berth:
                 raise UnavailableError(f"isolate sandbox: {told['error']}")
             await spool.pass_on()
             if told:
+                self.is_settling = bool(told.get("settling"))
                 return told
+
+    async def settled(self) -> None:
+        """Wait until nothing is left of the mounts of a command that is over."""
+        with contextlib.suppress(OSError, ValueError):
+            while (answer := await self._answer()) is not None and "settled" not in answer[0]:
+                pass
+
+    def has_news(self) -> bool:
+        """Whether there is something to hear, if only that the supervisor is gone."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        return bool(poll.poll(0))
 
     async def kill(self, spool: Spool) -> None:
         """Have the supervisor kill what runs, and wait until nothing is left. Not cancellable."""

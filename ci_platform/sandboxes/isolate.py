@@ -34,6 +34,7 @@ from ci_platform.sandboxes import (
     seccomp,
 )
 from ci_platform.sandboxes.berths import Berth, Spool, StaleError
+from ci_platform.sandboxes.settling import Settling
 
 _ANSWER_WITHIN = 30.0
 """Seconds for the launcher to take a message: it is idle or forks, so only a stopped machine needs longer."""
@@ -78,11 +79,13 @@ class IsolateSandbox(Sandbox):
         self._berths: deque[Berth] = deque()
         self._leaving = False
         self._unsettled: dict[Path, Berth] = {}
+        self._settling = Settling()
         self._kept = kept
 
     async def run(self, job: SandboxJob, output: Output) -> SandboxOutcome:
         """Run one command to its end."""
         self._check_network(job)
+        await self._settling.wait(job)
         message = self._message(job)
         try:
             return await self._run(job, message, output)
@@ -103,6 +106,7 @@ class IsolateSandbox(Sandbox):
     async def close(self) -> None:
         """End the launcher and the sandboxes that it keeps ready."""
         self._drop_berths()
+        self._settling.close()
         for folder in list(self._unsettled):
             self.settled(folder)
         if self._channel is not None:
@@ -201,6 +205,7 @@ class IsolateSandbox(Sandbox):
 
     def _keep_until_settled(self, berth: Berth, job: SandboxJob) -> None:
         """Close all but the berth of a command that may survive: its supervisor waits until its end is settled."""
+        self._settling.keep(job.tree, berth)
         if job.survive is not None:
             self._unsettled[job.survive] = berth.moved()
 

@@ -26,6 +26,10 @@ VERSION = 1
 _EVERY = 0.2
 """Seconds between two looks at what a command uses."""
 
+_SHORT = 0.05
+"""Seconds: what a command of so little time has looked at, the kernel soon lets go of. It takes 2 µs for each file,
+which the end of another command is not to wait for."""
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _PIECE = 1024 * 1024
@@ -265,9 +269,26 @@ class Watch:
         if self._lifeline is not None:
             self._off(self._lifeline.fileno())
             _end_gateway(self._lifeline)
-        self._settle()
+        # A server of files ends with its mount, and is asked how it went.
+        quick = time.monotonic() - self._started < _SHORT or "lazy" in self._job["files"]
+        if quick:
+            self._settle()
+        else:
+            self._verdict["settling"] = True
         self._ended = True
         self._tell_the_verdict()
+        if not quick:
+            self._settle_at_leisure()
+
+    def _settle_at_leisure(self) -> None:
+        """Let go of what the command held when its end is told, and say so: whoever builds on it waits for that."""
+        self._settle()
+        del self._verdict["settling"]
+        if self._channel is not None:
+            with contextlib.suppress(OSError):
+                messages.send(self._channel, {"settled": True})
+        # Who is not to be found again has no more to say.
+        self._heard = self._heard or self._control is None
 
     def _judge(self, code: int) -> None:
         """Say what the end was due to."""

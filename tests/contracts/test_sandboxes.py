@@ -588,6 +588,23 @@ async def test_nothing_is_left_of_a_command(run: Run) -> None:
     await eventually(lambda: len(control_groups()) <= 8)
 
 
+async def test_what_a_long_command_has_changed_is_there_for_the_next_at_once(run: Run) -> None:
+    """The kernel may be busy for a while with forgetting what the first has looked at."""
+    base = run.layer("base", {f"{n // 100}/{n}": "x" for n in range(3000)})
+    first = run.tree(base)
+    assert (
+        await run("find . -type f | xargs stat >/dev/null; echo made >new; sleep 0.1", first)
+    ).exit_code == 0
+    printed: list[bytes] = []
+    async with anyio.create_task_group() as tasks:
+        for _ in range(2):
+            tasks.start_soon(
+                run.sandbox.run, run.job("cat new; echo x >>new", run.tree(first.upper, base)), printed.append
+            )
+    assert printed == [b"made\n"] * 2
+    layers.remove_tree(first.upper)
+
+
 async def test_without_any_in_stock_each_command_gets_a_sandbox_all_the_same(tmp_path: Path) -> None:
     sandbox = IsolateSandbox(ready=0)
     run = Run(sandbox, tmp_path)
