@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ci_platform import git_untracked
+from ci_platform.git_untracked import Folders, Untracked
 from ci_platform.sandboxes import SANDBOX_UID
 
 _HEADER = struct.Struct(">4sII")
@@ -90,13 +92,18 @@ class Recorder:
         self._content, self._offsets = bytearray(_HEADER.size), array("Q")
         self._nodes = [_Node(b"", oid)]
         self._extended = False
+        self._folders, self._path = Folders(), b""
 
     def enter(self, name: bytes, oid: bytes) -> None:
         """Begin a directory."""
         self._nodes.append(_Node(name, oid))
+        self._path += b"/" * bool(self._path) + name
+        self._folders.enter(self._path)
 
-    def leave(self) -> None:
-        """End a directory."""
+    def leave(self, found: os.stat_result | None = None) -> None:
+        """End a directory. `found` is what `lstat` says of it; None for one that is not on disk."""
+        self._folders.leave(self._path, found)
+        self._path = self._path.rpartition(b"/")[0]
         node = self._nodes.pop()
         parent = self._nodes[-1]
         parent.below += node.encoded()
@@ -106,6 +113,8 @@ class Recorder:
     def add(self, path: bytes, mode: int, oid: bytes, found: os.stat_result | None) -> None:
         """Take down a file."""
         self._extended = self._extended or (found is None and mode != GITLINK)
+        if path.rpartition(b"/")[2] == b".gitignore":
+            self._folders.ignores(self._path, oid)
         self.append(entry(path, mode, oid, found))
 
     def append(self, new: bytes) -> None:
@@ -124,6 +133,10 @@ class Recorder:
         entries = memoryview(self._content)[_HEADER.size :]
         return Index(version, count, [entries], self._nodes[0].encoded()), self._offsets
 
+    def untracked(self) -> Untracked | None:
+        """Return the cache of untracked files, for a tree that is the workspace itself; None where it has no use."""
+        return None if self._extended else self._folders.finish()
+
 
 @dataclass(slots=True)
 class Changes:
@@ -135,7 +148,7 @@ class Changes:
     def enter(self, name: bytes, oid: bytes) -> None:
         """Begin a directory."""
 
-    def leave(self) -> None:
+    def leave(self, found: os.stat_result | None = None) -> None:
         """End a directory."""
 
     def add(self, path: bytes, mode: int, oid: bytes, found: os.stat_result | None) -> None:
@@ -174,17 +187,20 @@ def _parents(path: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An index to be written: how many entries, pieces of encoded ones, the cache of tree ids."""
+    """An index to be written: how many entries, pieces of encoded ones, the caches of tree ids and untracked files."""
 
     version: int
     count: int
     entries: Sequence[bytes | memoryview]
     trees: bytes
+    untracked: bytes = b""
 
     def write(self, path: Path) -> int:
         """Write git's file; return its bytes."""
         header = _HEADER.pack(b"DIRC", self.version, self.count)
         pieces = [header, *self.entries, _EXTENSION.pack(b"TREE", len(self.trees)), self.trees]
+        if self.untracked:
+            pieces += [_EXTENSION.pack(git_untracked.SIGNATURE, len(self.untracked)), self.untracked]
         digest = hashlib.sha1(usedforsecurity=False)
         for piece in pieces:
             digest.update(piece)
@@ -196,8 +212,8 @@ class Index:
 class WrittenIndex:
     """The index of a whole tree, from its file and where in it each entry begins (an array's bytes)."""
 
-    def __init__(self, content: bytes, offsets: bytes) -> None:
-        self._content, self._offsets = content, array("Q", offsets)
+    def __init__(self, content: bytes, offsets: bytes, untracked: Untracked | None = None) -> None:
+        self._content, self._offsets, self._untracked = content, array("Q", offsets), untracked
         _, self._version, self._count = _HEADER.unpack_from(content)
         self._end = _HEADER.size
         if self._count:
@@ -226,7 +242,11 @@ class WrittenIndex:
             count += bool(new)
             position = place
         extended = self._version == 3 or any(_is_extended(new, 0) for new in changes.added.values())
-        return Index(3 if extended else 2, count, pieces, _forget_trees(self.trees, touched))
+        above = {parent for path in touched for parent in (b"", *_parents(path))}
+        trees, untracked = _forget_trees(self.trees, touched, above), b""
+        if self._untracked is not None and not extended:
+            untracked = self._untracked.encoded(above | touched)
+        return Index(3 if extended else 2, count, pieces, trees, untracked)
 
     def _gone(self, changes: Changes, touched: set[bytes]) -> list[tuple[int, int]]:
         """Return which entries go, as sorted ranges that do not meet."""
@@ -280,9 +300,8 @@ def _without(first: int, last: int, gone: list[tuple[int, int]]) -> Iterator[tup
         yield first, last
 
 
-def _forget_trees(trees: bytes, touched: Collection[bytes]) -> bytes:
+def _forget_trees(trees: bytes, touched: Collection[bytes], above: Collection[bytes]) -> bytes:
     """Return the cache of tree ids without those of directories above touched paths, and at them."""
-    above = {parent for path in touched for parent in (b"", *_parents(path))}
     pieces = list[bytes]()
 
     def skip(position: int) -> int:

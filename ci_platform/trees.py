@@ -96,17 +96,19 @@ class TreeWriter:
 
     def leave(self) -> None:
         """Go back to the parent directory."""
-        self.index.leave()
         self._path.pop()
         if self.is_outside:
             self._outside -= 1
+            self.index.leave(None)
         else:
-            self._finish_folder()
+            self.index.leave(self._finish_folder())
 
-    def _finish_folder(self) -> None:
+    def _finish_folder(self) -> os.stat_result:
         if self.modified_at is not None:
             os.utime(self._stack[-1], ns=(self.modified_at, self.modified_at))
+        found = os.fstat(self._stack[-1])
         os.close(self._stack.pop())
+        return found
 
     def file(self, name: bytes, content: bytes, oid: bytes, *, executable: bool) -> None:
         """Write a regular file."""

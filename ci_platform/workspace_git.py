@@ -41,11 +41,12 @@ _CONFIG = """\
 """Collecting garbage would copy the history into the command's layer. A commit needs some author."""
 
 _SPARSE = "[core]\n\tsparseCheckout = true\n\tsparseCheckoutCone = true\n"
-_COPIED = "[core]\n\tcheckStat = minimal\n\ttrustctime = false\n"
+_COPIED = "[core]\n\tcheckStat = minimal\n\ttrustctime = false\n\tuntrackedCache = false\n"
 """Where commands get copies of files, numbers of inodes and times of change are not those of the index."""
 
-LINKED = "[core]\n\ttrustctime = false\n"
-"""For files that have other links: each link more is a change of their inode, and none of theirs."""
+LINKED = "[core]\n\ttrustctime = false\n\tuntrackedCache = false\n"
+"""For files that have other links: each link more is a change of their inode, and none of theirs. Without times of
+change, who sets a folder's time of modification back would hide from git what is new in it."""
 
 _CANNOT_LINK = {errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 _PACK_PARTS = {".pack", ".idx", ".rev", ".bitmap", ".promisor"}

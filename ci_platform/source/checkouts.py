@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ci_platform import commit_trees, git_commands, workspace_git
 from ci_platform.cones import Cone
 from ci_platform.errors import FailedError
 from ci_platform.git_index import Changes, Index, Recorder, WrittenIndex
+from ci_platform.git_untracked import Untracked
 from ci_platform.hydration import plan
 from ci_platform.hydration.plan import Threshold
 from ci_platform.hydration.table import Table
@@ -39,6 +41,9 @@ _NEAR = 100
 BEFORE = 2_000_000_000
 """Nanoseconds by which a base's files are older than its index: git looks again at files that may be younger."""
 
+
+_UNTRACKED = "untracked"
+"""A base's file: what its index says of untracked files, for the indexes of deltas."""
 
 _STAND_INS_INDEX = "indexed"
 """A delta's file: its index was made from that of a stand-in, and knows no inodes of files on disk."""
@@ -197,6 +202,9 @@ class Checkouts:
                 commit_trees.write_tree(found, oid.raw, writer)
             index, offsets = recorder.finish()
             (scratch / "offsets").write_bytes(offsets.tobytes())
+            if (untracked := recorder.untracked()) is not None:
+                (scratch / _UNTRACKED).write_bytes(untracked.as_bytes())
+                index = replace(index, untracked=untracked.encoded())
             return writer.size + self._write_index(index, scratch)
 
         return self._store.build(repo, f"base{view}-{oid}", fill)
@@ -221,7 +229,7 @@ class Checkouts:
             (scratch / "changes.json").write_text(json.dumps(changes.as_json()), encoding="ascii")
             if base.is_stand_in:
                 (scratch / _STAND_INS_INDEX).write_text(_index_name(base), encoding="ascii")
-            index = WrittenIndex((base.folder / "index").read_bytes(), (base.folder / "offsets").read_bytes())
+            index = _written_index(base)
             return writer.size + self._write_index(index.changed(changes), scratch)
 
         key = f"delta{view}-{old.hex()}-{oid}"
@@ -262,6 +270,14 @@ def _modified_at(stand_in: StoredTree) -> int:
 
 def _index_name(stand_in: StoredTree) -> str:
     return f".{_modified_at(stand_in):x}"
+
+
+def _written_index(base: StoredTree) -> WrittenIndex:
+    untracked = None
+    with suppress(FileNotFoundError):  # a stand-in, a sparse tree, one of an earlier version
+        untracked = Untracked.from_bytes((base.folder / _UNTRACKED).read_bytes())
+    content, offsets = (base.folder / "index").read_bytes(), (base.folder / "offsets").read_bytes()
+    return WrittenIndex(content, offsets, untracked)
 
 
 def _oid(tree: StoredTree) -> bytes:
