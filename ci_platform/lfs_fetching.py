@@ -65,7 +65,9 @@ class LfsFetching:
         if not missing:
             return
         remote, named = await self._remote_of(repo), await self._named(repo, sha)
-        if named is None and remote is not None and remote.url.startswith("file:"):
+        if named is None and remote is None and await self._source.exists(repo):
+            await self._copy(repo, self._source.path(repo), missing, trusted=trusted)
+        elif named is None and remote is not None and remote.url.startswith("file:"):
             await self._copy(repo, Path(unquote(urlsplit(remote.url).path)), missing, trusted=trusted)
         else:
             await self._fetch(repo, _server(repo, remote, named), missing, trusted=trusted)
@@ -80,13 +82,15 @@ class LfsFetching:
         return found.get("lfs.url")
 
     async def _copy(self, repo: str, remote: Path, missing: Sequence[Pointer], *, trusted: bool) -> None:
-        """Take files from a repository on this machine, which an administrator named."""
+        """Take files from a repository on this machine: our own, or one that an administrator named."""
 
         def copy(pointer: Pointer) -> None:
             inside = Path("lfs", "objects", pointer.oid[:2], pointer.oid[2:4], pointer.oid)
             found = [path for path in (remote / inside, remote / ".git" / inside) if path.is_file()]
             if not found:
-                raise FailedError(f"the remote of {repo!r} has no LFS file {pointer.oid}")
+                raise FailedError(
+                    f"{repo!r}, or its remote, has no LFS file {pointer.oid}: git lfs push --all"
+                )
             with found[0].open("rb") as content:
                 self._store.put(
                     repo, pointer, lambda into: shutil.copyfileobj(content, into), trusted=trusted
@@ -144,10 +148,7 @@ def _server(repo: str, remote: Remote | None, named: str | None) -> _Server:
         own += "/info/lfs" if own.endswith(".git") else ".git/info/lfs"
     endpoint = (lfs_client.check(named).rstrip("/") if named else None) or own
     if endpoint is None:
-        raise FailedError(
-            f"{repo!r} has no remote that LFS files could come from, and no lfs.url in {_FILE}: the platform's own "
-            "repositories keep none"
-        )
+        raise FailedError(f"{repo!r} has no remote that LFS files could come from, and no lfs.url in {_FILE}")
     if remote is None or endpoint != own:
         return _Server(endpoint, None, None)
     parts = urlsplit(endpoint)

@@ -28,6 +28,7 @@ from litestar.types import Receive, Scope, Send
 from ci_platform import git_commands
 from ci_platform.api import git_wire
 from ci_platform.api.git_wire import Connection
+from ci_platform.api.lfs import LfsServer, is_lfs
 from ci_platform.assembly import Platform
 from ci_platform.errors import (
     ConflictError,
@@ -311,8 +312,10 @@ def git_router(platform: Platform) -> ASGIRouteHandler:
             return [f"dynflow: {delivery.reason}" for delivery in accepted if delivery.reason]
         return [f"dynflow: follow the run at {platform.settings.base_url}/"]
 
-    limits = GitLimits(push=platform.settings.max_push)
-    return git_handler(GitServer(platform.source, authorize, on_push, limits=limits))
+    settings, source = platform.settings, platform.source
+    lfs = LfsServer(source, authorize, settings.base_url, largest=settings.max_lfs, most=settings.lfs_budget)
+    limits = GitLimits(push=settings.max_push)
+    return git_handler(GitServer(source, authorize, on_push, limits=limits), lfs)
 
 
 async def _make(platform: Platform, registered: RepositoryView) -> None:
@@ -325,11 +328,11 @@ async def _make(platform: Platform, registered: RepositoryView) -> None:
         await platform.source.create(registered.name, default_branch=registered.default_branch)
 
 
-def git_handler(server: GitServer) -> ASGIRouteHandler:
-    """Mount a git server at `/git`. It checks tokens by itself."""
+def git_handler(server: GitServer, lfs: LfsServer | None = None) -> ASGIRouteHandler:
+    """Mount a git server at `/git`, and the LFS server of its repositories. They check tokens by themselves."""
 
     @asgi("/git", is_mount=True, copy_scope=True, opt={"scope": "own"})
     async def serve_git(scope: Scope, receive: Receive, send: Send) -> None:
-        await server(scope, receive, send)
+        await (lfs if lfs is not None and is_lfs(scope["path"]) else server)(scope, receive, send)
 
     return serve_git

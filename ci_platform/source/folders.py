@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ci_platform import layers
 from ci_platform.errors import ConflictError, UnavailableError
+from ci_platform.source import own_lfs
 
 _PIECES_WORTH_PACKING = 20
 """Packs, or files of single objects, above which looking an object up gets slow."""
@@ -152,6 +153,10 @@ def fork(parent: Path, target: Path, refs: Mapping[bytes, str], head: str) -> No
         lines = [oid.encode() + b" " + name + b"\n" for name, oid in sorted(refs.items())]
         (scratch / "packed-refs").write_bytes(b"# pack-refs with: sorted \n" + b"".join(lines))
         _link_objects(parent / "objects", scratch / "objects")
+        for path in own_lfs.files(parent):
+            kept = own_lfs.place_of(scratch, path.name)
+            kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _link(path, kept)
         publish(scratch, target)
 
 
