@@ -388,7 +388,9 @@ async def test_an_import_from_this_machine_has_its_lfs_files_beside_it(
     assert await world.run(await fork(world, sha, repo="bob/local"), "cat a") == "one"
 
 
-async def test_a_repository_of_the_platforms_own_names_the_file_that_nobody_has_pushed(world: Platform) -> None:
+async def test_a_repository_of_the_platforms_own_names_the_file_that_nobody_has_pushed(
+    world: Platform,
+) -> None:
     await world.repositories.register("bob/own", forge="local")
     await world.source.create("bob/own")
     work = world.forge.repository("work/own")
