@@ -183,7 +183,7 @@ def sweep(is_spared: Callable[[Path], bool] = lambda _: False) -> int:
 
 def remove_place(place: Path) -> None:
     """Unmount and remove a place of `make_place` and what is in it, unless something stays mounted there."""
-    for target in (place / TREE, place):
+    for target in (*map(Path, mounts_below(str(place))), place):
         if target.is_mount():
             unmount(target)
     if not (place / TREE).is_mount() and not place.is_mount():  # else it would be a workspace that is emptied

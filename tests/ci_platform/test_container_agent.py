@@ -206,6 +206,13 @@ async def test_nobody_is_let_in_after_the_agent(run: Run) -> None:
     assert run.text.splitlines()[-1] == "no"
 
 
+async def test_what_a_command_writes_where_its_end_is_kept_takes_no_room_from_its_output(run: Run) -> None:
+    fill = "head -c 200000000 /dev/zero >/.dynflow/code; head -c 1000000 /dev/zero | tr '\\0' x; exit 3"
+    assert (await run(fill)).exit_code == 3
+    assert run.printed.endswith(b"x" * 1_000_000)
+    assert (await run("exit 4")).exit_code == 4
+
+
 async def test_an_agent_that_dies_while_it_waits_costs_no_command(run: Run) -> None:
     await run("true")
     (first,) = containers(run.scope)

@@ -36,6 +36,7 @@ _SPLICE_F_NONBLOCK = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.splice.restype = ctypes.c_ssize_t
 _SLACK = MEBIBYTE
+_SLACK_FOR_END = 64 * 1024
 _EMPTIED = (*PRIVATE, "/dev/shm")  # noqa: S108 - the container's own
 
 
@@ -121,7 +122,9 @@ def make_place(output: int) -> Place:
         linux.mount("dynflow", str(place.path), "tmpfs", 0, f"mode=700,size={output + _SLACK}")
         linux.mount("none", str(place.path), None, _SHARED)
         place.tree.mkdir()
-        place.output.mkdir(mode=0o711)
+        place.output.mkdir()
+        # Of its own: what a command writes into the file for its end leaves no less room for what it prints.
+        linux.mount("dynflow", str(place.output), "tmpfs", 0, f"mode=711,size={_SLACK_FOR_END}")
         os.mkfifo(place.output / PIPE, 0o600)
         (place.output / CODE).touch(0o600)
         for name in (PIPE, CODE):
