@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dynflow.engines import InstanceRef, NewInstance
-from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.embedded.connection import Connection, blob
 from dynflow.engines.embedded.fair_queue import Lane
 from dynflow.engines.embedded.history import keep_counters, log, log_last, recount
 from dynflow.engines.embedded.leases import Lease
@@ -23,6 +23,9 @@ _LAST_RANK = (1 << 63) - 1
 # Params up to this many bytes are in the instance's row.
 _SMALL = 512
 _STARTED = "workflow.started+workflow.running"
+_INSERT = "INSERT OR IGNORE INTO instances (key, workflow, id, tenant, created_at, params, events, status,"
+_INSERT_CLAIMED = f"{_INSERT} started_at) VALUES (?, ?, ?, ?, ?, ?, 1, 'running', ?)"
+_INSERT_QUEUED = f"{_INSERT} rank) VALUES (?, ?, ?, ?, ?, ?, 1, 'queued', ?)"
 
 
 class Claim(NamedTuple):
@@ -68,22 +71,16 @@ def _create_one(
     key = db.last_key + 1
     is_small = item.schedule is None and len(item.params) <= _SMALL
     retention = None if item.retention is None else encode(dict(item.retention))
-    status, rank, started_at = (
-        ("running", None, now) if is_claimed else ("queued", db.queue.rank_new(tenant), None)
-    )
-    added = db.execute(
-        "INSERT OR IGNORE INTO instances (key, workflow, id, tenant, status, rank, events, created_at, started_at,"
-        " params, retention) VALUES (?, ?, ?, ?, ?, ?, 1, ?, ?, ?, ?)",
-        (
-            key, workflow, item.id, tenant, status, rank, now, started_at,
-            item.params if is_small else None, retention,
-        ),
-    )  # fmt: skip
-    if not added.rowcount:
+    rank = None if is_claimed else db.queue.rank_new(tenant)
+    sql, place = (_INSERT_CLAIMED, now) if rank is None else (_INSERT_QUEUED, rank)
+    params = blob(item.params) if is_small else None
+    if not db.write(sql, (key, workflow, item.id, tenant, now, params, place)).rowcount:
         return None
     db.last_key = key
     if not is_small:
         db.execute("INSERT INTO inputs VALUES (?, ?, ?)", (key, item.params, item.schedule))
+    if retention is not None:
+        db.execute("UPDATE instances SET retention = ? WHERE key = ?", (retention, key))
     ref = InstanceRef(workflow, item.id, tenant)
     if rank is not None:
         db.queue.put_new(Lane(rank, workflow, tenant))
@@ -206,7 +203,7 @@ def _claim_one(db: Connection, workflow: str, tenant: str, row: tuple[Any, ...],
     key, rank, id_, created_at, started_at, ending, params, events, size, retention = row
     db.queue.served(rank)
     lease = db.leases.grant(key, events, size, retention)
-    db.execute(
+    db.write(
         "UPDATE instances SET status = 'running', rank = NULL, started_at = ? WHERE key = ?",
         (started_at or now, key),
     )

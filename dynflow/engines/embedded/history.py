@@ -138,7 +138,7 @@ def write_out(db: Connection, key: int, first: int) -> None:
 
 
 def _insert(db: Connection, key: int, number: int, at: int, kinds: str, text: str) -> None:
-    db.execute("INSERT INTO history VALUES (?, ?, ?, ?)", (row_of(key, number), at, kinds, text))
+    db.write("INSERT INTO history VALUES (?, ?, ?, ?)", (row_of(key, number), at, kinds, text))
 
 
 def _stored(db: Connection, key: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from dynflow.engines import (
     Terminated,
 )
 from dynflow.engines.embedded.claims import paused, queue_as_new, requeue
-from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.embedded.connection import Connection, blob
 from dynflow.engines.embedded.history import keep_counters, log, log_last, write_out
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import MASK, find, row_of, rows_of, status_of
@@ -71,17 +71,21 @@ def finish(
 ) -> tuple[Happened, int]:
     """End an instance; returns when it expires too. Events that nobody waited for go when it is deleted."""
     status, kind = _ENDED[type(outcome)]
-    output = outcome.output if isinstance(outcome, Completed) else None
     failure = outcome.failure if isinstance(outcome, Failed) else None
-    rollback = None if isinstance(outcome, Completed) else outcome.rollback
     expires_at = now + _retention(db, key, status, keep) // MICROSECOND
     happened, events, size = log_last(
         db, key, now, kind, None if failure is None else {"error": error_data(failure)}
     )
-    db.execute(
-        "UPDATE instances SET status = ?, rank = NULL, wake_at = NULL, paused_at = NULL, ending = NULL,"
-        " ended_at = ?, expires_at = ?, output = ?, failure = ?, rollback = ?, events = ?, size = ? WHERE key = ?",
-        (status, now, expires_at, output, _stored(failure), _stored(rollback), events, size, key),
+    values: tuple[bytes | bytearray | None, ...]
+    if isinstance(outcome, Completed):
+        columns, values = "output = ?, failure = NULL, rollback = NULL", (blob(outcome.output),)
+    else:
+        columns = "output = NULL, failure = ?, rollback = ?"
+        values = (_stored(failure), _stored(outcome.rollback))
+    db.write(
+        f"UPDATE instances SET {columns}, status = ?, rank = NULL, wake_at = NULL, paused_at = NULL, ending = NULL,"  # noqa: S608 - constants
+        " ended_at = ?, expires_at = ?, events = ?, size = ? WHERE key = ?",
+        (*values, status, now, expires_at, events, size, key),
     )
     return happened, expires_at
 

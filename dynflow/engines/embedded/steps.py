@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from dynflow.clock import to_datetime, to_microseconds
 from dynflow.engines import StepRecord, StepState
-from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.embedded.connection import Connection, blob
 from dynflow.engines.embedded.history import STEP_OVERHEAD, count, log
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import STEP_COLUMNS, row_of, rows_of, status_of, step_record
@@ -33,20 +33,8 @@ def _stored(failure: Failure | None) -> bytes | None:
 
 
 @lru_cache(maxsize=256)
-def _stored_config(config: StepConfig) -> bytes:
-    return encode(config.as_stored())
-
-
-def _insert(db: Connection, key: int, record: StepRecord, started_event: int | None = None) -> None:
-    db.execute(
-        "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?)",
-        (
-            row_of(key, record.seq), record.kind, record.name, record.count, record.state, record.attempt,
-            None if record.config is None else _stored_config(record.config),
-            record.started_at, record.attempt_at, record.ended_at, record.deadline, record.event_type,
-            started_event, _stored(record.failure), record.output,
-        ),
-    )  # fmt: skip
+def _stored_config(config: StepConfig) -> bytearray:
+    return blob(encode(config.as_stored()))
 
 
 # --- do ------------------------------------------------------------------------------------------
@@ -61,7 +49,15 @@ def begin_attempt(db: Connection, lease: Lease, record: StepRecord, state_limit:
     key, size = lease.key, STEP_OVERHEAD + len(record.name)
     if record.attempt == 1:
         number = count(db, key, 2, size, state_limit=state_limit)
-        _insert(db, key, record, number)
+        db.write(
+            "INSERT INTO steps (step, kind, name, count, state, attempt, config, started_at, attempt_at, started_event)"
+            " VALUES (?, ?, ?, ?, ?, 1, ?, ?, ?, ?)",
+            (
+                row_of(key, record.seq), record.kind, record.name, record.count, record.state,
+                None if record.config is None else _stored_config(record.config),
+                record.started_at, record.attempt_at, number,
+            ),
+        )  # fmt: skip
         return number
     happened = log(
         db, key, record.attempt_at, "attempt.started", step_data(record), stored=size, state_limit=state_limit
@@ -82,12 +78,21 @@ def begin_attempt(db: Connection, lease: Lease, record: StepRecord, state_limit:
 def finish_step(db: Connection, lease: Lease, record: StepRecord) -> int:
     """Store a step's final state; returns the number of what happened, see `history.step_ended`."""
     lease.check()
+    step, ended_at = row_of(lease.key, record.seq), record.ended_at
+    if record.state == "complete" and record.output is not None:
+        number = count(db, lease.key, 2, len(record.output))
+        db.write(
+            "UPDATE steps SET state = 'complete', output = ?, failure = NULL, ended_at = ?, deadline = NULL,"
+            " ended_event = ? WHERE step = ?",
+            (blob(record.output), ended_at, number, step),
+        )
+        return number
     failure = _stored(record.failure) if record.state == "errored" else None
-    number = count(db, lease.key, 2, len(record.output or b"") + len(failure or b""))
+    number = count(db, lease.key, 2, len(failure or b""))
     db.execute(
-        "UPDATE steps SET state = ?, output = ?, failure = ?, ended_at = ?, deadline = NULL, ended_event = ?"
+        "UPDATE steps SET state = ?, output = NULL, failure = ?, ended_at = ?, deadline = NULL, ended_event = ?"
         " WHERE step = ?",
-        (record.state, record.output, failure, record.ended_at, number, row_of(lease.key, record.seq)),
+        (record.state, failure, ended_at, number, step),
     )
     return number
 
@@ -137,7 +142,14 @@ def begin_wait(db: Connection, lease: Lease, record: StepRecord, state_limit: in
     if record.event_type is not None and (event := _take_event(db, key, record.event_type)) is not None:
         record.state, record.output, record.ended_at = "complete", encode(event), record.started_at
         happened.append(log(db, key, record.started_at, "wait.completed", step_data(record)))
-    _insert(db, key, record)
+    db.execute(
+        "INSERT INTO steps (step, kind, name, count, state, attempt, started_at, attempt_at, ended_at, deadline,"
+        " event_type, output) VALUES (?, ?, ?, ?, ?, 0, ?, 0, ?, ?, ?, ?)",
+        (
+            row_of(key, record.seq), record.kind, record.name, record.count, record.state, record.started_at,
+            record.ended_at, record.deadline, record.event_type, record.output,
+        ),
+    )  # fmt: skip
     return happened
 
 
