@@ -79,7 +79,7 @@ class Registry:
 
     def check(self, name: str) -> None:
         """Raise InvalidArgumentError where no workflow of this name is registered."""
-        if name not in self._by_name:
+        if name not in self.names():  # what is no name may have no hash
             raise InvalidArgumentError(
                 f"no workflow {name!r:.100} is registered; registered are {self.names()}"
             )
