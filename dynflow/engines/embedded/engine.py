@@ -145,32 +145,23 @@ class EmbeddedEngine(Engine):
     async def create(self, workflow: str, tenant: str, items: Sequence[NewInstance]) -> list[bool]:
         """Queue instances; False in the place of each whose id exists."""
         now, slots = self.clock.now_us(), self._scheduler.reserve(workflow, len(items))
-        done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
 
-        def written(future: asyncio.Future[list[claims.Created | None]]) -> None:
-            # Called whatever becomes of the caller: what was claimed has to be started.
-            error = future.exception()
+        def told(created: list[claims.Created | None] | None, _error: BaseException | None) -> None:
             try:
-                if error is None:
-                    self._created([made for made in future.result() if made is not None])
+                if created is not None:
+                    self._created([made for made in created if made is not None])
             finally:
                 self._scheduler.release(slots)
-                if done.cancelled():
-                    pass
-                elif error is None:
-                    done.set_result([made is not None for made in future.result()])
-                else:
-                    done.set_exception(error)
 
         try:
+            # Told whatever becomes of the caller: what was claimed has to be started.
             write = self._storage.submit(
-                lambda db: claims.create(db, workflow, tenant, items, now, slots=slots)
+                lambda db: claims.create(db, workflow, tenant, items, now, slots=slots), told
             )
         except BaseException:
             self._scheduler.release(slots)
             raise
-        write.add_done_callback(written)
-        return await done
+        return [made is not None for made in await write]
 
     def _created(self, created: Sequence[claims.Created]) -> None:
         for made in created:

@@ -211,6 +211,7 @@ class Scheduler:
         except ValueError as error:  # stored values of a class that this release of the host does not know
             failure = Failure.of(WorkflowInternalError(f"the instance's journal cannot be read: {error}"))
             task = loop.create_task(self._settle(claimed, Failed(failure)))
+            task.add_done_callback(self._tasks.discard)
         else:
             self._running[ref.workflow] += 1
             self._tenants[ref.tenant or ""] += 1
@@ -219,7 +220,6 @@ class Scheduler:
             task = loop.create_task(self._run(claimed, segment, registered.main, before), context=context)
             self._live[key] = self._live_by_ref[ref] = _Live(segment, task, ref)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _make_segment(self, claimed: Claim, registered: Registered) -> Segment:
         event = WorkflowEvent(
@@ -261,6 +261,7 @@ class Scheduler:
             if live is not None and live.segment is segment:
                 del self._live[key]
                 self._live_by_ref.pop(ref, None)
+            self._tasks.discard(asyncio.current_task())
             self.pump()
 
     async def _outcome(self, segment: Segment, main: Main) -> Outcome | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dynflow.engines.embedded.database import Synchronous
-from dynflow.engines.embedded.writer import Operation, Writer
+from dynflow.engines.embedded.writer import Operation, Told, Writer
 from dynflow.errors import EngineClosedError
 
 T = TypeVar("T")
@@ -37,11 +37,14 @@ class Storage:
             await (await opening).close()
             raise
 
-    def submit(self, operation: Operation[T]) -> asyncio.Future[T]:
-        """Run an operation in a transaction; done when durable. Raises EngineClosedError, StorageError."""
+    def submit(self, operation: Operation[T], told: Told[T] | None = None) -> asyncio.Future[T]:
+        """Run an operation in a transaction; done when durable. Raises EngineClosedError, StorageError.
+
+        `told` is called with the result or the error before that, whatever becomes of whoever awaits it.
+        """
         if self._writer is None:
             raise EngineClosedError("the engine is closed: use it inside `async with engine`")
-        return self._writer.submit(operation)
+        return self._writer.submit(operation, told)
 
     def refuse(self) -> Writer | None:
         """Take no more operations; returns the writer, to be closed."""

@@ -13,7 +13,7 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +27,12 @@ Operation = Callable[[Connection], T]
 # Of more than this, one group takes a half at most: to go on with so many takes their callers as long as a flush.
 _ENOUGH = 64
 
-_Item = tuple[Operation[Any], asyncio.Future[Any]]
-_Outcome = tuple[asyncio.Future[Any], Any, BaseException | None]
+Told = Callable[[T | None, BaseException | None], None]
+"""What is called on the loop with an operation's result or its error, whatever becomes of whoever awaits it."""
+
+_Promise = tuple[asyncio.Future[Any], Told[Any] | None]
+_Item = tuple[Operation[Any], _Promise]
+_Outcome = tuple[_Promise, Any, BaseException | None]
 
 
 class Writer:
@@ -49,16 +53,16 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="dynflow-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, operation: Operation[T]) -> asyncio.Future[T]:
+    def submit(self, operation: Operation[T], told: Told[T] | None = None) -> asyncio.Future[T]:
         """Run `operation(connection)` in a transaction; the future is done when that is durable.
 
         An operation raises before it has changed anything; what it raises is the future's. When storage fails,
-        StorageError: nothing of the operation was stored.
+        StorageError: nothing of the operation was stored. `told` is called before whoever awaits the future goes on.
         """
         if self._closed:
             raise EngineClosedError("the engine is closed: use it inside `async with engine`")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queue.put((operation, future))
+        self._queue.put((operation, (future, told)))
         return future
 
     async def close(self) -> None:
@@ -109,7 +113,7 @@ class Writer:
             self._database.check()
             return self._transaction(group)
         except StorageError as damage:
-            return [(future, None, damage) for _, future in group]
+            return [(promise, None, damage) for _, promise in group]
         except (sqlite3.Error, OSError, _CutOffError) as error:
             if len(group) == 1:
                 reason = (
@@ -124,16 +128,16 @@ class Writer:
         db = self._db
         db.begin()
         try:
-            for operation, future in group:
+            for operation, promise in group:
                 before = db.changes()
                 try:
-                    outcomes.append((future, operation(db), None))
+                    outcomes.append((promise, operation(db), None))
                 except (sqlite3.Error, OSError):
                     raise
                 except Exception as error:
                     if db.changes() != before:  # half of it must not be stored
                         raise _CutOffError(error) from error
-                    outcomes.append((future, None, error))
+                    outcomes.append((promise, None, error))
             self._tell()
             db.end()
         except BaseException:
@@ -150,11 +154,19 @@ class _CutOffError(Exception):
         self.reason = reason
 
 
-def _resolve_all(outcomes: list[_Outcome]) -> None:
-    for future, result, error in outcomes:
-        if future.done():
-            continue
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
+def _resolve_all(outcomes: Iterable[_Outcome]) -> None:
+    left = iter(outcomes)
+    try:
+        for (future, told), result, error in left:
+            if future.done():  # whoever awaited it was cancelled
+                pass
+            elif error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+            if told is not None:
+                told(result, error)
+    finally:
+        rest = list(left)
+        if rest:  # `told` raised, which the loop will hear of
+            asyncio.get_running_loop().call_soon(_resolve_all, rest)
