@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 from dynflow.clock import MICROSECOND, Clock
@@ -42,7 +43,7 @@ async def perform(call: StepCall, host: StepHost) -> Any:
     if record is not None and record.state in {"complete", "errored"}:
         return final_result(record)
     if call.kind == "do":
-        return await _do(call, record, host)
+        return await _attempt_until_final(*_prepared(call, record, host), host)
     if record is not None and record.state == "cancelled":
         record = None  # an earlier attempt of the outer step cancelled it: this one waits anew
     if call.kind == "wait_for_event":
@@ -62,13 +63,19 @@ class _Work:
     callback: Callback
     config: StepConfig
     delay_function: DelayFunction | None
-    argument: Callable[[StepContext], Any]
+    argument: Callable[[StepContext], Any] | None = None
+    """What makes the callback's argument of the context; None: the context is the argument."""
 
     def context(self, attempt: int) -> StepContext:
-        return StepContext(StepInfo(self.name, self.count), attempt, self.config.as_plain())
+        return StepContext(_step_info(self.name, self.count), attempt, self.config.as_plain())
 
 
-async def _do(call: StepCall, record: StepRecord | None, host: StepHost) -> Any:
+# A frozen value is dear to make, and the same steps run in every instance of a workflow.
+_step_info = lru_cache(maxsize=1_000)(StepInfo)
+
+
+def _prepared(call: StepCall, record: StepRecord | None, host: StepHost) -> tuple[_Work, StepRecord]:
+    """Check what the call gives; return what to attempt, and the step's record, a new one at its first start."""
     if not callable(call.callback):
         raise WorkflowFatalError(
             f"step {call.name!r}: the callback must be callable, not {call.callback!r:.100}"
@@ -76,7 +83,8 @@ async def _do(call: StepCall, record: StepRecord | None, host: StepHost) -> Any:
     if call.rollback is not None and not callable(call.rollback):
         raise WorkflowFatalError(f"step {call.name!r}: rollback must be callable, not {call.rollback!r:.100}")
     config, delay_function = _merged(call.config, call.name, host)
-    _merged(call.rollback_config, f"{call.name} (rollback)", host)  # refused now, not when it is needed
+    if call.rollback_config is not None:  # refused now, not when it is needed
+        _merged(call.rollback_config, f"{call.name} (rollback)", host)
     if record is None:
         if host.do_steps >= host.limits.steps:
             raise WorkflowFatalError(
@@ -84,8 +92,7 @@ async def _do(call: StepCall, record: StepRecord | None, host: StepHost) -> Any:
             )
         record = new_record(call, host, config=config)
     config = record.config or config  # pinned at the first start
-    work = _Work(call.name, call.count, call.callback, config, delay_function, _itself)
-    return await _attempt_until_final(work, record, host)
+    return _Work(call.name, call.count, call.callback, config, delay_function), record
 
 
 async def perform_rollback(call: StepCall, reason: str, host: StepHost) -> Any:
@@ -110,10 +117,6 @@ async def perform_rollback(call: StepCall, reason: str, host: StepHost) -> Any:
     return await _attempt_until_final(work, record, host)
 
 
-def _itself(ctx: StepContext) -> StepContext:
-    return ctx
-
-
 def _merged(given: Any, step: str, host: StepHost) -> tuple[StepConfig, DelayFunction | None]:
     return merge_config(given, defaults=host.step_defaults, max_retries=host.limits.retries, step=step)
 
@@ -135,16 +138,10 @@ async def _attempt(work: _Work, record: StepRecord, host: StepHost) -> None:
         record.started_at = record.attempt_at
     await host.journal.begin_attempt(record)
     ctx = work.context(record.attempt)
-    what = f"step {work.name!r}, attempt {record.attempt},"
+    argument = ctx if work.argument is None else work.argument(ctx)
     try:
         result = await _call_within(
-            host.clock,
-            work.config.timeout,
-            work.callback,
-            work.argument(ctx),
-            ctx,
-            what=what,
-            path=record.path,
+            host.clock, work.config.timeout, work.callback, argument, ctx, record.path
         )
         record.output = _encode_result(result, work.name, host.limits.payload)
     except LeaseLostError:
@@ -189,7 +186,6 @@ async def _next_delay(error: Exception, work: _Work, record: StepRecord, host: S
     function, ctx = work.delay_function, work.context(attempt)
     if function is None:  # the config was pinned with a function that the code no longer gives
         raise NonRetryableDelayError(f"step {work.name!r}: its delay function is gone from the code")
-    what = "the delay function"
     try:
         answer = await _call_within(
             host.clock,
@@ -197,8 +193,8 @@ async def _next_delay(error: Exception, work: _Work, record: StepRecord, host: S
             lambda _: function(ctx, error),
             ctx,
             ctx,
-            what=what,
-            path=f"{record.path}delay{WITHIN}",
+            f"{record.path}delay{WITHIN}",
+            what="the delay function",
         )
         return parse_duration(answer)
     except (
@@ -228,11 +224,14 @@ async def _call_within(
     callback: Callback,
     argument: Any,
     ctx: StepContext,
-    *,
-    what: str,
     path: str,
+    *,
+    what: str = "",
 ) -> Any:
-    """Call a tenant's function in the scope of the step; cancel it when `limit` has passed."""
+    """Call a tenant's function in the scope of the step; cancel it when `limit` has passed.
+
+    `what` is how errors call it; else it is the attempt of `ctx`.
+    """
     task = asyncio.current_task()
     if task is None:
         raise RuntimeError("a step is performed by a task of its own")
@@ -260,7 +259,7 @@ async def _call_within(
             raise
         if isinstance(error, GeneratorExit) and not _is_running(task):  # it is being closed
             raise
-        raise WorkflowFatalError(f"{what} raised {type(error).__name__}({error})") from error
+        raise WorkflowFatalError(f"{what or _shown(ctx)} raised {type(error).__name__}({error})") from error
     finally:
         if timer is not None:
             timer.cancel()
@@ -268,7 +267,13 @@ async def _call_within(
         current_attempt.reset(within)
         # Whatever the callback made of its cancellation, the attempt is over; unless someone else cancelled too.
         if expired and task.uncancel() <= 0:
-            raise WorkflowTimeoutError(f"{what} ran longer than its timeout of {limit}") from None
+            raise WorkflowTimeoutError(
+                f"{what or _shown(ctx)} ran longer than its timeout of {limit}"
+            ) from None
+
+
+def _shown(ctx: StepContext) -> str:
+    return f"step {ctx.step.name!r}, attempt {ctx.attempt},"
 
 
 def _is_awaitable(result: Any) -> bool:

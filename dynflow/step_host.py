@@ -44,9 +44,9 @@ class StepHost(Protocol):
 
 def new_record(call: StepCall, host: StepHost, **fields: Any) -> StepRecord:
     """Return the record of a step that starts now; the journal has it once it is recorded."""
-    seq, now = host.next_seq(call.kind), host.clock.now_us()
-    record = StepRecord(call.kind, call.stored_name, call.count, seq, started_at=now, **fields)
-    host.journal.steps[record.key] = record
+    kind, name, count = call.kind, call.stored_name, call.count
+    record = StepRecord(kind, name, count, host.next_seq(kind), started_at=host.clock.now_us(), **fields)
+    host.journal.steps[kind, name, count] = record
     return record
 
 

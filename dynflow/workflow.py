@@ -189,21 +189,19 @@ class WorkflowStep:
         `step.do(name, callback)`, `step.do(name, config, callback)`, or as a decorator without a callback.
         The callback is sync or async and takes no argument or a StepContext.
         """
-        if (
-            callback is None
-            and config is not None
-            and type(config) is not dict
-            and not isinstance(config, Mapping)
-        ):
+        if callback is None and config is not None and not _is_config(config):
             config, callback = None, config  # whether it can be called is checked when the step is performed
+        if callback is not None:
+            return self._do(name, config, callback, rollback, rollback_config)
+        return Decorator(lambda chosen: self._do(name, config, chosen, rollback, rollback_config))
 
-        def start(chosen: Callback | None) -> _PendingCall:
-            count = self._next("do", name)
-            return _PendingCall(
-                self.port, StepCall("do", name, count, config, chosen, rollback, rollback_config)
-            )
-
-        return start(callback) if callback is not None else Decorator(start)
+    def _do(
+        self, name: Any, config: Any, callback: Callback | None, rollback: Any, rollback_config: Any
+    ) -> _PendingCall:
+        count = self._next("do", name)
+        return _PendingCall(
+            self.port, StepCall("do", name, count, config, callback, rollback, rollback_config)
+        )
 
     def sleep(self, name: str, duration: Any) -> Coroutine[Any, Any, None]:
         """Sleep durably for a timedelta, seconds, or text such as `"5 minutes"`."""
@@ -235,6 +233,12 @@ class WorkflowStep:
         count = counts.get(key, 0) + 1
         counts[key] = count
         return count
+
+
+def _is_config(given: object) -> bool:
+    # An abstract class is asked last, being dear: most often it is a function that is given here.
+    kind = type(given)
+    return kind is dict or (kind is not types.FunctionType and isinstance(given, Mapping))
 
 
 class _PendingCall(Coroutine[Any, Any, Any]):
