@@ -23,6 +23,7 @@ TenantKey = str | Callable[[Any], str]
 
 _OUTCOMES = frozenset({"complete", "errored", "terminated"})
 _STEP_KINDS = ("do", "sleep", "sleep_until", "wait_for_event")
+_NO_PARAMS = encode({})
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _HIGHEST_COUNT = 2**63 - 1
 
@@ -129,7 +130,8 @@ class WorkflowBinding:
     def _item(self, options: Mapping[str, Any]) -> tuple[str, NewInstance]:
         given_id, params = check_options(options).get("id"), options.get("params")
         instance_id = os.urandom(16).hex() if given_id is None else check_instance_id(given_id)
-        encoded = encode({} if params is None else params, limit=self._engine.limits.payload, what="params")
+        limit = self._engine.limits.payload
+        encoded = _NO_PARAMS if params is None else encode(params, limit=limit, what="params")
         return self._tenant_for(params), NewInstance(
             instance_id, encoded, None, _retention(options.get("retention"))
         )

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 MICROSECOND = timedelta(microseconds=1)
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
 # A timer sleeps no longer than this before it looks at the clock again: a system clock that was set,
 # or a machine that slept, moves deadlines by at most this much.
@@ -23,12 +24,12 @@ _LONGEST_SLEEP = 60.0
 
 def to_datetime(microseconds: int) -> datetime:
     """Return the aware UTC datetime of a stored time."""
-    return datetime.fromtimestamp(0, UTC) + microseconds * MICROSECOND
+    return _EPOCH + microseconds * MICROSECOND
 
 
 def to_microseconds(moment: datetime) -> int:
     """Return an aware datetime as it is stored."""
-    return (moment - datetime.fromtimestamp(0, UTC)) // MICROSECOND
+    return (moment - _EPOCH) // MICROSECOND
 
 
 class TimerHandle(Protocol):

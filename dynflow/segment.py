@@ -81,9 +81,11 @@ class Segment:
     ) -> None:
         self.journal, self.clock, self.limits, self.step_defaults = journal, clock, limits, step_defaults
         self.instance_id, self.workflow_name = event.instance_id, event.workflow_name
-        self.do_steps = sum(1 for kind, _, _ in journal.steps if kind == "do")
+        self.do_steps = self._seq = 0
+        for record in journal.steps.values():
+            self.do_steps += record.kind == "do"
+            self._seq = max(self._seq, record.seq)
         self._event, self._terminated = event, terminated
-        self._seq = max((record.seq for record in journal.steps.values()), default=0)
         self._host = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Outcome] = self._host.create_future()
         self._live = Liveness(self.look)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dynflow.engines import StepRecord
 from dynflow.engines.embedded.connection import Connection
+from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import MASK, row_of, rows_of
 from dynflow.engines.happened import ENDS, Happened, first_started, queued, step_ended
 from dynflow.errors import LeaseLostError, WorkflowInternalError
@@ -84,17 +85,36 @@ def count(
     Raises as `log` does.
     """
     lease = db.leases.of(key)
-    had, bytes_ = (lease.events, lease.size) if lease is not None else _stored(db, key)
-    if bytes_ >= state_limit:
-        raise WorkflowInternalError(
-            f"the instance's state is {bytes_:,} bytes; the limit is {state_limit:,} bytes"
-        )
-    if had >= last and events:
-        raise _full()
     if lease is not None:
-        return db.leases.count(lease, events, size)
+        return count_leased(db, lease, events, size, state_limit=state_limit, last=last)
+    had, bytes_ = _stored(db, key)
+    _check_room(had if events else 0, bytes_, state_limit, last)
     db.execute("UPDATE instances SET events = ?, size = ? WHERE key = ?", (had + events, bytes_ + size, key))
     return had + events
+
+
+def count_leased(
+    db: Connection,
+    lease: Lease,
+    events: int,
+    size: int,
+    *,
+    state_limit: int = NO_LIMIT,
+    last: int = _LAST_NUMBER,
+) -> int:
+    """Do as `count` does, for whoever has the instance's lease at hand."""
+    if lease.size >= state_limit or lease.events >= last:
+        _check_room(lease.events if events else 0, lease.size, state_limit, last)
+    return db.leases.count(lease, events, size)
+
+
+def _check_room(had: int, size: int, state_limit: int, last: int) -> None:
+    if size >= state_limit:
+        raise WorkflowInternalError(
+            f"the instance's state is {size:,} bytes; the limit is {state_limit:,} bytes"
+        )
+    if had >= last:
+        raise _full()
 
 
 def keep_counters(db: Connection, key: int) -> None:

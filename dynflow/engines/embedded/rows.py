@@ -76,8 +76,7 @@ def load_steps(db: Connection, key: int) -> list[tuple[Any, ...]]:
 
 def step_records(rows: Iterable[tuple[Any, ...]]) -> dict[StepKey, StepRecord]:
     """Return step rows as records. Raises ValueError where one holds a dataclass nobody has registered."""
-    records = (step_record(row) for row in rows)
-    return {record.key: record for record in records}
+    return {record.key: record for record in map(step_record, rows)}
 
 
 def step_record(row: tuple[Any, ...]) -> StepRecord:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from dynflow.clock import to_datetime, to_microseconds
 from dynflow.engines import StepRecord, StepState
 from dynflow.engines.embedded.connection import Connection, blob
-from dynflow.engines.embedded.history import STEP_OVERHEAD, count, log
+from dynflow.engines.embedded.history import STEP_OVERHEAD, count, count_leased, log
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import STEP_COLUMNS, row_of, rows_of, status_of, step_record
 from dynflow.engines.happened import Happened, error_data, step_data
@@ -48,7 +48,7 @@ def begin_attempt(db: Connection, lease: Lease, record: StepRecord, state_limit:
     lease.check()
     key, size = lease.key, STEP_OVERHEAD + len(record.name)
     if record.attempt == 1:
-        number = count(db, key, 2, size, state_limit=state_limit)
+        number = count_leased(db, lease, 2, size, state_limit=state_limit)
         db.write(
             "INSERT INTO steps (step, kind, name, count, state, attempt, config, started_at, attempt_at, started_event)"
             " VALUES (?, ?, ?, ?, ?, 1, ?, ?, ?, ?)",
@@ -80,7 +80,7 @@ def finish_step(db: Connection, lease: Lease, record: StepRecord) -> int:
     lease.check()
     step, ended_at = row_of(lease.key, record.seq), record.ended_at
     if record.state == "complete" and record.output is not None:
-        number = count(db, lease.key, 2, len(record.output))
+        number = count_leased(db, lease, 2, len(record.output))
         db.write(
             "UPDATE steps SET state = 'complete', output = ?, failure = NULL, ended_at = ?, deadline = NULL,"
             " ended_event = ? WHERE step = ?",
@@ -88,7 +88,7 @@ def finish_step(db: Connection, lease: Lease, record: StepRecord) -> int:
         )
         return number
     failure = _stored(record.failure) if record.state == "errored" else None
-    number = count(db, lease.key, 2, len(failure or b""))
+    number = count_leased(db, lease, 2, len(failure or b""))
     db.execute(
         "UPDATE steps SET state = ?, output = NULL, failure = ?, ended_at = ?, deadline = NULL, ended_event = ?"
         " WHERE step = ?",
