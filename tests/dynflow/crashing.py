@@ -90,8 +90,9 @@ class Counting:
         def transaction(writer: Writer, group: list[tuple[Operation[Any], Any]]) -> Any:
             before = self.count
             # The last of the group: what is about to be committed when it is called.
-            last = (lambda _: self.kill_if("before", before), writer._loop.create_future())
-            outcomes = original(writer, [*((self.counted(each), future) for each, future in group), last])
+            nobody = (writer._loop.create_future(), None)
+            last = (lambda _: self.kill_if("before", before), nobody)
+            outcomes = original(writer, [*((self.counted(each), promise) for each, promise in group), last])
             self.kill_if("after", before)
             return outcomes
 
