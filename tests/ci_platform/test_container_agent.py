@@ -120,6 +120,19 @@ async def test_an_image_of_one_program_is_entered_too(run: Run) -> None:
         forget_image("dynflow-test/only-true:1", made)
 
 
+async def test_an_image_without_a_single_file_is_entered_too(run: Run) -> None:
+    """Neither loader nor library is the image's."""
+    made = make_image("dynflow-test/empty:1", programs=())
+    try:
+        for _ in range(2):
+            outcome = await run(("no-such",), image="dynflow-test/empty:1")
+            assert (outcome.exit_code, outcome.ended, run.text) == (127, "not found", "no-such: not found\n")
+            assert len(containers(run.scope)) == 1
+    finally:
+        await run.sandbox.release(run.scope)
+        forget_image("dynflow-test/empty:1", made)
+
+
 async def test_a_script_without_an_interpreter_is_the_shells(run: Run) -> None:
     tree = run.tree(run.layer("base", {"script": "echo of a shell $1\n"}))
     (tree.lowers[0] / "script").chmod(0o755)
