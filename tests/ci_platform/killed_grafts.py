@@ -33,6 +33,7 @@ from ci_platform.lfs_pointers import Pointed, Pointer
 from ci_platform.source import GitFolder, Source
 from ci_platform.source.lfs_store import check
 from ci_platform.source.names import module_mirror
+from ci_platform.source.own_lfs import OwnLfs
 from ci_platform.submodules import Module
 from ci_platform.workspaces import LayerAuthor, Workspaces
 from dynflow.clock import SystemClock
@@ -42,6 +43,7 @@ from tests.ci_platform.killed_workspaces import REPO, SCENARIOS, Place, committe
 NOTHING_AT_ALL = Allowance(1, timedelta())
 URL = "https://example.org/lib.git"
 KEPT = (b"first content\n", b"#!/bin/sh\necho second\n")
+KEPT_BY_GIT, FORK = "*/*.git/lfs/objects/??/??/*", "bob/engine"
 CONFIG = GitFolder("0" * 40).config()
 
 
@@ -71,6 +73,7 @@ class Grafts:
 
     def forget(self, place: Place) -> None:
         place.forget("source/trees", "source/lfs", "source/mirrors", "workspaces")
+        place.forget(f"source/git/{REPO}.git/lfs", f"source/git/{FORK}.git")
         self.mirror(place)
 
     def mirror(self, place: Place) -> None:
@@ -99,8 +102,18 @@ class Grafts:
 
             if source.lfs.missing(REPO, [each.pointer], trusted=True):
                 source.lfs.put(REPO, each.pointer, write, trusted=True)
+            self.push(place, content, each.pointer)
+        if not await source.exists(FORK):
+            await source.fork(REPO, FORK)
         await source.lfs_layer(REPO, folder, CONFIG, self.files())
         await source.module_layer(REPO, [self.module(place)], folder, CONFIG)
+
+    def push(self, place: Place, content: bytes, pointer: Pointer) -> None:
+        """Have a file in the repository itself, as `git lfs push` does."""
+        own = OwnLfs(place.root / "source/git" / f"{REPO}.git")
+        part = own.begin()
+        part.write_bytes(content)
+        own.keep(part, pointer.oid)
 
     def module(self, place: Place) -> Module:
         return Module(
@@ -110,12 +123,16 @@ class Grafts:
     async def after(self, place: Place, workspaces: Workspaces) -> None:
         source, folder = workspaces._source, GitFolder(place.shas[0])
         assert not list((place.root / "source/lfs").glob(".incoming/*"))
-        for path in (place.root / "source/lfs").glob("_*/*/*/*"):
+        for path in (
+            *(place.root / "source/lfs").glob("_*/*/*/*"),
+            *(place.root / "source/git").glob(KEPT_BY_GIT),
+        ):
             check(path, Pointer(path.name, path.stat().st_size))
         self.mirror(place)
         await self.act(place, workspaces)
         lfs = await source.lfs_layer(REPO, folder, CONFIG)
         assert lfs is not None
+        assert len(list((place.root / "source/git").glob(KEPT_BY_GIT))) == 2 * len(KEPT)
         assert ((lfs / "README.md").read_bytes(), (lfs / "run.sh").read_bytes()) == KEPT
         modules = await source.module_layer(REPO, [self.module(place)], folder, CONFIG)
         assert (modules / "vendor/lib/src/a.py").read_bytes() == b"changed\n"

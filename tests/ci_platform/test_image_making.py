@@ -309,7 +309,7 @@ async def test_a_snapshot_is_never_given_to_a_run_while_it_is_being_collected(be
 @pytest.mark.timeout(600)
 def test_a_kill_before_any_request_to_the_engine_leaves_whole_images_and_no_container(tmp_path: Path) -> None:
     require_image()
-    every = "9" if os.environ.get("CI") else "1"
+    every = "12" if os.environ.get("CI") else "1"
     command = [sys.executable, "-m", "tests.ci_platform.killed_images", str(tmp_path / "platform"), every]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,7 +17,7 @@ from tests.ci_platform.killed_workspaces import REPO
 
 # All of them take more than three minutes.
 EVERY = 8 if os.environ.get("CI") else 1
-SELDOM = {"collect": 3, "grafts": 4, "grafts-collected": 3, "lazy": 12, "with-cache": 6}
+SELDOM = {"collect": 3, "grafts": 7, "grafts-collected": 5, "lazy": 12, "with-cache": 7}
 """Times `EVERY`: of what has very many places, or takes long at each."""
 
 GRAFTS = ("grafts", "grafts-collected", "lazy", "with-cache")
