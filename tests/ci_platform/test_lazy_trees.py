@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import anyio
 import psutil
 import pytest
 
-from ci_platform import copy_on_write
+from ci_platform import copy_on_write, layers
 from ci_platform.caches.specs import needs_files
 from ci_platform.cones import Cone
 from ci_platform.errors import FailedError, LimitExceededError, UnavailableError
@@ -105,6 +106,14 @@ async def run(desk: Desk, tree: Tree, script: str) -> tuple[int, str]:
     return outcome.exit_code, printed.decode(errors="surrogateescape")
 
 
+@contextmanager
+def not_written_yet(root: Path) -> Iterator[None]:
+    """Hold up whoever writes trees to disk: on a busy machine they may be faster than what comes next."""
+    with layers.directory(root / "source/trees/.building") as builders:
+        fcntl.flock(builders, fcntl.LOCK_EX)
+        yield
+
+
 async def lazily(desk: Desk, script: str, *, workspace: str = ID) -> str:
     """Run a command that must find its tree lazy, and keep what it changed."""
     tree = await prepare(desk, "lazily", workspace)
@@ -127,8 +136,9 @@ async def on_disk(desk: Desk, script: str, *, workspace: str = ID) -> str:
 
 async def test_a_lazy_tree_is_the_tree_that_is_written(desk: Desk, tmp_path: Path) -> None:
     sha = desk.remote.commit(FILES)
-    await desk.fork(sha)
-    lazy = await lazily(desk, LOOK)
+    with not_written_yet(desk.root):
+        await desk.fork(sha)
+        lazy = await lazily(desk, LOOK)
     assert "100755" not in lazy
     assert lazy == await on_disk(desk, LOOK)
     # And the one that somebody has written who knows of no lazy trees, but for the time at which that was.
@@ -159,9 +169,10 @@ def with_submodule(desk: Desk) -> str:
 
 async def test_git_finds_nothing_to_do_before_and_after_the_tree_is_on_disk(desk: Desk) -> None:
     first = with_submodule(desk)
-    await desk.fork(first)
     status = "git diff-files; git status --porcelain; git fsck --connectivity-only 2>&1; git rev-parse HEAD"
-    assert await lazily(desk, status) == f"{first}\n"
+    with not_written_yet(desk.root):
+        await desk.fork(first)
+        assert await lazily(desk, status) == f"{first}\n"
     assert await on_disk(desk, status) == f"{first}\n"
     # A fork of the same commit later is as if nothing had ever been lazy.
     await desk.fork(first, "run2.build")
@@ -169,13 +180,14 @@ async def test_git_finds_nothing_to_do_before_and_after_the_tree_is_on_disk(desk
 
 
 async def test_layers_upon_a_lazy_tree_fit_on_the_one_on_disk(desk: Desk) -> None:
-    await desk.fork(desk.remote.commit(FILES))
     change = """
     echo more >>README.md; rm src/a.py empty; rm -r many; mkdir many; echo new >many/new
     mv n/x* n/short; chmod 600 run.sh; ln -s x src/new-link; mkdir -p src/deep/er/est; echo 1 >src/deep/er/est/1
     rm link; mkdir link; echo in >link/file; printf x | dd of=large bs=1 seek=4000000 conv=notrunc 2>/dev/null
     """
-    seen = await lazily(desk, change + LOOK + "git status --porcelain")
+    with not_written_yet(desk.root):
+        await desk.fork(desk.remote.commit(FILES))
+        seen = await lazily(desk, change + LOOK + "git status --porcelain")
     assert await on_disk(desk, LOOK + "git status --porcelain") == seen
     assert "many/new" in seen
 
@@ -183,10 +195,11 @@ async def test_layers_upon_a_lazy_tree_fit_on_the_one_on_disk(desk: Desk) -> Non
 async def test_the_next_commit_is_a_delta_upon_the_lazy_tree(desk: Desk) -> None:
     first = desk.remote.commit(FILES)
     second = desk.remote.commit({"src/a.py": b"changed\n", "README.md": None, "src/deep/er": b"a file now\n"})
-    await desk.fork(first)
-    tree = await prepare(desk)
-    await desk.fork(second, "run2.build")
-    seen = await lazily(desk, LOOK + "git diff-files; git status --porcelain", workspace="run2.build")
+    with not_written_yet(desk.root):
+        await desk.fork(first)
+        tree = await prepare(desk)
+        await desk.fork(second, "run2.build")
+        seen = await lazily(desk, LOOK + "git diff-files; git status --porcelain", workspace="run2.build")
     assert "src/a.py" in seen
     assert "README.md" not in seen
     await desk.workspaces.drop(tree)
@@ -199,9 +212,10 @@ async def test_the_next_commit_is_a_delta_upon_the_lazy_tree(desk: Desk) -> None
 
 async def test_a_sparse_tree_is_lazy_too(desk: Desk) -> None:
     sha = with_submodule(desk)
-    await desk.fork(sha, cone=Cone.of(["many", "src/deep"]))
     look = LOOK + "git diff-files; git status --porcelain; git sparse-checkout list; git ls-files | wc -l"
-    seen = await lazily(desk, look)
+    with not_written_yet(desk.root):
+        await desk.fork(sha, cone=Cone.of(["many", "src/deep"]))
+        seen = await lazily(desk, look)
     assert "./src/deep/er/b.py" in seen
     assert not any(line.partition(" ./")[2].startswith("n") for line in seen.splitlines())
     assert await on_disk(desk, look) == seen
@@ -243,7 +257,8 @@ async def test_a_command_with_a_cache_in_its_home_alone_does_not_wait_for_files(
     by_files = cache_desk.spec(f"k-{hash_files('README.md')}", "~/.cache/y")
     async with cache_desk.opened_desk(tmp_path, lazy=Threshold(files=1)) as desk:
         script = "cat README.md ~/.cache/x/x 2>/dev/null || true; echo kept >~/.cache/x/x"
-        assert (await desk.run(script + "; " + IS_LAZY, at_home)).output == "hello\nlazy\n"
+        with not_written_yet(tmp_path):
+            assert (await desk.run(script + "; " + IS_LAZY, at_home)).output == "hello\nlazy\n"
         assert (await desk.run(script, at_home)).output == "hello\nkept\n"
     assert [needs_files((each,)) for each in (at_home, in_workspace, by_files)] == [False, True, True]
     assert needs_files("no caches at all")
@@ -505,8 +520,9 @@ async def test_a_git_that_hangs_does_not_hang_the_command(tmp_path: Path) -> Non
 
 
 async def test_whatever_a_hostile_command_reads_its_server_answers_and_lives(desk: Desk) -> None:
-    await desk.fork(desk.remote.commit(FILES))
-    tree = await prepare(desk)
+    with not_written_yet(desk.root):
+        await desk.fork(desk.remote.commit(FILES))
+        tree = await prepare(desk)
     assert tree.lazy is not None
     script = (Path(__file__).parent / "lazy_attacks.py.txt").read_text()
     with anyio.fail_after(2 * SOON):
