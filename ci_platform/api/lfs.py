@@ -26,8 +26,10 @@ from ci_platform.errors import (
     InvalidInputError,
     NotFoundError,
     PlatformError,
+    TooLargeError,
     UnavailableError,
 )
+from ci_platform.named_locks import NamedLocks
 from ci_platform.source import Source
 from ci_platform.source.own_lfs import OID, OwnLfs, place_of
 
@@ -70,7 +72,7 @@ class LfsServer:
     ) -> None:
         self._source, self._authorize, self._url = source, authorize, url
         self._largest, self._most, self._within, self._stall = largest, most, within, stall
-        self._transfers = anyio.CapacityLimiter(at_once)
+        self._transfers, self._keeping = anyio.CapacityLimiter(at_once), NamedLocks()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; errors as git-lfs shows them."""
@@ -137,9 +139,10 @@ class LfsServer:
         await self._files(connection, repo, write=False)
         asked = await self._asked(connection)
         operation = asked.get("operation")
-        if operation not in {"upload", "download"}:
+        if not isinstance(operation, str) or operation not in {"upload", "download"}:
             raise InvalidInputError(f"operation is 'upload' or 'download', not {operation!r:.100}")
-        if "basic" not in (asked.get("transfers") or ["basic"]):
+        transfers = asked.get("transfers") or ["basic"]
+        if not isinstance(transfers, list) or "basic" not in transfers:
             raise InvalidInputError("this server has basic transfers only")
         if asked.get("hash_algo", "sha256") != "sha256":
             raise InvalidInputError("this server names files by their SHA-256")
@@ -160,9 +163,11 @@ class LfsServer:
 
     def _home(self, connection: Connection) -> str:
         """Return where this server is for whom has asked, which may know it by another name than its own."""
-        host = connection.headers.get("host")
-        is_own = not host or host == urlsplit(self._url).netloc
-        return self._url if is_own else f"{connection.scope['scheme']}://{host}"
+        host, own = connection.headers.get("host"), urlsplit(self._url)
+        if not host or host == own.netloc:
+            return self._url
+        # Never less than https where that is in front: a token comes along.
+        return f"{'https' if own.scheme == 'https' else connection.scope['scheme']}://{host}"
 
     def _to_have(self, files: OwnLfs, objects: list[tuple[str, int]]) -> dict[str, Any]:
         def find(oid: str, size: int) -> Any:
@@ -203,16 +208,19 @@ class LfsServer:
         files = await self._files(connection, repo, write=True)
         async with self._turn():
             if await self._thread(lambda: files.size(oid)) is None:
-                await self._take(connection, files, oid)
+                await self._take(connection, repo, files, oid)
         await git_wire.respond(connection.send, 200, KIND, b"{}")
 
-    async def _take(self, connection: Connection, files: OwnLfs, oid: str) -> None:
+    async def _take(self, connection: Connection, repo: str, files: OwnLfs, oid: str) -> None:
         most = min(self._largest, self._most - await self._thread(files.taken))
         part = await self._thread(files.begin)
         try:
             with part.open("xb") as aside, anyio.fail_after(self._within):
                 await git_wire.spool(connection, aside, max(most, 0), self._stall)
-            await self._thread(lambda: files.keep(part, oid))
+            async with self._keeping(repo):  # what others have sent meanwhile counts
+                if await self._thread(lambda: files.taken() + part.stat().st_size) > self._most:
+                    raise TooLargeError(f"the repository may keep {self._most:,} bytes (lfs_budget)")
+                await self._thread(lambda: files.keep(part, oid))
         except FileNotFoundError:
             raise NotFoundError("the repository was deleted meanwhile") from None
         finally:

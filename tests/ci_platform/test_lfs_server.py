@@ -18,6 +18,7 @@ import httpx
 import pytest
 import uvicorn
 from litestar import Litestar
+from litestar.connection import ASGIConnection
 
 from ci_platform.api.git import GitServer, git_handler
 from ci_platform.api.lfs import KIND, LfsServer
@@ -204,6 +205,30 @@ async def test_sizes_have_an_end_for_one_file_and_for_a_repository(served: Serve
     assert len(stored(served)) == 3
 
 
+async def test_files_that_are_sent_at_once_count_together(served: Served, client: Client) -> None:
+    said = list[int]()
+    async with anyio.create_task_group() as group:
+
+        async def send(number: int) -> None:
+            said.append((await client.send(bytes([number]) * LARGEST)).status_code)
+
+        for number in range(6):
+            group.start_soon(send, number)
+    assert sorted(said) == [200, 200, 200, 413, 413, 413]
+    assert sum(map(len, stored(served).values())) == MOST
+
+
+async def test_a_client_behind_tls_is_never_sent_to_plain_http(served: Served) -> None:
+    lfs = LfsServer(served.source, served.authorize, "https://ci.example.org", largest=LARGEST, most=MOST)
+    scopes = [
+        (b"ci.example.org", "https://ci.example.org"),
+        (b"other.example.org", "https://other.example.org"),
+    ]
+    for host, home in scopes:
+        scope: Any = {"type": "http", "scheme": "http", "headers": [(b"host", host)]}
+        assert lfs._home(ASGIConnection(scope)) == home
+
+
 async def test_who_may_read_may_not_send_and_others_learn_nothing(served: Served, client: Client) -> None:
     await client.push(b"one")
     reader, stranger = Client(client.http, "reader"), Client(client.http, "eve")
@@ -255,6 +280,8 @@ async def test_the_platforms_own_tokens_open_it_and_those_that_may_not_write_do_
         {},
         {"operation": "delete", "objects": []},
         {"operation": "download", "objects": []},
+        {"operation": ["download"], "objects": [{"oid": "a" * 64, "size": 1}]},
+        {"operation": "download", "transfers": 5, "objects": [{"oid": "a" * 64, "size": 1}]},
         {"operation": "download", "objects": {}},
         {"operation": "download", "objects": [7]},
         {"operation": "download", "objects": [{"oid": "../../../etc/passwd", "size": 1}]},
