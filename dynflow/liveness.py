@@ -37,13 +37,12 @@ class Part:
 class Liveness:
     """Counts what is active, and has `look` called whenever that may have become nothing."""
 
-    def __init__(self, look: Callable[[], None]) -> None:
-        self.look = look
+    def __init__(self, look: Callable[[], None], host: asyncio.AbstractEventLoop) -> None:
+        self.look, self._host = look, host
         self.active_parts, self.active_calls = 0, 0
         self.calls: dict[asyncio.Task[None], Any] = {}
         """The key of each call that is being performed or waits."""
         self.keys: set[Any] = set()
-        self._host = asyncio.get_running_loop()
 
     def part(self) -> Part:
         """Return a part of its own."""

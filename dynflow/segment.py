@@ -88,7 +88,7 @@ class Segment:
         self._event, self._terminated = event, terminated
         self._host = asyncio.get_running_loop()
         self._outcome: asyncio.Future[Outcome] = self._host.create_future()
-        self._live = Liveness(self.look)
+        self._live = Liveness(self.look, self._host)
         self._part = self._live.part()
         self._waits: dict[int, _Wait] = {}
         self._pausing = self._isolate_down = False
