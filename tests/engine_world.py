@@ -45,6 +45,8 @@ class World:
 
     def __init__(self, make_engine: Callable[..., Any], **options: Any) -> None:
         self.clock = ManualClock()
+        self.many: int = getattr(make_engine, "many", 2000)
+        """How many instances are many for this engine: so many take a few seconds."""
         self._make, self._options = make_engine, options
         self._registered: dict[str, tuple[type[WorkflowEntrypoint], dict[str, Any]]] = {}
         self._runs: dict[str, Run] = {}
@@ -179,6 +181,13 @@ class World:
 def step_of(status: InstanceStatus, name: str, count: int = 1) -> StepStatus:
     """The step of this name."""
     return next(step for step in status.steps if (step.name, step.count) == (name, count))
+
+
+async def fewer_tasks(most: int) -> None:
+    """Wait until there are no more tasks than this: calls to a server may end a moment after their callers."""
+    async with asyncio.timeout(DEADLINE):
+        while len(asyncio.all_tasks()) > most:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)
 
 
 class Gate:

@@ -38,6 +38,7 @@ DOORS = {
     "pygit2": ("ci_platform.source", "ci_platform.forges.local"),
     "github": ("ci_platform.forges.github",),
     "sqlite3": ("dynflow.engines.embedded", "dynflow.facets"),
+    "google": ("dynflow.engines.temporal",),  # protobuf: what Temporal's calls are made of
     "temporalio": ("dynflow.engines.temporal",),
     "boto3": ("ci_platform.blobs.s3",),
     "uvicorn": ("ci_platform.serving",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,22 @@ def embedded(folder: Path) -> Callable[..., Any]:
     return partial(EmbeddedEngine, folder / "flow.db", synchronous="NORMAL")
 
 
-ENGINES = {"embedded": embedded}
+def temporal(server: Any) -> Callable[..., Any]:
+    """Engines of one task queue of a real server, through one client."""
+    from dynflow.engines.temporal import TemporalEngine
+    from tests.temporal_server import new_queue
+
+    factory = partial(TemporalEngine, asyncio.run(server.client()), task_queue=new_queue())
+    factory.many = 100  # type: ignore[attr-defined]
+    return factory
 
 
-@pytest.fixture(params=list(ENGINES))
+@pytest.fixture(params=["embedded", "temporal"])
 def engine_factory(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Any]:
     """Make an engine over this test's storage; the next one made finds what the last one left."""
-    return ENGINES[request.param](tmp_path)
+    if request.param == "temporal":
+        return temporal(request.getfixturevalue("temporal_server"))
+    return embedded(tmp_path)
 
 
 @pytest.fixture

@@ -493,9 +493,10 @@ async def test_pauses_and_resumes_at_any_moment_lose_nothing(world: World) -> No
 
     binding = world.register(run)
     instances = [await binding.create() for _ in range(10)]
+    rounds = world.many // 66
 
     async def disturb(instance: Any, spins: int) -> None:
-        for round_ in range(30):
+        for round_ in range(rounds):
             for _ in range((spins * round_) % 11):
                 await asyncio.sleep(0)
             await instance.pause()
@@ -883,14 +884,16 @@ async def test_a_listener_that_fails_harms_nobody(world: World) -> None:
 
 
 async def test_surplus_instances_queue_and_all_run(engine_factory: Any) -> None:
-    running, most = 0, 0
+    running, most, full = 0, 0, asyncio.Event()
 
     async def run(event: Any, step: Any) -> None:
         async def work() -> None:
             nonlocal running, most
             running += 1
             most = max(most, running)
-            await asyncio.sleep(0)
+            if running == 3:
+                full.set()
+            await full.wait()
             running -= 1
 
         await step.do("work", work)
@@ -995,6 +998,8 @@ async def test_tenants_are_served_fairly(engine_factory: Any) -> None:
         await gate.reached()
         await binding.create_batch([params("many") for _ in range(50)])
         few = await binding.create_batch([params("few") for _ in range(3)])
+        for instance in few:
+            await world.status(instance, "queued")
         gate.opened.set()
         for instance in few:
             await instance.result(timeout=DEADLINE)

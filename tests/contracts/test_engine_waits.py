@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dynflow.errors import IllegalMoveError, InvalidArgumentError, WorkflowFatalError, WorkflowTimeoutError
-from tests.engine_world import DEADLINE, Gate, World, step_of
+from tests.engine_world import DEADLINE, Gate, World, fewer_tasks, step_of
 
 # --- sleeps --------------------------------------------------------------------------------------
 
@@ -185,18 +185,20 @@ async def test_events_sent_before_the_wait_are_kept_in_order(world: World) -> No
     assert await instance.result(timeout=DEADLINE) == [list(range(20)), "other"]
 
 
-async def test_a_thousand_buffered_events_keep_their_order_over_a_restart(world: World) -> None:
+async def test_many_buffered_events_keep_their_order_over_a_restart(world: World) -> None:
+    count = world.many // 2
+
     async def run(event: Any, step: Any) -> Any:
         await step.wait_for_event("start", type="start")
-        return [(await step.wait_for_event("w", type="go")).payload for _ in range(1000)]
+        return [(await step.wait_for_event("w", type="go")).payload for _ in range(count)]
 
     instance = await world.start(run)
     await world.parked(instance)
-    await asyncio.gather(*(instance.send_event(type="go", payload=n) for n in range(1000)))
+    await asyncio.gather(*(instance.send_event(type="go", payload=n) for n in range(count)))
     await world.reopen()
     instance = await world.engine.binding("run").get(instance.id)
     await instance.send_event(type="start")
-    assert await instance.result(timeout=DEADLINE) == list(range(1000))
+    assert await instance.result(timeout=DEADLINE) == list(range(count))
 
 
 async def test_an_event_may_be_sent_before_the_instance_has_started(engine_factory: Any) -> None:
@@ -418,9 +420,10 @@ async def test_a_waiting_instance_holds_nothing(world: World, how: str) -> None:
     gc.collect()
     assert reference() is None  # the coroutine and all it held are gone
     assert seen == []  # and it did not notice
-    assert len(asyncio.all_tasks()) == tasks
+    await fewer_tasks(tasks)
     assert threading.active_count() == threads
-    assert (process.num_fds(), process.children()) == (files, children)
+    assert process.num_fds() <= files
+    assert process.children() == children
     if how == "pause":
         await instance.resume()
     if how == "event":
@@ -493,7 +496,7 @@ async def test_an_instance_does_not_hibernate_while_a_step_runs(world: World) ->
     assert gate.times == 1
 
 
-async def test_two_thousand_waiting_instances_cost_rows_only(world: World) -> None:
+async def test_many_waiting_instances_cost_rows_only(world: World) -> None:
     async def run(event: Any, step: Any) -> Any:
         await step.do("one", lambda: 1)
         return (await step.wait_for_event("w", type="go")).payload
@@ -508,8 +511,8 @@ async def test_two_thousand_waiting_instances_cost_rows_only(world: World) -> No
 
     async def wave(count: int) -> list[Any]:
         made = []
-        for _ in range(count // 100):
-            made += await binding.create_batch([{} for _ in range(100)])
+        for _ in range(count // 50):
+            made += await binding.create_batch([{} for _ in range(50)])
         async with asyncio.timeout(DEADLINE):
             for _ in range(count):
                 await parked.get()
@@ -518,13 +521,14 @@ async def test_two_thousand_waiting_instances_cost_rows_only(world: World) -> No
         gc.collect()
         return made
 
-    await wave(1000)  # what the process allocates once
+    await wave(world.many // 2)  # what the process allocates once
     tasks, objects = len(asyncio.all_tasks()), len(gc.get_objects())
     before = psutil.Process().memory_info().rss
-    instances = await wave(2000)
-    assert len(asyncio.all_tasks()) == tasks
-    # The handles that this test holds, and the manual clock's cancelled timers: seven small objects each.
-    assert len(gc.get_objects()) - objects < 7 * 2000
+    instances = await wave(world.many)
+    await fewer_tasks(tasks)
+    # The handles that this test holds, and the manual clock's cancelled timers: seven small objects each. And what
+    # the loop and the caches have of the last calls.
+    assert len(gc.get_objects()) - objects < 7 * world.many + 1000
     # Most of it are pages that SQLite caches; segments that stayed would take twice as much.
     assert psutil.Process().memory_info().rss - before < 20 * 2**20
     await instances[-1].send_event(type="go", payload="woken")

@@ -1,1 +1,9 @@
-"""The engine's contracts on a Temporal server; needs the extra `dynflow[temporal]`."""
+"""The Temporal engine: durable workflows on a Temporal server, run by any number of processes.
+
+Needs the extra `dynflow[temporal]`.
+"""
+
+from dynflow.engines.temporal.blobs import Blobs, FolderBlobs
+from dynflow.engines.temporal.engine import TemporalEngine
+
+__all__ = ["Blobs", "FolderBlobs", "TemporalEngine"]

@@ -1,0 +1,222 @@
+"""The lease of one segment: what it records goes to the server as heartbeats, and news of the instance come back.
+
+A heartbeat's details are kept by the server and handed to whoever runs the segment next, so that a step result is
+durable once its heartbeat is answered, without an event of history. What has been recorded so far is written anew
+each time, so now and then it is sent as mail instead, which stays. Whoever has lost the lease is told by the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from temporalio.api.enums.v1 import EventType
+from temporalio.api.history.v1 import HistoryEvent
+from temporalio.api.workflowservice.v1 import PollActivityTaskQueueResponse
+from temporalio.service import RPCError
+
+from dynflow.engines.temporal.book import Entry
+from dynflow.engines.temporal.interpreter import POST
+from dynflow.engines.temporal.wire import Wire, is_gone
+from dynflow.errors import LeaseLostError, StorageError
+
+# What is kept in heartbeats at most; then it becomes mail.
+_MOST_ENTRIES = 100
+_MOST_CHARACTERS = 64_000
+# How long after its start a segment begins to listen for news, in seconds; most have ended by then.
+_LISTEN_AFTER = 0.2
+_CLOSED = frozenset(
+    {
+        EventType.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED,
+        EventType.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED,
+        EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TERMINATED,
+        EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIMED_OUT,
+        EventType.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED,
+    }
+)
+
+Mail = dict[str, Any]
+
+
+class Lease:
+    """One activity task. `on_mail` is called with each piece of mail, `on_lost` once when the lease is lost."""
+
+    def __init__(
+        self,
+        wire: Wire,
+        task: PollActivityTaskQueueResponse,
+        beat_every: float,
+        on_mail: Callable[[Mail], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._wire, self._task, self._beat_every = wire, task, beat_every
+        self._on_mail, self._on_lost = on_mail, on_lost
+        self.workflow_id = task.workflow_execution.workflow_id
+        self.run_id = task.workflow_execution.run_id
+        self.first = 1
+        """The number of the first entry that is kept in heartbeats."""
+        self._texts: list[str] = []
+        self._durable = self._recorded = 0
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._dirty = asyncio.Event()
+        self._error: LeaseLostError | StorageError | None = None
+        self._last_event = 0
+        self._is_ours = False  # whether reading has come to the event that scheduled this segment
+        self._beating: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- recording ---
+
+    def begin(self, entries: int, kept: list[Entry], first: int) -> None:
+        """Begin: `entries` have been made in all, `kept` of them, from number `first` on, are in heartbeats."""
+        self.first = first if kept else entries + 1
+        self._texts = [json.dumps(entry) for entry in kept]
+        self._durable = self._recorded = entries
+        loop = asyncio.get_running_loop()
+        self._beating = loop.create_task(self._beat())
+        self._timer = loop.call_later(_LISTEN_AFTER, self.listen)
+
+    def record(self, entry: Entry) -> asyncio.Future[None]:
+        """Record an entry; the future is done when it is durable. Raises LeaseLostError."""
+        if self._error is not None:
+            raise self._error
+        self._texts.append(json.dumps(entry))
+        self._recorded += 1
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((self._recorded, future))
+        self._dirty.set()
+        return future
+
+    def pending(self) -> tuple[int, list[Entry]]:
+        """Return the number of the first entry that no mail has, and these entries."""
+        return self.first, [json.loads(text) for text in self._texts]
+
+    def _details(self) -> bytes:
+        return f'{{"first":{self.first},"entries":[{",".join(self._texts)}]}}'.encode()
+
+    async def _beat(self) -> None:
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._beat_every):
+                        await self._dirty.wait()
+                self._dirty.clear()
+                recorded = self._recorded
+                if await self._wire.beat(self._task.task_token, self._details()):
+                    self.listen()
+                self._made_durable(recorded)
+                if len(self._texts) > _MOST_ENTRIES or sum(map(len, self._texts)) > _MOST_CHARACTERS:
+                    await self._flush(recorded)
+        except (LeaseLostError, StorageError) as error:
+            self._lose(error)
+
+    def _made_durable(self, recorded: int) -> None:
+        self._durable = recorded
+        while self._waiting and self._waiting[0][0] <= recorded:
+            future = self._waiting.pop(0)[1]
+            if not future.done():
+                future.set_result(None)
+
+    async def _flush(self, recorded: int) -> None:
+        """Send what heartbeats have made durable as mail; the next heartbeat is without it."""
+        count = recorded - self.first + 1
+        entries = [json.loads(text) for text in self._texts[:count]]
+        mail = {"uid": "", "op": "flush", "at": 0, "first": self.first, "entries": entries}
+        if not await self._wire.signal(self.workflow_id, POST, mail):
+            raise LeaseLostError("the instance was deleted")
+        del self._texts[:count]
+        self.first += count
+        self._dirty.set()
+
+    def _lose(self, error: LeaseLostError | StorageError) -> None:
+        if self._error is None:
+            self._error = error
+            for _, future in self._waiting:
+                if not future.done():
+                    future.set_exception(error)
+                    future.exception()
+            self._waiting.clear()
+            self._on_lost()
+
+    # --- news ---
+
+    def listen(self) -> None:
+        """Begin to listen for news, if that has not been done yet."""
+        if self._listening is None and self._error is None:
+            self._listening = asyncio.get_running_loop().create_task(self._listen())
+
+    async def caught_up(self) -> None:
+        """Return when all mail that has arrived by now has been given to `on_mail`."""
+        token = b""
+        while True:
+            try:
+                events, token = await self._wire.events(self.workflow_id, self.run_id, token, wait=False)
+            except RPCError as error:
+                raise StorageError(f"the Temporal server did not answer: {error}") from error
+            await self._look_at(events)
+            if not token:
+                return
+
+    async def _listen(self) -> None:
+        token, pause = b"", 0.05
+        while self._error is None:
+            try:
+                events, token = await self._wire.events(self.workflow_id, self.run_id, token, wait=True)
+                pause = 0.05
+            except RPCError as error:
+                if is_gone(error):
+                    self._lose(LeaseLostError("the instance was deleted"))
+                    return
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 2.0)
+                continue
+            await self._look_at(events)
+
+    async def _look_at(self, events: list[HistoryEvent]) -> None:
+        for event in events:
+            if event.event_id <= self._last_event:
+                continue
+            mail = None
+            if self._is_ours and event.HasField("workflow_execution_signaled_event_attributes"):
+                signal = event.workflow_execution_signaled_event_attributes
+                data = await self._wire.unpack(signal.input) if signal.signal_name == POST else None
+                mail = None if data is None else json.loads(data)
+            if event.event_id <= self._last_event:  # somebody else has read it meanwhile
+                continue
+            self._last_event = event.event_id
+            if event.HasField("activity_task_scheduled_event_attributes"):
+                scheduled = event.activity_task_scheduled_event_attributes
+                self._is_ours |= scheduled.activity_id == self._task.activity_id
+            elif mail is not None:
+                self._on_mail(mail)
+            elif event.event_type in _CLOSED:
+                self._lose(LeaseLostError("the instance was ended or deleted"))
+
+    # --- the end ---
+
+    async def close(self) -> None:
+        """Stop beating and listening."""
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks = [task for task in (self._beating, self._listening) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def complete(self, outcome: dict[str, Any] | None, uid: str, at: int) -> None:
+        """Say how the segment ended, with what no mail has of what it recorded. Raises LeaseLostError."""
+        first, entries = self.pending()
+        result = {"first": first, "entries": entries, "outcome": outcome, "uid": uid, "at": at}
+        await self._wire.completed(self._task.task_token, json.dumps(result).encode())
+        self._made_durable(self._recorded)
+
+    async def give_back(self, why: str) -> None:
+        """Let whoever is there run the segment again, from what is durable."""
+        details = self._details() if self._beating is not None else None
+        with contextlib.suppress(RPCError):
+            await self._wire.failed(self._task, why, details)
