@@ -25,7 +25,7 @@ def temporal(server: Any) -> Callable[..., Any]:
     from tests.temporal_server import new_queue
 
     factory = partial(TemporalEngine, asyncio.run(server.client()), task_queue=new_queue())
-    factory.many = 100  # type: ignore[attr-defined]
+    factory.many = 60  # type: ignore[attr-defined]
     return factory
 
 

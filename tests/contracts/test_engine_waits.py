@@ -510,9 +510,9 @@ async def test_many_waiting_instances_cost_rows_only(world: World) -> None:
     world.engine.add_listener(heard)
 
     async def wave(count: int) -> list[Any]:
-        made = []
-        for _ in range(count // 50):
-            made += await binding.create_batch([{} for _ in range(50)])
+        made: list[Any] = []
+        while len(made) < count:
+            made += await binding.create_batch([{}] * min(100, count - len(made)))
         async with asyncio.timeout(DEADLINE):
             for _ in range(count):
                 await parked.get()

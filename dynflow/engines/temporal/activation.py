@@ -113,7 +113,7 @@ class Activation:
         except (LeaseLostError, EngineClosedError):
             pass  # whoever has it now says what becomes of it
         except asyncio.CancelledError:
-            await self._give_back("the worker is shutting down")
+            await self._hand_over()
             raise
         except Exception as error:  # noqa: BLE001 - the door around a segment (architecture.md section 6)
             await self._give_back(f"the worker failed: {error!r:.300}")
@@ -242,14 +242,18 @@ class Activation:
             crashes.pop(self.workflow_id, None)
         return outcome
 
-    async def _give_back(self, why: str) -> None:
-        await self.lease.close()
-        if self._is_lost:
-            return
-        if self._is_pausing:  # what ran is cut off, and with that the pause has taken effect
+    async def _hand_over(self) -> None:
+        """End the segment as it is; another one goes on. What ran is cut off, and with that a pause has taken effect."""
+        if not self.lease.has_begun:
+            await self._give_back("the worker is shutting down")
+        elif not self._is_lost:
+            await self.lease.close()
             with contextlib.suppress(LeaseLostError, StorageError):
                 await self._finish(None)
-        else:
+
+    async def _give_back(self, why: str) -> None:
+        await self.lease.close()
+        if not self._is_lost:
             await self.lease.give_back(why)
 
     def _tell(self, happened: Sequence[Happened]) -> None:

@@ -61,6 +61,8 @@ from dynflow.workflow import WorkflowEntrypoint
 
 # How many instances' workflows a worker keeps in memory.
 _CACHED = 50
+# How long a worker that has an instance in memory is waited for, before any other is asked.
+_STICKY = timedelta(seconds=1)
 # Books of more characters are kept aside.
 _INLINE = 256_000
 # Between looks at what another process may have changed, in seconds: the first, and the longest.
@@ -151,6 +153,7 @@ class TemporalEngine(Engine):
             workflow_runner=UnsandboxedWorkflowRunner(),
             max_cached_workflows=_CACHED,
             max_concurrent_workflow_tasks=_CACHED,
+            sticky_queue_schedule_to_start_timeout=_STICKY,
             nonsticky_to_sticky_poll_ratio=0.5,
         )
         self._worker = asyncio.get_running_loop().create_task(worker.run())

@@ -12,13 +12,13 @@ import asyncio
 import json
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
 from temporalio.common import Priority, RetryPolicy
-from temporalio.exceptions import ActivityError
+from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.exceptions import TimeoutError as ActivityTimeoutError
 
 from dynflow.clock import MICROSECOND, to_datetime
@@ -246,11 +246,13 @@ class Interpreter:
         try:
             answer: dict[str, Any] = nothing | json.loads(task.result())
         except ActivityError as error:
-            cause = error.cause
-            if isinstance(cause, ActivityTimeoutError) and cause.last_heartbeat_details:
-                kept: dict[str, Any] = json.loads(cause.last_heartbeat_details[0])
-                return nothing | kept
-            return nothing
+            kept: Sequence[Any] = ()
+            if isinstance(error.cause, ActivityTimeoutError):
+                kept = error.cause.last_heartbeat_details
+            elif isinstance(error.cause, ApplicationError):
+                kept = error.cause.details
+            recorded: dict[str, Any] = json.loads(kept[0]) if kept else {}
+            return nothing | recorded
         except asyncio.CancelledError:
             return nothing
         return answer

@@ -80,6 +80,11 @@ class Lease:
         self._beating = loop.create_task(self._beat())
         self._timer = loop.call_later(_LISTEN_AFTER, self.listen)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether what earlier attempts have recorded is known here."""
+        return self._beating is not None
+
     def record(self, entry: Entry) -> asyncio.Future[None]:
         """Record an entry; the future is done when it is durable. Raises LeaseLostError."""
         if self._error is not None:
@@ -217,6 +222,6 @@ class Lease:
 
     async def give_back(self, why: str) -> None:
         """Let whoever is there run the segment again, from what is durable."""
-        details = self._details() if self._beating is not None else None
+        details = self._details() if self.has_begun else None
         with contextlib.suppress(RPCError):
             await self._wire.failed(self._task, why, details)

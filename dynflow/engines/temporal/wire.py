@@ -122,13 +122,18 @@ class Wire:
 
         `details`: what heartbeats have last recorded; None where this process has recorded nothing.
         """
-        again = ApplicationFailureInfo(type="again", next_retry_delay=Duration(nanos=50_000_000))
+        kept = task.heartbeat_details if details is None else await self._pack(details)
+        again = ApplicationFailureInfo(
+            type="again",
+            next_retry_delay=Duration(nanos=50_000_000),
+            details=kept,  # for the interpreter, where this was asked to end and is not run again
+        )
         request = RespondActivityTaskFailedRequest(
             namespace=self.client.namespace,
             task_token=task.task_token,
             identity=self.client.identity,
             failure=ApiFailure(message=message, application_failure_info=again),
-            last_heartbeat_details=task.heartbeat_details if details is None else await self._pack(details),
+            last_heartbeat_details=kept,
         )
         await self._service.respond_activity_task_failed(request, timeout=_CALL)
 
