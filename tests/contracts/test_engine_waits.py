@@ -521,7 +521,7 @@ async def test_many_waiting_instances_cost_rows_only(world: World) -> None:
         gc.collect()
         return made
 
-    await wave(world.many // 2)  # what the process allocates once
+    await wave(world.many)  # what the process allocates once
     tasks, objects = len(asyncio.all_tasks()), len(gc.get_objects())
     before = psutil.Process().memory_info().rss
     instances = await wave(world.many)

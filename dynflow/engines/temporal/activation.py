@@ -44,6 +44,8 @@ from dynflow.types import WorkflowEvent
 
 # An isolate that goes down by itself is tried again this often before the instance fails with it.
 _MOST_CRASHES = 3
+# How long a segment that is handed over may wait until that is noted, in seconds.
+_HANDED_OVER = 2.0
 _CRASHED = f"{IsolateCrashedError.__module__}:{IsolateCrashedError.__qualname__}"
 
 
@@ -198,7 +200,7 @@ class Activation:
             None if schedule is None else decode(schedule),
         )
 
-    async def _finish(self, outcome: Outcome | None) -> None:
+    async def _finish(self, outcome: Outcome | None, *, wait: bool = False) -> None:
         if self._is_lost:
             return
         outcome = self._judge_crash(outcome)
@@ -208,7 +210,7 @@ class Activation:
         if self.guest is not None:
             self._place.room.leave(self.guest)
             self.guest = None
-        if outcome is not None or self._is_pausing:
+        if outcome is not None or wait or self._is_pausing:
             await self._place.settled(self.ref, self.workflow_id, uid)
 
     async def _plain(self, outcome: Outcome | None) -> dict[str, Any]:
@@ -243,13 +245,14 @@ class Activation:
         return outcome
 
     async def _hand_over(self) -> None:
-        """End the segment as it is; another one goes on. What ran is cut off, and with that a pause has taken effect."""
+        """End the segment as it is; another one goes on. What ran is cut off, with which a pause has taken effect."""
         if not self.lease.has_begun:
             await self._give_back("the worker is shutting down")
         elif not self._is_lost:
             await self.lease.close()
-            with contextlib.suppress(LeaseLostError, StorageError):
-                await self._finish(None)
+            with contextlib.suppress(LeaseLostError, StorageError, TimeoutError):
+                async with asyncio.timeout(_HANDED_OVER):
+                    await self._finish(None, wait=True)
 
     async def _give_back(self, why: str) -> None:
         await self.lease.close()

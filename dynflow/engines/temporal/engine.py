@@ -63,6 +63,8 @@ from dynflow.workflow import WorkflowEntrypoint
 _CACHED = 50
 # How long a worker that has an instance in memory is waited for, before any other is asked.
 _STICKY = timedelta(seconds=1)
+# How long a worker may take for the interpreter's next move; one that died with it is noticed by that.
+_TASK = timedelta(seconds=5)
 # Books of more characters are kept aside.
 _INLINE = 256_000
 # Between looks at what another process may have changed, in seconds: the first, and the longest.
@@ -210,6 +212,7 @@ class TemporalEngine(Engine):
                 id=workflow_id,
                 task_queue=self._wire.queue,
                 memo={"tenant": book.tenant},
+                task_timeout=_TASK,
             )
         except WorkflowAlreadyStartedError:
             return False

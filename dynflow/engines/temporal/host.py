@@ -21,8 +21,8 @@ from dynflow.errors import (
 # How many polls wait for segments at a time, and how many segments wait here for a slot at most.
 _POLLS = 4
 _MOST_WAITING = 200
-# How long polls may still bring something when the engine closes, in seconds.
-_LAST_POLLS = 0.1
+# How long polls may still bring something when the engine closes, and until their end is noticed, in seconds.
+_LAST_POLLS, _NOTICED = 0.1, 0.05
 # After the server failed a poll, the next comes this much later, in seconds.
 _AGAIN = 0.5
 
@@ -51,18 +51,21 @@ class Host:
             task.add_done_callback(self._polls.discard)
 
     async def stop(self) -> None:
-        """Poll no more, and give back what runs: it goes on where somebody takes it.
+        """Poll no more, and hand over what runs: it goes on where somebody takes it.
 
-        What a cancelled poll was just being handed would be lost until its heartbeat is missed, so polls get a moment
-        to bring it; it is given back too.
+        What a cancelled poll was just being handed is lost until its heartbeat is missed. So polls get a moment to
+        bring it, which is handed over as well, and nothing is handed over before the server knows that they are gone.
         """
         self.is_closing = True
         if self._polls:
             await asyncio.wait(self._polls, timeout=_LAST_POLLS)
-        for task in [*self._polls, *self._tasks]:
+            for task in self._polls:
+                task.cancel()
+            await asyncio.sleep(_NOTICED)
+        for task in self._tasks:
             task.cancel()
-        while self._polls or self._tasks:
-            await asyncio.wait([*self._polls, *self._tasks])
+        while self._tasks or self._polls:
+            await asyncio.wait([*self._tasks, *self._polls])
 
     def look_for_room(self) -> None:
         """Poll only while not too many wait for a slot."""
@@ -81,6 +84,7 @@ class Host:
                 return
 
     async def _refuse(self, task: PollActivityTaskQueueResponse) -> None:
+        """Give back what came too late to be begun here."""
         with contextlib.suppress(RPCError):
             await self._place.wire.failed(task, "the worker has shut down")
 

@@ -125,7 +125,7 @@ class Wire:
         kept = task.heartbeat_details if details is None else await self._pack(details)
         again = ApplicationFailureInfo(
             type="again",
-            next_retry_delay=Duration(nanos=50_000_000),
+            next_retry_delay=Duration(nanos=300_000_000),
             details=kept,  # for the interpreter, where this was asked to end and is not run again
         )
         request = RespondActivityTaskFailedRequest(
