@@ -156,6 +156,7 @@ class TemporalEngine(Engine):
             max_cached_workflows=_CACHED,
             max_concurrent_workflow_tasks=_CACHED,
             sticky_queue_schedule_to_start_timeout=_STICKY,
+            debug_mode=True,  # takes no slow machine for a deadlock: this workflow is ours alone
             nonsticky_to_sticky_poll_ratio=0.5,
         )
         self._worker = asyncio.get_running_loop().create_task(worker.run())
