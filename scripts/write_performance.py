@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 FIGURES = ROOT / "docs" / "figures"
+ENGINES = ROOT / "docs" / "engines.md"
 PLOTTED = frozenset({"scale", "peers"})
 
 
@@ -56,12 +57,26 @@ def put(page: str, part: str, text: str) -> str:
     return f"{page.rstrip()}\n\n{section}\n"
 
 
+def grouped(arguments: list[str]) -> list[str]:
+    """Return parts with their options: those in quotes with the part, and those that stand behind it."""
+    parts: list[str] = []
+    for each in arguments:
+        if parts and (each.startswith("--") or parts[-1].split()[-1].startswith("--")):
+            parts[-1] += f" {each}"
+        else:
+            parts.append(each)
+    return parts
+
+
 def main(parts: list[str]) -> None:
     """Measure each part in turn; one that fails leaves the page's other sections as they were."""
-    for given in parts:
+    for given in grouped(parts):
         part, *options = given.split()
+        if part == "engine" and options[:2] == ["--engine", "temporal"]:
+            part, options = "temporal", options[2:]
         text = measure(part, options)
-        PAGE.write_text(put(PAGE.read_text(), part, text))
+        page = ENGINES if part == "temporal" and ENGINES.is_file() else PAGE
+        page.write_text(put(page.read_text(), part, text))
         print(text)
 
 
