@@ -169,7 +169,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         give_up_after=settings.report_for,
     )
     gates = Gates(store, clock, notices)
-    engine = make_engine(settings, clock)
+    engine = await make_engine(settings, clock)
     loader, images = make_loader(settings), PinnedImages(store, clock)
     execution = Execution(
         workspaces,

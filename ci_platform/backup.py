@@ -27,10 +27,14 @@ ENGINE, PLATFORM, FACETS = "engine.db", "platform.db", "facets"
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """What was copied, and the tenants' databases that could not be, each with the reason."""
+    """What was copied, and the tenants' databases that could not be, each with the reason.
+
+    `elsewhere` says what is not in the data folder, and has to be copied with the means of where it is.
+    """
 
     made: list[Path] = field(default_factory=list)
     left_out: dict[Path, str] = field(default_factory=dict)
+    elsewhere: list[str] = field(default_factory=list)
 
 
 def back_up_folder(settings: Settings, target: Path) -> Copies:
@@ -38,22 +42,23 @@ def back_up_folder(settings: Settings, target: Path) -> Copies:
 
     A tenant's database that is damaged is left out. Raises InvalidInputError, StorageError; then there is no copy.
     """
-    if not settings.engine_path.is_file():
-        raise InvalidInputError(f"there is no {settings.engine_path}: --data names the folder of a platform")
+    names = _databases(settings)
+    first = settings.data / names[0] if names else settings.data
+    if not first.exists():
+        raise InvalidInputError(f"there is no {first}: --data names the folder of a platform")
     try:
         target.mkdir(mode=0o700, parents=True)
     except OSError as error:
         raise InvalidInputError(
             f"cannot make the folder {target}: {error.strerror}; name a new one"
         ) from None
-    copies = Copies()
+    copies = Copies(elsewhere=_elsewhere(settings))
     made = copies.made
     try:
-        back_up(settings.engine_path, target / ENGINE)
-        made.append(target / ENGINE)
-        if settings.database_url is None:
-            copy_database(settings.data / PLATFORM, target / PLATFORM)
-            made.append(target / PLATFORM)
+        for name in names:
+            copy = back_up if name == ENGINE else copy_database
+            copy(settings.data / name, target / name)
+            made.append(target / name)
         if settings.facets_path.is_dir():
             found = copy_all_facets(settings.facets_path, target / FACETS)
             made += found.made
@@ -70,7 +75,7 @@ def restore_folder(settings: Settings, backup: Path) -> Copies:
     Raises ConflictError while a platform runs there, StorageError where a database is there or the backup is
     damaged; then nothing was restored.
     """
-    wanted = [ENGINE] if settings.database_url is not None else [ENGINE, PLATFORM]
+    wanted = _databases(settings)
     for name in wanted:
         if not (backup / name).is_file():
             raise InvalidInputError(f"{backup} is not a backup: it has no {name}")
@@ -84,9 +89,28 @@ def restore_folder(settings: Settings, backup: Path) -> Copies:
         if PLATFORM in wanted:
             copy_database(backup / PLATFORM, settings.data / PLATFORM)
             undo.callback((settings.data / PLATFORM).unlink)
-        restore(backup / ENGINE, settings.engine_path)
+        if ENGINE in wanted:
+            restore(backup / ENGINE, settings.engine_path)
         undo.pop_all()
-    return Copies(made)
+    return Copies(made, elsewhere=_elsewhere(settings))
+
+
+def _databases(settings: Settings) -> list[str]:
+    """Return the files of the data folder that a platform with these settings has, in the order of a backup."""
+    engine = [ENGINE] if settings.engine == "embedded" else []
+    return engine + ([PLATFORM] if settings.database_url is None else [])
+
+
+def _elsewhere(settings: Settings) -> list[str]:
+    found = []
+    if settings.engine == "temporal":
+        found.append(
+            f"runs are in the namespace {settings.temporal_namespace!r} of the Temporal server at "
+            f"{settings.temporal_address}, and backed up with its database"
+        )
+    if settings.database_url is not None:
+        found.append("the platform's tables are in the database that database_url names, and backed up there")
+    return found
 
 
 def back_up_engine(file: Path, target: Path) -> Copies:

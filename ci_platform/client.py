@@ -15,7 +15,8 @@ from urllib.parse import quote
 import httpx
 
 from ci_platform.errors import InvalidInputError, PlatformError, UnauthorizedError, UnavailableError
-from ci_platform.settings import default_data_folder, read_secret
+from ci_platform.service_settings import default_data_folder
+from ci_platform.settings import read_secret
 
 ADDRESS_FILE = "server.json"
 

@@ -20,8 +20,9 @@ from rich.console import Console
 from ci_platform.client import ApiError, Client, forget_address, read_address, segment, write_address
 from ci_platform.errors import UnavailableError
 from ci_platform.repository_push import Destination, push_folder
+from ci_platform.service_settings import default_data_folder
 from ci_platform.serving import Running, running, stop_signal
-from ci_platform.settings import Settings, default_data_folder
+from ci_platform.settings import Settings
 from ci_platform.terminal import RunJson, RunWatcher, run_title, state_of
 from ci_platform.web.ansi import plain
 

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ci_platform import copy_on_write, isolation
+from ci_platform import copy_on_write, engines, isolation
 from ci_platform.assembly import make_sandboxes
 from ci_platform.errors import PlatformError
 from ci_platform.garbage.stores import room_of
 from ci_platform.settings import Settings, make_data_folder
 from ci_platform.source import hydrating
-from dynflow.errors import FacetUnavailableError, IsolateError
+from dynflow.errors import FacetUnavailableError, IsolateError, StorageError
 from dynflow.facets import Facets
 from dynflow.isolates import describe_walls
 from dynflow.isolates.confinement import ESSENTIAL, WALLS
@@ -62,6 +62,7 @@ async def examine(settings: Settings) -> list[Finding]:
     findings += await _isolates(settings)
     findings += await _facets()
     findings += await anyio.to_thread.run_sync(_workspaces, settings)
+    findings += await engine_findings(settings)
     for kind, sandbox in make_sandboxes(settings).items():
         described = await anyio.to_thread.run_sync(sandbox.describe)
         findings += _sandbox(kind, described)
@@ -141,6 +142,17 @@ def _wall(name: str, meaning: str, found: str) -> Finding:
         )
     state: State = "bad" if name in ESSENTIAL else "fair"
     return Finding("isolates", name, found, state, meaning)
+
+
+async def engine_findings(settings: Settings) -> list[Finding]:
+    """Say what is found of the server that keeps runs, where one does."""
+    if settings.engine == "embedded":
+        return []
+    try:
+        found = await engines.temporal().examine_server(settings)
+    except (PlatformError, StorageError) as error:
+        return [Finding("engine", "temporal", str(error), "bad")]
+    return [Finding("engine", each.name, each.value, each.state, each.advice) for each in found]
 
 
 def _workspaces(settings: Settings) -> Sequence[Finding]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, Protocol, Self
 
+from ci_platform.errors import InvalidInputError
 from ci_platform.settings import Settings
 from dynflow.clock import Clock
 from dynflow.engines import Listener
@@ -28,11 +30,29 @@ class PlatformEngine(Protocol):
     async def __aexit__(self, *exc_info: object) -> None: ...
 
 
-def make_engine(settings: Settings, clock: Clock) -> PlatformEngine:
-    """Return the engine of these settings."""
+async def make_engine(settings: Settings, clock: Clock) -> PlatformEngine:
+    """Return the engine of these settings, and wait for its server where it has one that is not there yet.
+
+    Raises InvalidInputError, and EngineRefusedError where the server does not take this platform.
+    """
+    if settings.engine == "temporal":
+        engine: PlatformEngine = await temporal().make_engine(settings, clock)
+        return engine
     return EmbeddedEngine(
         settings.engine_path,
         clock=clock,
         concurrency=settings.concurrency,
         tenant_concurrency=settings.repository_share,
     )
+
+
+def temporal() -> Any:
+    """Return the module `temporal_engine`, which needs libraries that are an extra. Raises InvalidInputError."""
+    try:
+        return importlib.import_module("ci_platform.temporal_engine")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "temporalio":
+            raise
+        raise InvalidInputError(
+            "engine is temporal, and its client is not installed: pip install 'dynflow[platform,temporal]'"
+        ) from None

@@ -9,6 +9,9 @@ import click
 
 from ci_platform.settings import Settings, load_settings
 
+# Shorter names of options.
+_ALSO = {"temporal_namespace": ("--namespace",)}
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -27,6 +30,12 @@ def settings_options(*names: str) -> Callable[[F], F]:
     return decorate
 
 
+def engine_settings() -> list[str]:
+    """Return the settings that say what keeps runs, but for secrets."""
+    names = [name for name in Settings.model_fields if name == "engine" or name.startswith("temporal_")]
+    return [name for name in names if not is_secret(name)]
+
+
 def is_secret(name: str) -> bool:
     """Return whether a setting is a secret."""
     return "SecretStr" in str(Settings.model_fields[name].annotation)
@@ -42,6 +51,6 @@ def _option(name: str) -> Callable[[F], F]:
     field = Settings.model_fields[name]
     flag = f"--{name.replace('_', '-')}"
     text = f"{field.description}  [env: DYNFLOW_{name.upper()}]"
-    if field.annotation is bool:
+    if field.annotation in {bool, bool | None}:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
-    return click.option(flag, name, default=None, metavar="VALUE", help=text)
+    return click.option(flag, *_ALSO.get(name, ()), name, default=None, metavar="VALUE", help=text)

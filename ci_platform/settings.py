@@ -16,62 +16,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
-    SecretStr,
     ValidationError,
-    field_validator,
 )
 
 from ci_platform.errors import InvalidInputError
+from ci_platform.service_settings import ServiceSettings, default_data_folder
 from ci_platform.setting_types import MEBIBYTE, Duration, Hosts, Size
 
 _PREFIX = "DYNFLOW_"
 
 
-def default_data_folder() -> Path:
-    """Return `$XDG_DATA_HOME/dynflow`, or `~/.local/share/dynflow`."""
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".local" / "share") / "dynflow"
-
-
-class Settings(BaseModel):
+class Settings(ServiceSettings):
     """Everything that can be set. Durations are timedeltas, sizes bytes, secrets SecretStr."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    data: Path = Field(
-        default_factory=default_data_folder,
-        description="Folder of everything that must survive: databases, repositories, workspaces, logs.",
-    )
-    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 listens on all.")
-    port: int = Field(8420, ge=0, le=65535, description="Port to listen on. 0 takes a free one.")
-    public_url: str | None = Field(
-        None,
-        description="URL under which people and forges reach this server. Default: http://<host>:<port>.",
-    )
-    public_read: bool = Field(
-        default=False, description="Whether anybody may look at runs and logs without a token."
-    )
-    database_url: SecretStr | None = Field(
-        None,
-        description="SQLAlchemy URL of the platform's database, such as postgresql+psycopg://user@host/name. "
-        "Default: SQLite in the data folder.",
-    )
-
-    github_url: str = Field(
-        "https://github.com",
-        description="Where repositories of GitHub are cloned from: <url>/<owner>/<repo>.git.",
-    )
-    github_api_url: str = Field("https://api.github.com", description="Base URL of GitHub's API.")
-    github_token: SecretStr | None = Field(None, description="Token for GitHub's API and for fetching.")
-    github_webhook_secret: SecretStr | None = Field(
-        None, description="Secret that GitHub signs deliveries with. Without it no delivery is accepted."
-    )
-    github_timeout: Duration = Field(
-        timedelta(seconds=15), description="How long one call to GitHub may take."
-    )
 
     status_context: str = Field(
         "dynflow",
@@ -252,16 +212,6 @@ class Settings(BaseModel):
         description="Whether images that are not on this machine are pulled from their registries, "
         "with what the Docker configuration of this user knows of credentials.",
     )
-
-    @field_validator("data")
-    @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return Path(os.path.abspath(value.expanduser()))  # noqa: PTH100 - resolve() would follow links
-
-    @field_validator("public_url", "github_url", "github_api_url")
-    @classmethod
-    def _no_slash(cls, value: str | None) -> str | None:
-        return value.rstrip("/") if value else value
 
     @property
     def repository_share(self) -> int:

@@ -26,7 +26,7 @@ from ci_platform.cli.runs import COMMANDS, FAILURE, SUCCESS, UNAVAILABLE, conclu
 from ci_platform.cli.snapshots import snapshot
 from ci_platform.cli.tokens import token
 from ci_platform.errors import FailedError, PlatformError, RejectedError
-from ci_platform.options import settings_from, settings_options
+from ci_platform.options import engine_settings, settings_from, settings_options
 from dynflow.errors import StorageError
 
 USAGE, AT_GATE, INTERRUPTED = 2, 3, 130
@@ -192,8 +192,7 @@ def backup(*, target: Path, engine: Path | None, facets: Path | None, **options:
         copies = copy_all_facets(facets, target)
     else:
         copies = back_up_engine(engine, target) if engine else back_up_folder(settings_from(options), target)
-    for path in copies.made:
-        click.echo(path)
+    _show(copies)
     for path, why in copies.left_out.items():
         _say_error(f"{path} {why}, and was left out")
     sys.exit(UNAVAILABLE if copies.left_out else SUCCESS)
@@ -217,15 +216,14 @@ def restore(*, source: Path, engine: Path | None, facets: Path | None, **options
         copies = restore_facets(source, facets)
     else:
         copies = restore_engine(source, engine) if engine else restore_folder(settings_from(options), source)
-    for path in copies.made:
-        click.echo(path)
+    _show(copies)
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@settings_options("data", "unsafe_no_isolation")
+@settings_options("data", "unsafe_no_isolation", *engine_settings())
 def doctor(*, as_json: bool, **options: Any) -> None:
-    """Say what this machine offers: walls, copy-on-write, Docker, disk, and what to do about the rest."""
+    """Say what this machine offers: walls, copy-on-write, Docker, disk, engine, and what to do about the rest."""
     from ci_platform.doctor import examine, print_findings
 
     findings = anyio.run(lambda: examine(settings_from(options)))
@@ -276,6 +274,13 @@ def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, RejectedError) or 400 <= getattr(error, "status", 500) < 500:
         sys.exit(FAILURE if isinstance(error, FailedError) else USAGE)
     sys.exit(UNAVAILABLE)
+
+
+def _show(copies: Any) -> None:
+    for path in copies.made:
+        click.echo(path)
+    for text in copies.elsewhere:
+        click.echo(f"dynflow: not here: {text}", err=True)
 
 
 def _say_error(message: str) -> None:

@@ -78,6 +78,7 @@ CHOOSERS = (
     "ci_platform.assembly",
     "ci_platform.backup",
     "ci_platform.engines",
+    "ci_platform.temporal_engine",
     "dynflow.testing",
 )
 
