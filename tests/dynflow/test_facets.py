@@ -611,7 +611,7 @@ async def test_closing_ends_what_is_under_way_and_leaves_no_process(tmp_path: Pa
     assert {type(answer) for answer in answers} == {FacetUnavailableError}
     assert {child.pid for child in psutil.Process().children()} == before
     gc.collect()
-    assert psutil.Process().num_fds() == descriptors
+    assert psutil.Process().num_fds() <= descriptors
 
 
 # --- kill -9 and damage --------------------------------------------------------------------------

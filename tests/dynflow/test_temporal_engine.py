@@ -10,6 +10,7 @@ import pytest
 from temporalio.client import Client
 
 from dynflow.engines.temporal import FolderBlobs, TemporalEngine, interpreter
+from dynflow.engines.temporal.search_attributes import ensure_search_attributes
 from dynflow.workflow import WorkflowEntrypoint
 from tests.temporal_server import new_queue
 
@@ -120,3 +121,16 @@ async def test_a_server_that_goes_away_in_a_step_is_waited_for(temporal_server: 
         temporal_server.start()
         assert await instance.result(timeout=DEADLINE) == "done"
     assert calls == ["work"]
+
+
+async def test_instances_are_found_by_their_search_attributes(temporal_client: Client) -> None:
+    assert await ensure_search_attributes(temporal_client) == []
+    async with _engine(temporal_client) as engine:
+        await engine.binding("long").create(id="open", params={"steps": 0, "events": 1})
+        ended = await engine.binding("long").create(id="ended", params={"steps": 1})
+        await ended.result(timeout=DEADLINE)
+        for status, wanted in (("open", "open"), ("complete", "ended")):
+            query = f"DynWorkflow = 'long' AND DynStatus = '{status}' AND DynInstance = '{wanted}'"
+            async with asyncio.timeout(DEADLINE):
+                while not [each async for each in temporal_client.list_workflows(query)]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)  # the server indexes in its own time

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 from temporalio.client import Client
+from temporalio.common import SearchAttributeKey, SearchAttributePair, TypedSearchAttributes
 from temporalio.exceptions import WorkflowAlreadyStartedError
 from temporalio.service import RPCError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
@@ -42,6 +43,13 @@ from dynflow.engines.temporal.names import Names
 from dynflow.engines.temporal.posting import Post
 from dynflow.engines.temporal.reading import Reader
 from dynflow.engines.temporal.room import Room
+from dynflow.engines.temporal.search_attributes import (
+    INSTANCE,
+    STATUS,
+    TENANT,
+    WORKFLOW,
+    missing_search_attributes,
+)
 from dynflow.engines.temporal.stored import ServerBlobs, delete_workflow
 from dynflow.engines.temporal.wire import Wire, storage_error
 from dynflow.engines.view import InstanceRow, end_of, history_events, instance_status, result_of
@@ -115,6 +123,7 @@ class TemporalEngine(Engine):
             )
         )  # fmt: skip
         self._worker: asyncio.Task[None] | None = None
+        self._has_attributes = False
 
     def _segment(self, event: WorkflowEvent, *args: Any, **options: Any) -> Segment:
         return Segment(event, *args, **options)
@@ -148,6 +157,8 @@ class TemporalEngine(Engine):
         self._telling.add_listener(listener)
 
     async def __aenter__(self) -> Self:
+        with contextlib.suppress(StorageError):
+            self._has_attributes = not await missing_search_attributes(self._wire.client)
         worker = Worker(
             self._wire.client,
             task_queue=self._wire.queue,
@@ -202,6 +213,7 @@ class TemporalEngine(Engine):
         options = {
             "clock": "server" if isinstance(self.clock, SystemClock) else "host",
             "heartbeat": self._heartbeat,
+            "attributes": self._has_attributes,
         }
         start: dict[str, Any] = {"options": options, "book": dump(book)}
         if len(start["book"]) > _INLINE:
@@ -214,6 +226,7 @@ class TemporalEngine(Engine):
                 task_queue=self._wire.queue,
                 memo={"tenant": book.tenant},
                 task_timeout=_TASK,
+                search_attributes=self._attributes_of(ref),
             )
         except WorkflowAlreadyStartedError:
             return False
@@ -222,6 +235,23 @@ class TemporalEngine(Engine):
         self._names.note(ref)
         self._telling.tell(ref, book.history(0))
         return True
+
+    def _attributes_of(self, ref: InstanceRef) -> TypedSearchAttributes:
+        """Return what people look for instances by, where the server knows these attributes."""
+        found = {
+            WORKFLOW: ref.workflow,
+            INSTANCE: ref.id,
+            TENANT: ref.tenant or "",
+            STATUS: "open",
+        }
+        return TypedSearchAttributes(
+            [
+                SearchAttributePair(SearchAttributeKey.for_keyword(name), value)
+                for name, value in found.items()
+            ]
+            if self._has_attributes
+            else []
+        )
 
     async def find(self, ref: InstanceRef) -> InstanceRef:
         """Return the reference with its tenant."""

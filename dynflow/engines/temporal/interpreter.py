@@ -17,16 +17,17 @@ from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
-from temporalio.common import Priority, RetryPolicy
+from temporalio.common import Priority, RetryPolicy, SearchAttributeKey
 from temporalio.exceptions import ActivityError, ApplicationError
 from temporalio.exceptions import TimeoutError as ActivityTimeoutError
 
 from dynflow.clock import MICROSECOND, to_datetime
-from dynflow.engines.temporal import moves
+from dynflow.engines.temporal import moves, search_attributes
 from dynflow.engines.temporal.book import Book, Letter, dump, load
 from dynflow.instance import FINISHED
 
 NAME = "dynflow.Instance"
+_STATUS = SearchAttributeKey.for_keyword(search_attributes.STATUS)
 SEGMENT, SHELVE = "dynflow.segment", "dynflow.shelve"
 POST, BOOK, TOLD = "post", "book", "told"
 
@@ -139,6 +140,8 @@ class Interpreter:
         ) != self._is_over:  # whoever only describes the workflow sees it too
             self._is_over = not self._is_over
             workflow.upsert_memo({"status": self._book.status})
+            if self._options.get("attributes"):
+                workflow.upsert_search_attributes([_STATUS.value_set(self._book.status)])
 
     def _obey(self, mail: dict[str, Any]) -> str:
         book, at, live = self._book, mail["at"], self._segment is not None

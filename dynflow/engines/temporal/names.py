@@ -12,6 +12,7 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 
 from dynflow.engines import InstanceRef
+from dynflow.engines.temporal.wire import storage_error
 from dynflow.errors import InstanceNotFoundError
 
 _TYPE = "dynflow.Instance"
@@ -78,8 +79,8 @@ class Names:
                     continue
                 memo = await execution.memo() if rest.startswith("%") else {}
                 found.add(memo.get("tenant", unquote(rest)))
-        except RPCError:
-            return found
+        except RPCError as error:
+            raise storage_error(error) from error
         return found
 
 
