@@ -493,7 +493,7 @@ async def test_pauses_and_resumes_at_any_moment_lose_nothing(world: World) -> No
 
     binding = world.register(run)
     instances = [await binding.create() for _ in range(10)]
-    rounds = world.many // 66
+    rounds = max(3, world.many // 66)
 
     async def disturb(instance: Any, spins: int) -> None:
         for round_ in range(rounds):
