@@ -96,6 +96,20 @@ async def test_large_values_are_kept_aside(temporal_server: Any, tmp_path: Path,
         assert _files(tmp_path) == []
 
 
+async def test_many_results_at_once_are_more_than_one_heartbeat_carries(temporal_server: Any) -> None:
+    class Wide(WorkflowEntrypoint):
+        async def run(self, event: Any, step: Any) -> int:
+            calls = (step.do("wide", lambda: "x" * 30_000) for _ in range(150))
+            return sum(len(result) for result in await asyncio.gather(*calls))
+
+    engine = TemporalEngine(await _client(temporal_server), task_queue=new_queue())
+    engine.register("wide", Wide)
+    async with engine:
+        instance = await engine.binding("wide").create()
+        assert await instance.result(timeout=DEADLINE) == 150 * 30_000
+        assert {step.status for step in (await instance.status()).steps} == {"complete"}
+
+
 async def test_a_server_that_goes_away_in_a_step_is_waited_for(temporal_server: Any) -> None:
     started, go_on = asyncio.Event(), asyncio.Event()
     calls = []

@@ -26,6 +26,8 @@ from dynflow.errors import LeaseLostError, StorageError
 # What is kept in heartbeats at most; then it becomes mail.
 _MOST_ENTRIES = 100
 _MOST_CHARACTERS = 64_000
+# What one heartbeat or one piece of mail carries at most, far below the server's 2 MB.
+_MOST_OF_ONE = 256_000
 # How long after its start a segment begins to listen for news, in seconds; most have ended by then.
 _LISTEN_AFTER = 0.2
 _CLOSED = frozenset(
@@ -59,7 +61,7 @@ class Lease:
         self.first = 1
         """The number of the first entry that is kept in heartbeats."""
         self._texts: list[str] = []
-        self._durable = self._recorded = 0
+        self._recorded = 0
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
         self._dirty = asyncio.Event()
         self._error: LeaseLostError | StorageError | None = None
@@ -75,7 +77,7 @@ class Lease:
         """Begin: `entries` have been made in all, `kept` of them, from number `first` on, are in heartbeats."""
         self.first = first if kept else entries + 1
         self._texts = [json.dumps(entry) for entry in kept]
-        self._durable = self._recorded = entries
+        self._recorded = entries
         loop = asyncio.get_running_loop()
         self._beating = loop.create_task(self._beat())
         self._timer = loop.call_later(_LISTEN_AFTER, self.listen)
@@ -100,8 +102,29 @@ class Lease:
         """Return the number of the first entry that no mail has, and these entries."""
         return self.first, [json.loads(text) for text in self._texts]
 
-    def _details(self) -> bytes:
-        return f'{{"first":{self.first},"entries":[{",".join(self._texts)}]}}'.encode()
+    def _details(self, count: int | None = None) -> bytes:
+        return f'{{"first":{self.first},"entries":[{",".join(self._texts[:count])}]}}'.encode()
+
+    async def _beat_once(self) -> None:
+        """Make what is recorded durable, as much of it as a heartbeat carries; the next one has the rest."""
+        count = self._fitting()
+        if await self._wire.beat(self._task.task_token, self._details(count)):
+            self.listen()
+        self._made_durable(self.first + count - 1)
+        if count > _MOST_ENTRIES or count < len(self._texts) or self._characters() > _MOST_CHARACTERS:
+            await self._flush(count)
+
+    def _fitting(self) -> int:
+        """Return how many of the entries fit one heartbeat, at least one of them."""
+        characters = 0
+        for count, text in enumerate(self._texts):
+            characters += len(text) + 1
+            if characters > _MOST_OF_ONE and count:
+                return count
+        return len(self._texts)
+
+    def _characters(self) -> int:
+        return sum(map(len, self._texts))
 
     async def _beat(self) -> None:
         try:
@@ -110,25 +133,18 @@ class Lease:
                     async with asyncio.timeout(self._beat_every):
                         await self._dirty.wait()
                 self._dirty.clear()
-                recorded = self._recorded
-                if await self._wire.beat(self._task.task_token, self._details()):
-                    self.listen()
-                self._made_durable(recorded)
-                if len(self._texts) > _MOST_ENTRIES or sum(map(len, self._texts)) > _MOST_CHARACTERS:
-                    await self._flush(recorded)
+                await self._beat_once()
         except (LeaseLostError, StorageError) as error:
             self._lose(error)
 
     def _made_durable(self, recorded: int) -> None:
-        self._durable = recorded
         while self._waiting and self._waiting[0][0] <= recorded:
             future = self._waiting.pop(0)[1]
             if not future.done():
                 future.set_result(None)
 
-    async def _flush(self, recorded: int) -> None:
-        """Send what heartbeats have made durable as mail; the next heartbeat is without it."""
-        count = recorded - self.first + 1
+    async def _flush(self, count: int) -> None:
+        """Send the first entries, which a heartbeat has made durable, as mail; the next heartbeat is without them."""
         entries = [json.loads(text) for text in self._texts[:count]]
         mail = {"uid": "", "op": "flush", "at": 0, "first": self.first, "entries": entries}
         if not await self._wire.signal(self.workflow_id, POST, mail):
@@ -207,14 +223,20 @@ class Lease:
         """Stop beating and listening."""
         if self._timer is not None:
             self._timer.cancel()
-        tasks = [task for task in (self._beating, self._listening) if task is not None]
-        for task in tasks:
+        await self._stop(self._beating)
+        await self._stop(self._listening)
+
+    @staticmethod
+    async def _stop(task: asyncio.Task[None] | None) -> None:
+        if task is not None:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+            await asyncio.wait([task])
 
     async def complete(self, outcome: dict[str, Any] | None, uid: str, at: int) -> None:
         """Say how the segment ended, with what no mail has of what it recorded. Raises LeaseLostError."""
+        await self._stop(self._beating)
+        while self._fitting() < len(self._texts):
+            await self._beat_once()
         first, entries = self.pending()
         result = {"first": first, "entries": entries, "outcome": outcome, "uid": uid, "at": at}
         await self._wire.completed(self._task.task_token, json.dumps(result).encode())
@@ -222,6 +244,6 @@ class Lease:
 
     async def give_back(self, why: str) -> None:
         """Let whoever is there run the segment again, from what is durable."""
-        details = self._details() if self.has_begun else None
+        details = self._details(self._fitting()) if self.has_begun else None
         with contextlib.suppress(RPCError):
             await self._wire.failed(self._task, why, details)

@@ -32,7 +32,9 @@ class Names:
 
     def workflow_id(self, ref: InstanceRef) -> str:
         """Return the id of an instance's workflow."""
-        tenant = quote(ref.tenant or "", safe="")
+        tenant = quote(ref.tenant or "", safe="").replace(
+            ".", "%2E"
+        )  # no path: ids are folders of `FolderBlobs`
         if len(tenant) > _LONGEST_TENANT:
             tenant = "%" + hashlib.sha256((ref.tenant or "").encode()).hexdigest()[:40]
         return f"{self._prefix(ref)}{tenant}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -98,15 +98,11 @@ class Post:
                 if not found:
                     await asyncio.sleep(pause)
         except (InstanceNotFoundError, StorageError, EngineClosedError) as error:
-            for future in asked.values():
-                if not future.done():
-                    future.set_exception(error)
-                    future.exception()
+            _fail(asked.values(), error)
         finally:
             if self._asked.get(workflow_id) is asked:
                 del self._asked[workflow_id]
-            for future in asked.values():
-                future.cancel()
+            _fail(asked.values(), EngineClosedError("the engine was closed meanwhile"))
 
     def _remember(self, workflow_id: str, size: int) -> None:
         self._sizes.pop(workflow_id, None)
@@ -133,3 +129,10 @@ class Post:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+
+def _fail(futures: Iterable[asyncio.Future[str]], error: Exception) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
+            future.exception()  # nobody may wait for it any more
