@@ -96,6 +96,21 @@ async def test_large_values_are_kept_aside(temporal_server: Any, tmp_path: Path,
         assert _files(tmp_path) == []
 
 
+async def test_what_was_kept_aside_goes_with_an_instance_that_expires(
+    temporal_server: Any, tmp_path: Path
+) -> None:
+    blobs = FolderBlobs(tmp_path / "blobs")
+    async with _engine(await _client(temporal_server), blobs=blobs) as engine:
+        instance = await engine.binding("long").create(params={"steps": 1, "size": 100_000}, retention=3)
+        await instance.result(timeout=DEADLINE)
+        await instance.restart()
+        await instance.result(timeout=DEADLINE)
+        assert _files(tmp_path) != []
+        async with asyncio.timeout(DEADLINE):
+            while _files(tmp_path):  # noqa: ASYNC110 - the server's timer tells nobody here
+                await asyncio.sleep(0.05)
+
+
 async def test_many_results_at_once_are_more_than_one_heartbeat_carries(temporal_server: Any) -> None:
     class Wide(WorkflowEntrypoint):
         async def run(self, event: Any, step: Any) -> int:

@@ -117,8 +117,7 @@ class Aside:
             return None
         return await self._blobs.get(value.partition(":")[2]) if value.startswith(_MARK) else value.encode()
 
-    async def delete(self, values: list[str | None]) -> None:
-        """Forget those that are references."""
-        for value in values:
-            if value is not None and value.startswith(_MARK):
-                await self._blobs.delete(value.partition(":")[2])
+    async def delete(self, references: list[str]) -> None:
+        """Forget what these refer to."""
+        for reference in references:
+            await self._blobs.delete(reference.partition(":")[2])

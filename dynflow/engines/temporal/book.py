@@ -23,7 +23,7 @@ from dynflow.engines.happened import (
     step_data,
     step_ended,
 )
-from dynflow.engines.temporal.blobs import size_of
+from dynflow.engines.temporal.blobs import is_reference, size_of
 from dynflow.errors import WorkflowInternalError
 from dynflow.failure import Failure
 from dynflow.serialization import decode, encode
@@ -99,6 +99,7 @@ class Book:
     lines: dict[int, Line] = field(default_factory=dict)
     inbox: list[Letter] = field(default_factory=list)
     log: list[Happened] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     seqs: dict[StepKey, int] = field(default_factory=dict)
 
     # --- what segments change ---
@@ -279,6 +280,15 @@ class Book:
         return happened
 
     # --- reading ---
+
+    def references(self) -> list[str]:
+        """Return the references to all values that are kept aside for the instance; `dropped` are a restart's."""
+        values = [self.params, self.schedule, self.output, *self.dropped, self.code[1] if self.code else None]
+        values += [letter.payload for letter in self.inbox]
+        for line in self.lines.values():
+            values.append(None if line.record.output is None else line.record.output.decode())
+            values.append(None if line.taken is None else line.taken.payload)
+        return list(dict.fromkeys(value for value in values if value is not None and is_reference(value)))
 
     def history(self, after: int) -> list[Happened]:
         """Return what happened after the event `after`."""

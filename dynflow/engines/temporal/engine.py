@@ -377,16 +377,7 @@ class TemporalEngine(Engine):
         self._names.forget(ref)
         await self._release(workflow_id)
         self._telling.ended(ref, None)
-        await self._aside(workflow_id).delete(
-            [book.params, book.schedule, book.output, *(letter.payload for letter in book.inbox)]
-            + [
-                value.decode()
-                for line in book.lines.values()
-                if (value := line.record.output) is not None
-            ]
-            + [line.taken.payload for line in book.lines.values() if line.taken is not None]
-            + ([book.code[1]] if book.code is not None else [])
-        )  # fmt: skip
+        await self._aside(workflow_id).delete(book.references())
         await delete_workflow(self._wire.client, workflow_id)
         return True
 

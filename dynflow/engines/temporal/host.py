@@ -131,7 +131,10 @@ class Host:
         workflow_id = task.workflow_execution.workflow_id
         aside = self._place.aside(workflow_id)
         try:
-            if asked["op"] == "unshelve":
+            if asked["op"] == "forget":
+                await aside.delete(asked["references"])
+                answer = b""
+            elif asked["op"] == "unshelve":
                 answer = await aside.get(asked["part"]) or b""
             else:
                 shelf = await aside.shelve(await self._place.reader.text(workflow_id))

@@ -58,7 +58,7 @@ class Interpreter:
         self._mail: deque[dict[str, Any]] = deque()
         self._handled: dict[str, list[Any]] = {}
         self._segment: asyncio.Task[bytes] | None = None
-        self._is_gone = self._is_over = self._is_told = False
+        self._is_gone = self._has_expired = self._is_over = self._is_told = False
 
     @workflow.run
     async def run(self, given: bytes) -> None:
@@ -77,6 +77,10 @@ class Interpreter:
                 await self._rest()
             if self._is_long() and not self._is_gone:
                 await self._go_on_as_new()
+        if self._has_expired and (
+            references := self._book.references()
+        ):  # who deletes one looks to it itself
+            await self._ask_host({"op": "forget", "references": references})
 
     # --- mail ---
 
@@ -171,7 +175,7 @@ class Interpreter:
             if self._book.status == "waiting":
                 moves.requeue(self._book)
             elif self._book.status in FINISHED:
-                self._is_gone = True
+                self._is_gone = self._has_expired = True
 
     def _merge(self, first: int, entries: list[list[Any]]) -> None:
         """Make the changes of a segment that have not been made yet: `first` is the number of the first."""

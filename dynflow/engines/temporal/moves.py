@@ -148,6 +148,7 @@ def restart(book: Book, first: int, at: int) -> str:
     Waits that began before get what came for them during a pause: it is theirs, though nobody has resumed it.
     """
     book.write(at, "workflow.queued")
+    before = book.references()
     for seq in [seq for seq in book.lines if seq >= first]:
         line = book.lines.pop(seq)
         del book.seqs[line.record.key]
@@ -160,6 +161,7 @@ def restart(book: Book, first: int, at: int) -> str:
     book.status = "queued"
     book.wake_at = book.paused_at = book.started_at = book.ended_at = book.expires_at = None
     book.ending = book.output = book.failure = book.rollback = None
+    book.dropped = [value for value in before if value not in {book.params, book.schedule}]
     if not first:
         book.size = 0
     return OK
