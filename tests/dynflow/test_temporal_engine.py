@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from temporalio.client import Client
 
-from dynflow.engines.temporal import FolderBlobs, TemporalEngine, interpreter
+from dynflow.engines.temporal import FolderBlobs, TemporalEngine, interpreter, lease
 from dynflow.engines.temporal.search_attributes import ensure_search_attributes
+from dynflow.errors import InvalidArgumentError
 from dynflow.workflow import WorkflowEntrypoint
 from tests.temporal_server import new_queue
 
@@ -123,6 +125,34 @@ async def test_many_results_at_once_are_more_than_one_heartbeat_carries(temporal
         instance = await engine.binding("wide").create()
         assert await instance.result(timeout=DEADLINE) == 150 * 30_000
         assert {step.status for step in (await instance.status()).steps} == {"complete"}
+
+
+async def test_what_is_sent_as_mail_behind_a_restart_is_not_forgotten(
+    temporal_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "_MOST_ENTRIES", 0)  # each heartbeat becomes mail
+    calls: list[str] = []
+
+    class Many(WorkflowEntrypoint):
+        async def run(self, event: Any, step: Any) -> int:
+            first = await step.do("first", lambda: calls.append("first"))
+            for number in range(5):
+                await step.do(f"step {number}", lambda: asyncio.sleep(0))
+            return len(calls) if first is None else 0
+
+    engine = TemporalEngine(await _client(temporal_server), task_queue=new_queue())
+    engine.register("many", Many)
+    async with engine:
+        instance = await engine.binding("many").create()
+        await instance.result(timeout=DEADLINE)
+        for spins in range(15):
+            for _ in range(4 * spins):
+                await asyncio.sleep(0)
+            with contextlib.suppress(InvalidArgumentError):  # not begun again yet
+                await instance.restart(from_step=("step 0", 1))
+        assert await instance.result(timeout=DEADLINE) == 1
+        history = [event.event_id async for event in instance.subscribe()]
+        assert history == list(range(1, len(history) + 1))
 
 
 async def test_a_server_that_goes_away_in_a_step_is_waited_for(temporal_server: Any) -> None:

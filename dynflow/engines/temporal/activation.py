@@ -25,7 +25,7 @@ from dynflow.engines.happened import Happened
 from dynflow.engines.registry import Registry
 from dynflow.engines.temporal.blobs import Aside
 from dynflow.engines.temporal.book import Book, Letter, failure_text, load
-from dynflow.engines.temporal.journal import TemporalJournal, from_details
+from dynflow.engines.temporal.journal import TemporalJournal
 from dynflow.engines.temporal.lease import Lease, Mail
 from dynflow.engines.temporal.reading import Reader
 from dynflow.engines.temporal.room import Room
@@ -128,25 +128,17 @@ class Activation:
             self.over.set()
 
     async def _prepare(self) -> None:
-        """Bring the book up to what is durable."""
+        """Read the book."""
         text = self._asked["book"] or await self._place.reader.text(self.workflow_id)
         self._book = load(text)
-        if self._task.attempt > 1:  # another attempt may have sent mail
-            await self.lease.caught_up()
         for mail in self._early:
             self._read_mail(mail)
         self._early.clear()
-        first, kept = from_details(await self._place.wire.unpack(self._task.heartbeat_details))
-        self._merge(first, kept)
-        self.lease.begin(self._book.entries, kept, first)
+        self.lease.begin(self._book.entries)
         self._journal = TemporalJournal(
             self._book, self.lease, self._place.aside(self.workflow_id),
             self._place.clock, self._place.limits, self._tell,
         )  # fmt: skip
-
-    def _merge(self, first: int, entries: list[list[Any]]) -> None:
-        for entry in entries[max(self._book.entries + 1 - first, 0) :]:
-            self._book.apply(entry)
 
     async def _wait_for_turn(self) -> None:
         ended = asyncio.ensure_future(self._ended.wait())
@@ -184,8 +176,6 @@ class Activation:
             if self._is_lost:
                 raise
             return None
-        except StorageError:
-            return Interrupted()
         finally:
             self._segment = None
 
@@ -288,9 +278,7 @@ class Activation:
             self._early.append(mail)
             return
         match mail["op"]:
-            case "flush":  # of an earlier attempt
-                self._merge(mail["first"], mail["entries"])
-            case "event":
+            case "event" if not self._ended.is_set():  # else it belongs to the next segment
                 if not self._book.has_had(mail["uid"]):  # a book that was asked for late has it
                     self._book.receive(Letter(mail["uid"], mail["type"], mail["payload"], mail["at"]))
                     self._deliver()

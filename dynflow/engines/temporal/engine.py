@@ -70,7 +70,7 @@ from dynflow.workflow import WorkflowEntrypoint
 # How many instances' workflows a worker keeps in memory.
 _CACHED = 50
 # How long a worker that has an instance in memory is waited for, before any other is asked.
-_STICKY = timedelta(seconds=1)
+_STICKY = timedelta(seconds=0.5)
 # How long a worker may take for the interpreter's next move; one that died with it is noticed by that.
 _TASK = timedelta(seconds=5)
 # Books of more characters are kept aside.

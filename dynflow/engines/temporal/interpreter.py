@@ -9,6 +9,7 @@ result, or as mail when that is much. An instance is a workflow that is open for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import zlib
 from collections import deque
@@ -18,7 +19,7 @@ from typing import Any
 
 from temporalio import workflow
 from temporalio.common import Priority, RetryPolicy, SearchAttributeKey
-from temporalio.exceptions import ActivityError, ApplicationError
+from temporalio.exceptions import ActivityError, ApplicationError, CancelledError
 from temporalio.exceptions import TimeoutError as ActivityTimeoutError
 
 from dynflow.clock import MICROSECOND, to_datetime
@@ -33,6 +34,12 @@ POST, BOOK, TOLD = "post", "book", "told"
 
 # A segment runs for as long as it runs; a lost one is noticed by its heartbeats.
 _FOREVER = timedelta(days=3650)
+# The server never runs a segment again by itself: what a lost one has recorded would be forgotten, were it asked to
+# end before somebody has taken it again. So each loss comes here, with its records.
+_ONCE = RetryPolicy(maximum_attempts=1)
+# In seconds: after the first loss in a row, and at most; and how long one that was sent back stays away.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
+_STAYS_AWAY = (0.5, 2.0)
 _RETRY = RetryPolicy(
     initial_interval=timedelta(milliseconds=100),
     backoff_coefficient=2.0,
@@ -58,6 +65,7 @@ class Interpreter:
         self._mail: deque[dict[str, Any]] = deque()
         self._handled: dict[str, list[Any]] = {}
         self._segment: asyncio.Task[bytes] | None = None
+        self._losses = 0
         self._is_gone = self._has_expired = self._is_over = self._is_told = False
 
     @workflow.run
@@ -182,6 +190,12 @@ class Interpreter:
         for entry in entries[max(self._book.entries + 1 - first, 0) :]:
             self._book.apply(entry)
 
+    def _merge_flushed(self) -> None:
+        """Make the changes that an ended segment sent as mail, though mail before it waited for that end."""
+        for mail in [mail for mail in self._mail if mail["op"] == "flush"]:
+            self._mail.remove(mail)
+            self._merge(mail["first"], mail["entries"])
+
     # --- the loop ---
 
     async def _rest(self) -> None:
@@ -208,7 +222,7 @@ class Interpreter:
             result_type=bytes,
             start_to_close_timeout=_FOREVER,
             heartbeat_timeout=timedelta(seconds=self._options["heartbeat"]),
-            retry_policy=_RETRY,
+            retry_policy=_ONCE,
             cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
             priority=Priority(
                 priority_key=3 if self._book.started_at is None else 2, fairness_key=self._fairness_key()
@@ -223,15 +237,23 @@ class Interpreter:
                 return
         self._segment, self._is_told = None, False
         ended = self._ended(task)
+        self._merge_flushed()
         self._merge(ended["first"], ended["entries"])
         outcome = ended["outcome"]
-        if outcome["kind"] == "busy":
-            await workflow.sleep(workflow.random().uniform(0.5, 2.0))
-        elif outcome["kind"] != "lost" or not (self._mail and self._takes(self._mail[0])):
+        if outcome["kind"] not in {"busy", "lost"} or not (self._mail and self._takes(self._mail[0])):
             self._handle(ended["uid"], lambda: self._settle(outcome, ended["at"]))
         self._handle_mail()
         if self._book.status in {"running", "waiting_for_pause"}:
             self._settle({"kind": "lost"}, ended["at"])
+        if outcome["kind"] == "busy":
+            await self._stay_away(workflow.random().uniform(*_STAYS_AWAY))
+        elif self._losses:
+            await self._stay_away(min(_FIRST_PAUSE * 2 ** min(self._losses - 1, 10), _LONGEST_PAUSE))
+
+    async def _stay_away(self, seconds: float) -> None:
+        """Have no segment for a while, unless there is news."""
+        with contextlib.suppress(TimeoutError):
+            await workflow.wait_condition(lambda: bool(self._mail), timeout=timedelta(seconds=seconds))
 
     def _is_held_back(self) -> bool:
         """Whether the next piece of mail waits for the end of a segment that has been told to end."""
@@ -250,9 +272,12 @@ class Interpreter:
             "at": self._now(),
             "outcome": {"kind": "lost"},
         }
+        losses, self._losses = self._losses, 0
         try:
             answer: dict[str, Any] = nothing | json.loads(task.result())
         except ActivityError as error:
+            if not isinstance(error.cause, CancelledError):
+                self._losses = losses + 1
             kept: Sequence[Any] = ()
             if isinstance(error.cause, ActivityTimeoutError):
                 kept = error.cause.last_heartbeat_details

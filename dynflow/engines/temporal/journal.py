@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from dynflow.clock import Clock, to_datetime
 from dynflow.engines import Journal, Limits, StepRecord, shown_name
@@ -170,9 +168,3 @@ async def event_of(letter: Letter, aside: Aside) -> Event:
     """Return an event as workflows get it."""
     payload = await aside.get(letter.payload)
     return Event(letter.type, decode(payload or b"null"), to_datetime(letter.sent_at))
-
-
-def from_details(details: bytes | None) -> tuple[int, list[Entry]]:
-    """Return what a heartbeat's details have: the number of the first entry, and the entries."""
-    plain: dict[str, Any] = json.loads(details) if details else {"first": 1, "entries": []}
-    return plain["first"], plain["entries"]

@@ -1,8 +1,9 @@
 """The lease of one segment: what it records goes to the server as heartbeats, and news of the instance come back.
 
-A heartbeat's details are kept by the server and handed to whoever runs the segment next, so that a step result is
-durable once its heartbeat is answered, without an event of history. What has been recorded so far is written anew
-each time, so now and then it is sent as mail instead, which stays. Whoever has lost the lease is told by the answer.
+A heartbeat's details are kept by the server and come to the interpreter with the news that a segment was lost, so
+that a step result is durable once its heartbeat is answered, without an event of history. What has been recorded so
+far is written anew each time, so now and then it is sent as mail instead, which stays. Whoever has lost the lease is
+told by the answer.
 """
 
 from __future__ import annotations
@@ -73,18 +74,16 @@ class Lease:
 
     # --- recording ---
 
-    def begin(self, entries: int, kept: list[Entry], first: int) -> None:
-        """Begin: `entries` have been made in all, `kept` of them, from number `first` on, are in heartbeats."""
-        self.first = first if kept else entries + 1
-        self._texts = [json.dumps(entry) for entry in kept]
-        self._recorded = entries
+    def begin(self, entries: int) -> None:
+        """Begin: so many entries have been made before."""
+        self.first, self._recorded = entries + 1, entries
         loop = asyncio.get_running_loop()
         self._beating = loop.create_task(self._beat())
         self._timer = loop.call_later(_LISTEN_AFTER, self.listen)
 
     @property
     def has_begun(self) -> bool:
-        """Whether what earlier attempts have recorded is known here."""
+        """Whether anything may have been recorded here."""
         return self._beating is not None
 
     def record(self, entry: Entry) -> asyncio.Future[None]:
@@ -108,10 +107,11 @@ class Lease:
     async def _beat_once(self) -> None:
         """Make what is recorded durable, as much of it as a heartbeat carries; the next one has the rest."""
         count = self._fitting()
+        is_full = count < len(self._texts)
         if await self._wire.beat(self._task.task_token, self._details(count)):
             self.listen()
         self._made_durable(self.first + count - 1)
-        if count > _MOST_ENTRIES or count < len(self._texts) or self._characters() > _MOST_CHARACTERS:
+        if is_full or count > _MOST_ENTRIES or self._characters() > _MOST_CHARACTERS:
             await self._flush(count)
 
     def _fitting(self) -> int:
@@ -243,7 +243,7 @@ class Lease:
         self._made_durable(self._recorded)
 
     async def give_back(self, why: str) -> None:
-        """Let whoever is there run the segment again, from what is durable."""
-        details = self._details(self._fitting()) if self.has_begun else None
+        """Let whoever is there run the instance on, from what is durable."""
+        details = self._details(self._fitting()) if self.has_begun else b""
         with contextlib.suppress(RPCError):
             await self._wire.failed(self._task, why, details)

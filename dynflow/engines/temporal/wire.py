@@ -8,7 +8,6 @@ from collections.abc import Awaitable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from temporalio.api.common.v1 import Payloads, WorkflowExecution
 from temporalio.api.failure.v1 import ApplicationFailureInfo
@@ -115,25 +114,17 @@ class Wire:
         )
         await self._while_it_may(self._service.respond_activity_task_completed, request)
 
-    async def failed(
-        self, task: PollActivityTaskQueueResponse, message: str, details: bytes | None = None
-    ) -> None:
-        """Give a segment back, to be run again at once by whoever is there.
-
-        `details`: what heartbeats have last recorded; None where this process has recorded nothing.
-        """
-        kept = task.heartbeat_details if details is None else await self._pack(details)
-        again = ApplicationFailureInfo(
-            type="again",
-            next_retry_delay=Duration(nanos=300_000_000),
-            details=kept,  # for the interpreter, where this was asked to end and is not run again
+    async def failed(self, task: PollActivityTaskQueueResponse, why: str, details: bytes = b"") -> None:
+        """Give a task back. `details`: what heartbeats have last recorded."""
+        kept = await self._pack(details) if details else None
+        failure = ApiFailure(
+            message=why, application_failure_info=ApplicationFailureInfo(type="again", details=kept)
         )
         request = RespondActivityTaskFailedRequest(
             namespace=self.client.namespace,
             task_token=task.task_token,
             identity=self.client.identity,
-            failure=ApiFailure(message=message, application_failure_info=again),
-            last_heartbeat_details=kept,
+            failure=failure,
         )
         await self._service.respond_activity_task_failed(request, timeout=_CALL)
 
