@@ -39,7 +39,8 @@ def conflicts_with(upper: Path, siblings: Sequence[Layer]) -> tuple[Conflict, ..
     return tuple(
         Conflict(path, sibling.author)
         for sibling in siblings
-        for path in layer_conflicts.find(upper, mine, sibling.tree, layer_conflicts.scan(sibling.tree))
+        for tree in sibling.trees
+        for path in layer_conflicts.find(upper, mine, tree, layer_conflicts.scan(tree))
     )
 
 

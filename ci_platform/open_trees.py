@@ -14,6 +14,9 @@ from ci_platform.hydration.mounts import LazyLower
 from ci_platform.sandboxes import Tree
 from ci_platform.stacks import LayerAuthor
 
+LOOKER = LayerAuthor("", 0, 0)
+"""Who has a tree open to look at it: no step."""
+
 
 @contextlib.contextmanager
 def letting_go_of(hold: LazyLower | None) -> Iterator[None]:
@@ -53,8 +56,13 @@ class OpenTree:
         return all(path.is_dir() for path in (self.tree.upper, *self.lowers))
 
     def is_of(self, workspace: Path) -> bool:
-        """Whether it is a tree of the workspace in this folder, or stands on a layer of its."""
+        """Whether it is a tree of the workspace in this folder, or stands on files in it."""
         return self.workspace_id == workspace.name or any(workspace in lower.parents for lower in self.lowers)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether somebody only looks at it."""
+        return self.author == LOOKER
 
     def as_plain(self) -> dict[str, Any]:
         """Return it as JSON takes it; without stamps, which only copies have."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ci_platform.commit_reports import Conflict
+from ci_platform.layer_pool import Part
 from ci_platform.stacks import Layer, Stack
 
 _MOST_CONFLICTS = 100
@@ -49,7 +50,7 @@ class Snapshot:
 class View:
     """A snapshot's layers, topmost first: those of the workspace's `own`, and all down to the commit's tree."""
 
-    own: tuple[Path, ...]
+    own: tuple[Part, ...]
     lowers: tuple[Path, ...]
 
 
@@ -66,13 +67,13 @@ def snapshots_of(stack: Stack) -> list[Snapshot]:
     """Return a workspace's snapshots, oldest first, those of failed commands at the end."""
     stack.describe()
     layers = [_snapshot(stack, str(layer.order), "committed", layer) for layer in stack.layers()]
-    failed = [_snapshot(stack, f"failed-{layer.folder.name}", "failed", layer) for layer in stack.kept()]
+    failed = [_snapshot(stack, f"failed-{layer.place.name}", "failed", layer) for layer in stack.kept()]
     return [Snapshot(stack.folder.name, "0", "forked"), *layers, *failed]
 
 
 def _snapshot(stack: Stack, name: str, outcome: Literal["committed", "failed"], layer: Layer) -> Snapshot:
     record: Mapping[str, Any] = layer.record
-    modified = (layer.folder / "layer.json").stat().st_mtime
+    modified = layer.modified_at
     return Snapshot(
         stack.folder.name,
         name,

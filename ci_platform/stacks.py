@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import secrets
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ci_platform import layer_copies, layers
 from ci_platform.errors import NotFoundError
+from ci_platform.layer_pool import LayerPool, Part, flush, write
 
 COLLECTED = "its files were collected to make room; rerun the run from the start to make them again"
+
+_FORGOTTEN = ".forgotten"
 
 SQUASH_ABOVE = 16
 """Layers above which they are merged. The kernel mounts 500, but mount(2) takes one page of paths."""
@@ -37,26 +39,58 @@ class LayerAuthor:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A committed layer. Later ones have greater orders."""
+    """A committed layer. Later ones have greater orders.
 
-    folder: Path
+    `place` is its link to the pool; or a folder, of what a workspace began as, or of a release before.
+    `parts` have its files, topmost first.
+    """
+
+    place: Path
     author: LayerAuthor
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any]
+    parts: tuple[Part, ...]
 
     @property
     def order(self) -> int:
         """Its place among the workspace's layers."""
-        return int(self.folder.name)
+        return int(self.place.name)
 
     @property
-    def tree(self) -> Path:
-        """Where its files are."""
-        return self.folder / "tree"
+    def trees(self) -> tuple[Path, ...]:
+        """Where its files are, topmost first."""
+        return tuple(part.tree for part in self.parts)
+
+    @property
+    def modified_at(self) -> float:
+        """When it was committed, in seconds since the epoch."""
+        return (self.place / "layer.json" if self.place.is_dir() else self.place).stat().st_mtime
 
     def forget(self) -> None:
         """Take it out of the workspace. Its files stay for commands that stand on them."""
-        (self.folder / "forgotten").touch()
-        flush(self.folder)
+        if self.place.is_dir():
+            (self.place / "forgotten").touch()
+            flush(self.place)
+        else:
+            self.place.rename(self.place.with_suffix(_FORGOTTEN))
+            flush(self.place.parent)
+
+    def take(self, place: Path, pool: LayerPool, *, durable: bool) -> None:
+        """Have another workspace show it. FileNotFoundError where it is gone."""
+        if not (self.place / "trees").is_dir():
+            pool.show(self.parts[0], place, durable=durable)
+            return
+        place.mkdir()
+        (place / "layer.json").hardlink_to(self.place / "layer.json")
+        show_all(self.parts, place / "trees", pool, durable=durable)
+
+
+def show_all(parts: Sequence[Part], folder: Path, pool: LayerPool, *, durable: bool) -> None:
+    """Show parts, topmost first, in a new folder."""
+    folder.mkdir()
+    for number, part in enumerate(parts):
+        pool.show(part, folder / f"{number:08d}", durable=durable)
+    if durable:
+        flush(folder, folder.parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +99,33 @@ class Stack:
 
     folder: Path
 
+    @property
+    def pool(self) -> LayerPool:
+        """Where the files of layers are."""
+        return LayerPool(self.folder.parent)
+
     def exists(self) -> bool:
         """Whether the workspace has been made."""
         return (self.folder / "workspace.json").exists()
 
     def create(
-        self, scratch: Path, described: Mapping[str, Any], own: Sequence[Path] = (), *, durable: bool
+        self, scratch: Path, described: Mapping[str, Any], own: Sequence[Part] = (), *, durable: bool
     ) -> None:
         """Make the folder beside and rename it into place; somebody else's is left alone.
 
-        `own` are another workspace's layers, topmost first, which become one of this: as hard links.
+        `own` are another workspace's layers, topmost first, which become one of this.
         """
         for name in ("layers", "pending"):
             (scratch / name).mkdir(parents=True)
         if own:
             first = scratch / "layers" / f"{1:08d}"
-            (first / "tree").mkdir(parents=True)
-            for tree in reversed(own):
-                layer_copies.Apply(link=True, merge=True)(tree, first / "tree")
+            first.mkdir()
             write(first / "layer.json", asdict(LayerAuthor("(snapshot)", 1, 1)), durable=durable)
+            show_all(own, first / "trees", self.pool, durable=durable)
+        self.put(scratch, described, durable=durable)
+
+    def put(self, scratch: Path, described: Mapping[str, Any], *, durable: bool) -> None:
+        """Give a folder with layers the workspace's name; somebody else's is left alone."""
         write(scratch / "workspace.json", described, durable=durable)
         try:
             scratch.rename(self.folder)
@@ -91,8 +133,8 @@ class Stack:
             if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
                 raise
             layers.remove_tree(scratch)
-        if durable:
-            flush(self.folder, self.folder.parent)
+        if durable:  # at the end, where one flush takes all of it: what is lost before is made again
+            flush(self.folder / "layers", self.folder, self.folder.parent)
 
     def describe(self) -> dict[str, Any]:
         """Return what `create` was given; NotFoundError where there is no workspace."""
@@ -122,117 +164,143 @@ class Stack:
 
     def layers(self) -> list[Layer]:
         """Return the layers in force, oldest first."""
-        folders = sorted((self.folder / "layers").glob("*"))
-        return [_layer(path) for path in folders if not (path / "forgotten").exists()]
+        places = sorted((self.folder / "layers").glob("[0-9]*"))
+        return [self._layer(path) for path in places if not path.suffix and not (path / "forgotten").exists()]
 
     def newest_order(self) -> int:
-        """Return the greatest order ever given to a layer that is on disk, 0 without any."""
-        return max((int(path.name) for path in (self.folder / "layers").iterdir()), default=0)
+        """Return the greatest order ever given to a layer that something on disk still names, 0 without any."""
+        stood_on = (order for layer in self.kept() for order in layer.record.get("on", ()))
+        named = (int(path.stem) for path in (self.folder / "layers").iterdir())
+        return max((*named, *stood_on), default=0)
+
+    def _layer(self, place: Path) -> Layer:
+        try:
+            parts: tuple[Part, ...] = (self.pool.read(place),)
+            record = parts[0].record
+        except IsADirectoryError:
+            record = json.loads((place / "layer.json").read_bytes())
+            links = sorted((place / "trees").glob("*"))
+            parts = tuple(map(self.pool.read, links)) or (Part(place / "tree", record),)
+        author = LayerAuthor(record["step"], record["count"], record["attempt"])
+        return Layer(place, author, record, parts)
 
     def publish(
         self, pending: Path, order: int, author: LayerAuthor, facts: Mapping[str, Any], *, durable: bool
     ) -> None:
-        """Turn a pending folder into a layer, with `facts` about it: the rename is the commit."""
-        write(pending / "layer.json", {**facts, **asdict(author)}, durable=durable)
-        if durable:
-            flush(pending)
-        pending.rename(self.folder / "layers" / f"{order:08d}")
+        """Turn a pending folder into a layer, with `facts` about it: the link is the commit."""
+        link = self.folder / "layers" / f"{order:08d}"
+        self._show(pending, {**facts, **asdict(author)}, link, durable=durable)
         if durable:
             flush(self.folder / "layers")
+
+    def _show(self, pending: Path, facts: Mapping[str, Any], link: Path, *, durable: bool) -> None:
+        self.pool.show(Part(self.pool.add(pending, facts, durable=durable), facts), link)
 
     def keep(self, pending: Path, author: LayerAuthor, facts: Mapping[str, Any], count: int) -> list[Path]:
         """Set a failed command's folder aside; returns older ones to remove, so that `count` stay."""
         kept = self.folder / "kept"
         kept.mkdir(exist_ok=True)
-        write(pending / "layer.json", {**facts, **asdict(author)}, durable=False)
-        pending.rename(kept / f"{time.time_ns():020d}")
+        self._show(pending, {**facts, **asdict(author)}, kept / f"{time.time_ns():020d}", durable=False)
         return sorted(kept.iterdir())[:-count]
 
     def kept(self) -> list[Layer]:
-        """Return what failed commands left, oldest first. Folders are named by nanoseconds since the epoch."""
-        return [_layer(path) for path in sorted((self.folder / "kept").glob("[0-9]*"))]
+        """Return what failed commands left, oldest first. They are named by nanoseconds since the epoch."""
+        return [self._layer(path) for path in sorted((self.folder / "kept").glob("[0-9]*"))]
 
-    def outdated(self, seconds: float) -> list[Path]:
-        """Return folders of failed commands that were set aside longer ago."""
-        oldest = time.time_ns() - int(seconds * 1e9)
-        return [path for path in (self.folder / "kept").glob("[0-9]*") if int(path.name) < oldest]
+    def snapshot(self, name: str) -> list[Part]:
+        """Return the files, topmost first, of the workspace as it stood after a layer, or where a command failed.
 
-    def snapshot(self, name: str) -> list[Path]:
-        """Return the trees, topmost first, of the workspace as it stood after a layer, or where a command failed.
-
-        `name` is the layer's order, 0 for the fork itself, or `failed-` and the name of a kept folder.
+        `name` is the layer's order, 0 for the fork itself, or `failed-` and the name of what is kept.
         NotFoundError where it is not here, or no longer what it stood on.
         """
         live = {str(layer.order): layer for layer in self.layers()}
         if name == "0" or name in live:
-            return [layer.tree for layer in reversed(live.values()) if layer.order <= int(name)]
+            return parts_of([layer for layer in live.values() if layer.order <= int(name)])
         for layer in self.kept():
-            if name == f"failed-{layer.folder.name}":
+            if name == f"failed-{layer.place.name}":
                 below = [live.get(str(order)) for order in layer.record.get("on", ())]
                 if None not in below:
-                    return [layer.tree, *(found.tree for found in reversed(below) if found)]
+                    return parts_of([*(found for found in below if found), layer])
         raise NotFoundError(f"the workspace {self.folder.name!r} has no snapshot {name[:60]!r} (any more)")
 
     def live_trees(self) -> list[Path]:
         """Return the trees of the layers in force, topmost first."""
-        return [layer.tree for layer in reversed(self.layers())]
+        return trees_of(self.layers())
 
-    def lowers(self, live: Sequence[Layer], in_use: Collection[Path]) -> list[Path]:
-        """Return trees that show the same as the layers `live`, topmost first, at most `SQUASH_ABOVE` + 1."""
-        merged, covered = self._merged(live)
-        rest = live[covered:]
+    def lowers(self, live: Sequence[Layer]) -> tuple[list[Path], list[Path]]:
+        """Return trees that show the same as the layers `live`, topmost first, at most `SQUASH_ABOVE` + 1.
+
+        And what is of no use any more: the links to what was merged before.
+        """
+        trees = trees_of(live)[::-1]
+        merged, covered = self._merged(trees)
+        rest, outdated = trees[covered:], list[Path]()
         if len(rest) > SQUASH_ABOVE:
-            merged, rest = self._merge(merged, live, rest), []
-            for path in self._outdated(merged, in_use):
-                layers.remove_tree(path)
-        return [layer.tree for layer in reversed(rest)] + ([merged / "tree"] if merged else [])
+            outdated = self._squashed()
+            merged, rest = self._merge([*([merged] if merged else []), *rest], trees), []
+        return [*reversed(rest), *([merged] if merged else [])], outdated
 
-    def _merged(self, live: Sequence[Layer]) -> tuple[Path | None, int]:
-        """Return the merged tree that stands for most of the oldest layers, and for how many."""
-        best: Path | None = None
-        covered, orders = 0, [layer.order for layer in live]
-        for path in (self.folder / "squashed").glob("[!.]*"):
-            theirs = json.loads((path / "orders.json").read_bytes())
-            if len(theirs) > covered and orders[: len(theirs)] == theirs:
-                best, covered = path, len(theirs)
-        return best, covered
+    def _squashed(self) -> list[Path]:
+        folder = self.folder / "squashed"
+        return list(folder.iterdir()) if folder.is_dir() else []
 
-    def _merge(self, below: Path | None, live: Sequence[Layer], rest: Sequence[Layer]) -> Path:
+    def merges(self, trees: Sequence[Path]) -> list[Part]:
+        """Return what was merged of the oldest of some trees, oldest first."""
+        found, names = list[Part](), self._names(trees)
+        for path in self._squashed():
+            with contextlib.suppress(IsADirectoryError):  # of a release before: it is made again
+                part = self.pool.read(path)
+                if part.record["of"] == names[: len(part.record["of"])]:
+                    found.append(part)
+        return found
+
+    def _merged(self, trees: Sequence[Path]) -> tuple[Path | None, int]:
+        """Return the merged tree that stands for most of the oldest of some trees, and for how many."""
+        best = max(self.merges(trees), key=lambda part: len(part.record["of"]), default=None)
+        return (None, 0) if best is None else (best.tree, len(best.record["of"]))
+
+    def _merge(self, trees: Sequence[Path], of: Sequence[Path]) -> Path:
         """Merge by hard links: a merged tree costs names, not bytes, and the layers stay for `rewind`."""
-        name = secrets.token_hex(8)
-        scratch, apply = self.folder / "squashed" / f".{name}", layer_copies.Apply(link=True, merge=True)
+        scratch, apply = (
+            self.folder.parent / ".new" / secrets.token_hex(8),
+            layer_copies.Apply(link=True, merge=True),
+        )
         (scratch / "tree").mkdir(parents=True)
-        for tree in [*([below / "tree"] if below else []), *(layer.tree for layer in rest)]:
+        for tree in trees:
             apply(tree, scratch / "tree")
-        write(scratch / "orders.json", [layer.order for layer in live], durable=False)
-        return scratch.rename(self.folder / "squashed" / name)
+        (self.folder / "squashed").mkdir(exist_ok=True)
+        part = Part(self.pool.add(scratch, {"of": self._names(of)}, durable=False), {})
+        self.pool.show(part, self.folder / "squashed" / secrets.token_hex(8))
+        return part.tree
 
-    def _outdated(self, current: Path, in_use: Collection[Path]) -> list[Path]:
-        others = (self.folder / "squashed").iterdir()
-        return [path for path in others if path != current and path / "tree" not in in_use]
+    def _names(self, trees: Sequence[Path]) -> list[str]:
+        """Return what tells trees apart for good: no name is ever given again."""
+        return [str(tree.relative_to(self.folder.parent)) for tree in trees]
+
+    def links(self) -> Iterator[Path]:
+        """Yield the workspace's links to the pool, also those of layers that are forgotten."""
+        for name in ("layers", "kept", "squashed"):
+            for place in (self.folder / name).glob("*"):
+                yield from links_at(place)
 
     def garbage(self, in_use: Collection[Path]) -> list[Path]:
-        """Return the folders of forgotten layers that no open tree stands on."""
-        found = [path.parent for path in self.folder.glob("layers/*/forgotten")]
-        return [path for path in found if path / "tree" not in in_use]
+        """Return where forgotten layers are that no open tree stands on."""
+        links = (self.folder / "layers").glob(f"*{_FORGOTTEN}")
+        folders = (path.parent for path in self.folder.glob("layers/*/forgotten"))
+        found = [(path, self._layer(path).trees) for path in (*links, *folders)]
+        return [path for path, trees in found if not any(tree in in_use for tree in trees)]
 
 
-def _layer(folder: Path) -> Layer:
-    record = json.loads((folder / "layer.json").read_bytes())
-    return Layer(folder, LayerAuthor(record["step"], record["count"], record["attempt"]), record)
+def links_at(place: Path) -> Iterator[Path]:
+    """Yield the links to the pool by which a layer is where it is."""
+    yield from (place / "trees").glob("*") if place.is_dir() else (place,)
 
 
-def write(path: Path, value: object, *, durable: bool) -> None:
-    """Write a small JSON file that nobody reads yet."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+def parts_of(live: Sequence[Layer]) -> list[Part]:
+    """Return the parts of layers, oldest first: theirs topmost first."""
+    return [part for layer in reversed(live) for part in layer.parts]
 
 
-def flush(*folders: Path) -> None:
-    """Write directories to disk."""
-    for folder in folders:
-        with layers.directory(folder) as descriptor:
-            os.fsync(descriptor)
+def trees_of(live: Sequence[Layer]) -> list[Path]:
+    """Return the trees of layers, oldest first: theirs topmost first."""
+    return [part.tree for part in parts_of(live)]

@@ -1,11 +1,10 @@
 """Workspaces of a run made anew for another: the layers of the steps that it keeps, and a patch on top of them.
 
-Layers are taken over as hard links, under the orders that they have: what a layer cost in bytes it costs once.
+Layers are taken over under the orders that they have, each as one link to the pool: what a layer cost it costs once.
 """
 
 from __future__ import annotations
 
-import errno
 import secrets
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -16,13 +15,14 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from ci_platform import layer_copies, layers, patches, patching, sealing
+from ci_platform import patches, patching, sealing
 from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError, PatchError
+from ci_platform.layer_pool import LayerPool, Part
 from ci_platform.lineage import in_run, workspace_id_of
 from ci_platform.origins import Origin
 from ci_platform.sandboxes import SANDBOX_UID
 from ci_platform.snapshots import layer_facts
-from ci_platform.stacks import Layer, LayerAuthor, Stack, flush, write
+from ci_platform.stacks import Layer, LayerAuthor, Stack, trees_of
 from ci_platform.trees import Owner
 from ci_platform.workspaces import Workspaces
 
@@ -84,7 +84,7 @@ class WorkspaceForks:
             )
         async with self._workspaces.view(chosen[0], "0") as view:
             stack = Stack(self._root / chosen[0])
-            plan = await _thread(lambda: patching.plan(parsed, [*_trees(_kept(stack, kept)), *view.lowers]))
+            plan = await _thread(lambda: patching.plan(parsed, [*trees_of(_kept(stack, kept)), *view.lowers]))
         return Patch(text, chosen[0], tuple(plan.changes))
 
     async def fork(self, source: str, run_id: str, kept: Steps, patch: Patch | None) -> None:
@@ -111,41 +111,36 @@ class WorkspaceForks:
         if target.exists():
             return
         scratch = self._root / ".new" / secrets.token_hex(8)
-        for name in ("layers", "pending"):
+        for name in ("layers", "pending", "squashed"):
             (scratch / name).mkdir(parents=True)
         taken = _kept(source, kept)
         for layer in taken:
-            self._take(layer, scratch / "layers" / layer.folder.name)
+            self._take(layer, scratch / "layers" / layer.place.name)
+        for number, part in enumerate(source.merges(trees_of(taken)[::-1])):
+            source.pool.show(part, scratch / "squashed" / f"{number}")
         if patch is not None:
-            self._patch(scratch / "layers", taken, base, patch)
-        write(scratch / "workspace.json", source.describe(), durable=self._durable)
-        try:
-            scratch.rename(target.folder)
-        except OSError as error:
-            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-                raise
-            layers.remove_tree(scratch)
-        if self._durable:  # at the end, where one flush takes all of it: what is lost before is made again
-            flush(target.folder / "layers", target.folder, self._root)
+            self._patch(scratch, source, taken, base, patch)
+        target.put(scratch, source.describe(), durable=self._durable)
 
-    def _take(self, layer: Layer, folder: Path) -> None:
-        (folder / "tree").mkdir(parents=True)
+    def _take(self, layer: Layer, place: Path) -> None:
         try:
-            layer_copies.Apply(link=True, merge=True)(layer.tree, folder / "tree")
-            (folder / "layer.json").hardlink_to(layer.folder / "layer.json")
+            layer.take(place, LayerPool(self._root), durable=self._durable)
         except FileNotFoundError:
             raise NotFoundError(f"what step {layer.author.step!r} has left is gone") from None
 
-    def _patch(self, folder: Path, taken: Sequence[Layer], base: Sequence[Path], patch: Patch) -> None:
-        plan = patching.plan(patches.parse(patch.text.encode()), [*_trees(taken), *base])
+    def _patch(
+        self, scratch: Path, source: Stack, taken: Sequence[Layer], base: Sequence[Path], patch: Patch
+    ) -> None:
+        plan = patching.plan(patches.parse(patch.text.encode()), [*trees_of(taken), *base])
         order = max((layer.order for layer in taken), default=0) + 1
-        own = folder / f"{order:08d}"
+        own = scratch / "pending" / "patch"
         (own / "tree").mkdir(parents=True)
         (own / "tree").chmod(0o755)
         plan.write(own / "tree", self._owner)
         sealed = sealing.seal(own / "tree", self._owner, durable=self._durable)
-        facts = layer_facts(sealed.paths, sealed.size, [layer.order for layer in taken])
-        write(own / "layer.json", {**facts, **asdict(PATCH)}, durable=self._durable)
+        facts = layer_facts(sealed.paths, sealed.size, [layer.order for layer in taken]) | asdict(PATCH)
+        tree = source.pool.add(own, facts, durable=self._durable)
+        source.pool.show(Part(tree, facts), scratch / "layers" / f"{order:08d}")
 
 
 def _kept(stack: Stack, kept: Steps) -> list[Layer]:
@@ -161,10 +156,6 @@ def _kept(stack: Stack, kept: Steps) -> list[Layer]:
         ]
     except FileNotFoundError:
         raise ConflictError(f"the workspace {stack.folder.name!r} is being changed: try again") from None
-
-
-def _trees(taken: Sequence[Layer]) -> list[Path]:
-    return [layer.tree for layer in reversed(taken)]
 
 
 async def _thread(function: Callable[[], T]) -> T:

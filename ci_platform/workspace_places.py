@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,10 @@ import anyio.to_thread
 
 from ci_platform import full_disk, layers
 from ci_platform.errors import ConflictError, InvalidInputError
+from ci_platform.layer_pool import LayerPool
 from ci_platform.named_locks import NamedLocks
 from ci_platform.open_trees import OpenTree
-from ci_platform.stacks import COLLECTED, LayerAuthor, Stack
+from ci_platform.stacks import COLLECTED, LayerAuthor, Stack, links_at
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class WorkspacePlaces:
     """The folders of workspaces below `root`, and the trees of theirs that are open."""
 
     def __init__(self, root: Path, *, threads: int, look_only: bool = False) -> None:
-        self._root = root
+        self._root, self._pool = root, LayerPool(root)
         self._limiter = anyio.CapacityLimiter(threads)
         self._states: dict[str, State] = {}
         self._open: dict[Path, OpenTree] = {}
@@ -74,6 +75,26 @@ class WorkspacePlaces:
         for path in paths:
             layers.remove_tree(self._trash(path))
 
+    def _unlink(
+        self, places: Collection[Path], links: Iterable[Path], in_use: Collection[Path]
+    ) -> list[Path]:
+        """Remove folders or links, `links` being all in them; returns the layers to remove that nobody has now."""
+        trees = self._pool.shared(links)
+        self._remove(*places)
+        return self._pool.let_go(trees, in_use, self._root / ".trash")
+
+    def _unlink_layers(self, places: Collection[Path], in_use: Collection[Path]) -> list[Path]:
+        return self._unlink(places, [link for place in places for link in links_at(place)], in_use)
+
+    def _remove_workspace(self, stack: Stack, in_use: Collection[Path]) -> None:
+        self._remove(*self._unlink([stack.folder], list(stack.links()), in_use))
+
+    async def _let_go(self, trees: Collection[Path]) -> None:
+        """Remove those of some trees that are of layers which nobody has any more."""
+        in_use, trash = self.in_use(), self._root / ".trash"
+        with anyio.CancelScope(shield=True):
+            await self._thread(lambda: self._remove(*self._pool.let_go(trees, in_use, trash)))
+
     async def rewind(self, workspace_id: str, steps: Collection[tuple[str, int]]) -> int:
         """Forget the layers of these (step, count); returns how many there were. The files go when unused."""
         stack, state = self._stack(workspace_id), self._state(workspace_id)
@@ -95,9 +116,11 @@ class WorkspacePlaces:
         """Remove a workspace; nothing where there is none. ConflictError while a command uses it."""
         stack, state = self._stack(workspace_id), self._state(workspace_id)
         async with state.lock:
-            if any(opened.workspace_id == workspace_id for opened in self._open.values()):
+            opened = [each for each in self._open.values() if each.workspace_id == workspace_id]
+            if not all(each.is_view for each in opened):
                 raise ConflictError(f"the workspace {workspace_id!r} is in use")
-            await self._thread(lambda: self._remove(stack.folder))
+            in_use = self.in_use()
+            await self._thread(lambda: self._remove_workspace(stack, in_use))
         self._states.pop(workspace_id, None)
 
     async def delete_run(self, run_id: str) -> None:
@@ -117,16 +140,18 @@ class WorkspacePlaces:
         for folder in (self._root / ".new", self._root / ".trash"):
             for path in folder.iterdir():
                 layers.remove_tree(path)
-        removed = 0
+        removed, in_use = 0, self.in_use()
         for path in self._root.glob("[!.]*"):
             self._remove(*Stack(path).rubbish())
             if live is None or path.name in live or path.name.partition(".")[0] in live:
-                for leftover in (*path.glob("pending/*"), *Stack(path).garbage(self.in_use())):
+                for leftover in (*path.glob("pending/*"), *Stack(path).garbage(in_use)):
                     if leftover not in self._open:  # its command goes on
                         self._remove(leftover)
             else:
                 self._remove(path)
                 removed += 1
+        links = (link for path in self._root.glob("[!.]*") for link in Stack(path).links())
+        self._remove(*self._pool.sweep(links, in_use, self._root / ".trash"))
         return removed
 
     # Garbage
@@ -156,21 +181,27 @@ class WorkspacePlaces:
         async with state.lock:
             if any(opened.is_of(stack.folder) for opened in self._open.values()):
                 return False
-            await self._thread(lambda: self._collect(stack))
+            in_use = self.in_use()
+            await self._thread(lambda: self._collect(stack, in_use))
         self._states.pop(workspace_id, None)
         return True
 
-    def _collect(self, stack: Stack) -> None:
+    def _collect(self, stack: Stack, in_use: Collection[Path]) -> None:
         stack.collect()
-        self._remove(*stack.rubbish())
+        self._remove(*self._unlink(stack.rubbish(), list(stack.links()), in_use))
 
     async def remove_failure(self, workspace_id: str, name: str) -> bool:
         """Delete what a failed command left, by the name of its folder; False while it is looked at."""
-        path = self._stack(workspace_id).folder / "kept" / name
+        stack = self._stack(workspace_id)
         async with self._state(workspace_id).lock:
-            if path / "tree" in self.in_use():
-                return False
-            await self._thread(lambda: self._remove(path))
+            in_use = self.in_use()
+            return await self._thread(lambda: self._remove_failure(stack, name, in_use))
+
+    def _remove_failure(self, stack: Stack, name: str, in_use: Collection[Path]) -> bool:
+        kept = [layer for layer in stack.kept() if layer.place.name == name]
+        if any(tree in in_use for layer in kept for tree in layer.trees):
+            return False
+        self._remove(*self._unlink_layers([layer.place for layer in kept], in_use))
         return True
 
 

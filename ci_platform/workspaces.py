@@ -1,8 +1,8 @@
 """Workspaces: a commit's files, and on top of them one layer for each command that succeeded.
 
-On disk, below the root: `<workspace id>/workspace.json`, `layers/<order>/` (files under `tree`, their author in
-`layer.json`), `pending/` (commands that run), `kept/` (what failed commands left), `squashed/` (layers merged
-for speed, made again when missing). Each step from one state to the next is one rename.
+On disk, below the root: `<workspace id>/workspace.json`, `pending/` (commands that run), and as links to layers in the
+pool (see `ci_platform.layer_pool`) `layers/<order>`, `kept/` (what failed commands left), `squashed/` (layers merged
+for speed, made again when missing). Each step from one state to the next is one rename or one link.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ci_platform.copy_on_write import Method
 from ci_platform.errors import ConflictError, LimitExceededError, UnavailableError
 from ci_platform.grafts import Grafts
 from ci_platform.hydration.mounts import LazyLower
-from ci_platform.open_trees import OpenTree, letting_go_of
+from ci_platform.layer_pool import Part
+from ci_platform.open_trees import LOOKER, OpenTree, letting_go_of
 from ci_platform.origins import Origin
 from ci_platform.sandboxes import SANDBOX_UID, Tree
 from ci_platform.snapshots import Snapshot, View, layer_facts, snapshots_of
@@ -41,8 +42,6 @@ __all__ = ["CommitReport", "Conflict", "LayerAuthor", "Workspaces", "describe"]
 
 _KEPT_FAILURES = 3
 """Of one workspace: enough to compare attempts, little enough to forget about."""
-
-_NOBODY = LayerAuthor("", 0, 0)
 
 
 class Workspaces(WorkspacePlaces):
@@ -105,7 +104,8 @@ class Workspaces(WorkspacePlaces):
         """Whether a workspace is there. One whose files were collected makes place for a new one."""
         async with self._state(stack.folder.name).lock:
             if await self._thread(stack.is_collected):
-                await self._thread(lambda: self._remove(stack.folder))
+                in_use = self.in_use()
+                await self._thread(lambda: self._remove_workspace(stack, in_use))
             return await self._thread(stack.exists)
 
     async def _check_origin(self, stack: Stack, wanted: Origin) -> None:
@@ -113,7 +113,7 @@ class Workspaces(WorkspacePlaces):
         if found.asked() != wanted.asked():
             raise ConflictError(f"the workspace {stack.folder.name!r} is of {found}, not of {wanted}")
 
-    def _create(self, stack: Stack, record: Mapping[str, Any], own: Sequence[Path] = ()) -> None:
+    def _create(self, stack: Stack, record: Mapping[str, Any], own: Sequence[Part] = ()) -> None:
         stack.create(self._root / ".new" / secrets.token_hex(8), record, own, durable=self._durable)
 
     async def fork_snapshot(self, workspace_id: str, source_id: str, name: str) -> Workspace:
@@ -129,17 +129,19 @@ class Workspaces(WorkspacePlaces):
 
     @asynccontextmanager
     async def view(self, workspace_id: str, name: str) -> AsyncIterator[View]:
-        """Show a snapshot (see `Stack.snapshot`) for the time of the block. Deleting the workspace takes it away."""
+        """Show a snapshot (see `Stack.snapshot`) for the time of the block, even if the workspace is deleted."""
         stack = self._stack(workspace_id)
         pin = Path("view", secrets.token_hex(8))
         async with self._state(workspace_id).lock:
             base = await self._base(stack)
             own = tuple(await self._thread(lambda: stack.snapshot(name)))
-            self._open[pin] = OpenTree("", pin, _NOBODY, 0, (), (*own, *base))
+            lowers = (*(part.tree for part in own), *base)
+            self._open[pin] = OpenTree(workspace_id, pin, LOOKER, 0, (), lowers)
         try:
-            yield View(own, (*own, *base))
+            yield View(own, lowers)
         finally:
             self._open.pop(pin)
+            await self._let_go(lowers)
 
     async def snapshots(self, workspace_id: str) -> list[Snapshot]:
         """Return what of a workspace can be looked at or forked: the fork, then each layer, then failed commands."""
@@ -226,13 +228,14 @@ class Workspaces(WorkspacePlaces):
     ) -> OpenTree:
         _forget_earlier(stack, author, first=first)
         live = stack.layers()
-        lowers = (*stack.lowers(live, in_use), *base)
+        own, outdated = stack.lowers(live)
+        self._remove(*self._unlink_layers(outdated, in_use))
         folder = stack.folder / "pending" / secrets.token_hex(8)
         (folder / "work").mkdir(parents=True)
         if self._method.mounts:
             self._own(folder / "tree")
         on = tuple(layer.order for layer in live)
-        return OpenTree(stack.folder.name, folder, author, stack.newest_order(), on, lowers)
+        return OpenTree(stack.folder.name, folder, author, stack.newest_order(), on, (*own, *base))
 
     def _own(self, path: Path) -> None:
         """Make the root of an overlay, which the sandbox's uid may write to."""
@@ -297,7 +300,7 @@ class Workspaces(WorkspacePlaces):
         stack = self._stack(opened.workspace_id)
         if opened.hold is None or await self._thread(stack.newest_order) <= opened.seen:
             return opened
-        own = [lower for lower in opened.lowers if lower.is_relative_to(stack.folder)]
+        own = [lower for lower in opened.lowers if lower.is_relative_to(self._root)]
         return replace(opened, lowers=(*own, *await self._base(stack)))
 
     def _publish(self, opened: OpenTree, order: int, sealed: sealing.Sealed) -> tuple[Conflict, ...]:
@@ -316,29 +319,35 @@ class Workspaces(WorkspacePlaces):
         if opened is None:
             return
         with anyio.CancelScope(shield=True):
-            if keep:
-                await self._thread(lambda: self._keep(opened))
-            await self._discard(opened)
+            outdated = await self._thread(lambda: self._keep(opened)) if keep else []
+            await self._discard(opened, outdated)
 
-    def _keep(self, opened: OpenTree) -> None:
+    def _keep(self, opened: OpenTree) -> list[Path]:
+        """Set aside what a command left; returns older ones to remove."""
         try:
             sealed = self._seal(opened, durable=False)
         except LimitExceededError:
-            return  # what cannot be a layer cannot be looked at
+            return []  # what cannot be a layer cannot be looked at
         facts = layer_facts(sealed.paths, sealed.size, opened.on)
         stack = self._stack(opened.workspace_id)
-        self._remove(*stack.keep(opened.folder, opened.author, facts, _KEPT_FAILURES))
+        return stack.keep(opened.folder, opened.author, facts, _KEPT_FAILURES)
 
-    async def _discard(self, opened: OpenTree) -> None:
-        """Let go of a tree and of everything that only it still needed."""
+    async def _discard(self, opened: OpenTree, outdated: Sequence[Path] = ()) -> None:
+        """Let go of a tree and of everything that only it still needed; and of what was kept too long."""
         stack = self._stack(opened.workspace_id)
         async with self._state(opened.workspace_id).lock:
             self._open.pop(opened.folder, None)
             if opened.hold is not None:
                 opened.hold.close()
             in_use = self.in_use()
-            unused = await self._thread(lambda: [self._trash(path) for path in stack.garbage(in_use)])
+            unused = await self._thread(lambda: self._unused(stack, opened, outdated, in_use))
         await self._thread(lambda: self._remove(opened.folder, *unused))
+
+    def _unused(
+        self, stack: Stack, opened: OpenTree, outdated: Sequence[Path], in_use: set[Path]
+    ) -> list[Path]:
+        unused = self._unlink_layers([*outdated, *stack.garbage(in_use)], in_use)
+        return [*unused, *self._pool.let_go(opened.lowers, in_use, self._root / ".trash")]
 
     async def read(self, workspace_id: str, path: str, *, limit: int = 1 << 20) -> bytes | None:
         """Return a regular file as the workspace stands, None where there is none or it is a link."""

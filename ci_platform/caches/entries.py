@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ci_platform import layers, stacks
+from ci_platform import layer_pool, layers
 
 _REMEMBERED = 1000
 """Entries that were evicted lately, of which a miss says so."""
@@ -148,11 +148,11 @@ class Entries:
             "repo": entry.repo, "scope": entry.scope, "key": entry.key, "paths": entry.paths, "size": entry.size,
             "files": entry.files, "created_at": entry.created_at.isoformat(), "outside": entry.outside,
         }  # fmt: skip
-        stacks.write(scratch / "entry.json", record, durable=self.durable)
+        layer_pool.write(scratch / "entry.json", record, durable=self.durable)
         target = self.folder(entry)
         target.parent.mkdir(exist_ok=True, mode=0o700)
         if self.durable:
-            stacks.flush(scratch / "files", scratch)
+            layer_pool.flush(scratch / "files", scratch)
         try:
             scratch.rename(target)
         except OSError as error:
@@ -160,7 +160,7 @@ class Entries:
                 raise
             return False
         if self.durable:
-            stacks.flush(target.parent, self.root)
+            layer_pool.flush(target.parent, self.root)
         return True
 
     def add(self, entry: CacheEntry) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,9 +11,13 @@ import anyio.to_thread
 
 from ci_platform.errors import NotFoundError
 from ci_platform.garbage import Allowance, Item
+from ci_platform.layer_pool import Part
 from ci_platform.origins import Origin
 from ci_platform.stacks import Layer, Stack
 from ci_platform.workspaces import Workspaces
+
+_ALONE = 2
+"""Links of a layer that one workspace has: its own, and the pool's."""
 
 OpenRuns = Callable[[], Awaitable[Collection[str]]]
 """Asks which runs have not ended."""
@@ -57,22 +61,22 @@ class Failures:
             lambda: [item for stack in stacks(self._workspaces.root) for item in self._of(stack, in_use)]
         )
 
-    def _of(self, stack: Stack, in_use: Collection[Path]) -> Iterable[Item]:
+    def _of(self, stack: Stack, in_use: set[Path]) -> Iterable[Item]:
         origin = origin_of(stack)
         try:
             kept = stack.kept() if origin is not None else []
         except FileNotFoundError:
             return  # one of them is being removed
         for layer in kept:
-            taken = _Taken().plus(layer)
-            used_at = datetime.fromtimestamp(int(layer.folder.name) / 1e9, UTC)
+            taken = _Taken() if _is_shared(layer) else _taken(layer.parts[0])
+            used_at = datetime.fromtimestamp(int(layer.place.name) / 1e9, UTC)
             yield Item(
-                f"{stack.folder.name}/{layer.folder.name}",
+                f"{stack.folder.name}/{layer.place.name}",
                 None if origin is None else origin.repo,
                 taken.size,
                 used_at,
                 taken.files,
-                "a reader stands on it" if layer.tree in in_use else None,
+                "a reader stands on it" if in_use.intersection(layer.trees) else None,
                 used_at + self._kept_for,
             )
 
@@ -84,15 +88,22 @@ class Failures:
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """What some layers take: what is written down of each, since looking at millions of files takes minutes."""
+    """What is written down of a layer, since looking at millions of files takes minutes."""
 
     size: int = 0
     files: int = 0
 
-    def plus(self, layer: Layer) -> _Taken:
-        return _Taken(
-            self.size + (layer.record.get("size") or 0), self.files + (layer.record.get("paths") or 0) + 4
-        )
+
+def _taken(part: Part) -> _Taken:
+    return _Taken(part.record.get("size") or 0, (part.record.get("paths") or 0) + 4)
+
+
+def _is_shared(layer: Layer) -> bool:
+    """Whether a fork has what is kept as well: it is counted there."""
+    try:
+        return not layer.place.is_dir() and layer.place.stat().st_nlink > _ALONE
+    except FileNotFoundError:
+        return False
 
 
 def stacks(root: Path) -> list[Stack]:
@@ -108,33 +119,53 @@ def origin_of(stack: Stack) -> Origin | None:
         return None
 
 
-def _look(stack: Stack) -> tuple[Origin, _Taken, datetime] | None:
-    """Return what a workspace is of, takes, and when it was used; None where somebody takes it away just now."""
-    origin, taken = origin_of(stack), _Taken(files=4)
-    if origin is None:
-        return None
-    try:
-        for layer in stack.layers():
-            taken = taken.plus(layer)
-        used_at = (stack.folder / "layers").stat().st_mtime
-    except FileNotFoundError:
-        return None
-    return origin, taken, datetime.fromtimestamp(used_at, UTC)
+@dataclass(slots=True)
+class _Run:
+    """The workspaces of a run: `parts` are the files of their layers."""
+
+    item: Item
+    parts: dict[Path, _Taken] = field(default_factory=dict)
+
+    @property
+    def staying(self) -> tuple[bool, datetime, str]:
+        """What goes last is largest."""
+        return self.item.pinned is not None, self.item.used_at, self.item.name
 
 
 def _runs(found_stacks: Sequence[Stack], still_open: Collection[str]) -> list[Item]:
-    found = dict[str, Item]()
+    found = dict[str, _Run]()
     for stack in found_stacks:
-        seen, run_id = _look(stack), stack.folder.name.partition(".")[0]
+        run_id = stack.folder.name.partition(".")[0]
+        pinned = "the run has not ended" if run_id in still_open else None
+        seen = _look(stack)
         if seen is None:
             continue
-        origin, taken, used_at = seen
-        item = found.get(run_id, Item(run_id, origin.repo, 0, used_at, 0))
-        found[run_id] = replace(
-            item,
-            size=item.size + taken.size,
-            files=item.files + taken.files,
-            used_at=max(item.used_at, used_at),
-            pinned="the run has not ended" if run_id in still_open else None,
-        )
-    return list(found.values())
+        origin, parts, used_at = seen
+        run = found.setdefault(run_id, _Run(Item(run_id, origin.repo, 0, used_at, 0, pinned)))
+        run.item = replace(run.item, files=run.item.files + 4, used_at=max(run.item.used_at, used_at))
+        run.parts |= parts
+    return _counted_once(found.values())
+
+
+def _look(stack: Stack) -> tuple[Origin, dict[Path, _Taken], datetime] | None:
+    """Return what a workspace is of, has, and when it was used; None where somebody takes it away just now."""
+    origin = origin_of(stack)
+    if origin is None:
+        return None
+    try:
+        parts = {part.tree: _taken(part) for layer in stack.layers() for part in layer.parts}
+        used_at = (stack.folder / "layers").stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return origin, parts, datetime.fromtimestamp(used_at, UTC)
+
+
+def _counted_once(runs: Iterable[_Run]) -> list[Item]:
+    """Count a layer that several runs have for the one that goes last: with the others it does not go."""
+    counted, items = set[Path](), list[Item]()
+    for run in sorted(runs, key=lambda each: each.staying, reverse=True):
+        own = [taken for tree, taken in run.parts.items() if tree not in counted]
+        counted.update(run.parts)
+        size, files = sum(taken.size for taken in own), sum(taken.files for taken in own)
+        items.append(replace(run.item, size=size, files=run.item.files + files))
+    return items

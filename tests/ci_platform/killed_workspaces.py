@@ -122,6 +122,8 @@ def nothing_is_left(place: Place) -> None:
     for folder in ("workspaces/.new", "workspaces/.trash", "source/trees/.building", "source/trees/.trash"):
         assert list((place.root / folder).iterdir()) == [], folder
     assert list((place.root / "workspaces").glob("*/pending/*")) == []
+    for layer in (place.root / "workspaces/.layers").glob("*"):
+        assert (layer / "layer.json").stat().st_nlink > 1, "a layer that nobody shows"
 
 
 class Fork:

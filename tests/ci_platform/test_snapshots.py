@@ -195,14 +195,15 @@ async def test_folders_are_listed_and_links_not_followed(desk: Desk) -> None:
     assert (await files(desk, "1"))["etc"] == "/etc"
 
 
-async def test_a_view_of_a_workspace_that_is_deleted_says_so(desk: Desk) -> None:
+async def test_who_looks_may_look_on_when_the_workspace_is_deleted(desk: Desk) -> None:
     await desk.run("echo 1 > one", step="a")
     async with desk.workspaces.view(ID, "1") as view:
         await desk.workspaces.delete(ID)
-        with pytest.raises(FileNotFoundError):
-            layer_views.listing(view.lowers)
-    with pytest.raises(NotFoundError):
-        await desk.workspaces.snapshots(ID)
+        assert layer_views.read(view.lowers, "one", 10) == b"1\n"
+        with pytest.raises(NotFoundError):
+            await desk.workspaces.snapshots(ID)
+    with pytest.raises(FileNotFoundError):
+        layer_views.read(view.lowers, "one", 10)
 
 
 async def test_a_cancelled_fork_of_a_snapshot_is_whole_or_not_there(desk: Desk) -> None:
