@@ -14,7 +14,8 @@ import anyio.abc
 from ci_platform import copy_on_write, data_lock, isolation, services
 from ci_platform.access import Access
 from ci_platform.admission import Admission
-from ci_platform.artifacts import RepositoryCapability
+from ci_platform.artifacts import Artifacts
+from ci_platform.artifacts.capability import KeepingCapability
 from ci_platform.caches import Caches
 from ci_platform.capabilities import ForgeCapability, SandboxCapability
 from ci_platform.command_limits import limits_of
@@ -46,6 +47,7 @@ from ci_platform.remotes import Remotes
 from ci_platform.reports import Reports
 from ci_platform.repositories import Repositories
 from ci_platform.retention import Retention
+from ci_platform.run_files import RunFiles
 from ci_platform.run_forks import RunForks, note_calls
 from ci_platform.run_instances import RunInstances, StoredIdentities
 from ci_platform.runs import Runs
@@ -88,6 +90,7 @@ class Platform:
     source: Source
     workspaces: Workspaces
     caches: Caches
+    artifacts: Artifacts
     execution: Execution
     collector: Collector
     room_keeper: RoomKeeper
@@ -159,6 +162,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
     )
     caches = Caches.of(settings, method, store, clock)
     logs = Logs(settings.logs_path, clock=clock, largest=settings.max_log)
+    artifacts = Artifacts.of(settings, store, clock, workspaces)
     sandboxes, notices = make_sandboxes(settings), Notices(clock)
     reports = Reports(
         store,
@@ -192,7 +196,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
             limits=limits_of(settings),
         )
     env = {
-        "ARTIFACTS": RepositoryCapability(workspaces, source),
+        "ARTIFACTS": KeepingCapability(workspaces, source, artifacts, logs),
         "SANDBOX": SandboxCapability(execution, settings),
         "IMAGES": ImagesCapability(making, settings),
         "GITHUB": ForgeCapability(reports),
@@ -215,7 +219,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
         workflows=workflows,
         gates=gates,
         reports=reports,
-        layers=workspaces,
+        layers=RunFiles(workspaces, artifacts),
         forks=RunForks(
             store, clock, workflows, files=WorkspaceForks(settings.workspaces_path, workspaces), codes=code
         ),
@@ -231,6 +235,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
             workspaces=workspaces,
             logs=logs,
             caches=caches,
+            artifacts=artifacts,
             maker=maker,
             pinned=images,
             store=store,
@@ -248,6 +253,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
 
     await _recover(source, execution, workspaces, logs, runs, pushes, git_store)
     await caches.sweep()
+    await artifacts.sweep()
     try:
         async with isolation.opened(loader, settings), engine:
             try:
@@ -276,6 +282,7 @@ async def _assembled(settings: Settings, clock: Clock, store: Store) -> AsyncIte
                     source=source,
                     workspaces=workspaces,
                     caches=caches,
+                    artifacts=artifacts,
                     execution=execution,
                     collector=collector,
                     room_keeper=room_keeper,
@@ -325,7 +332,7 @@ def _housekeeping(platform: Platform) -> Retention:
         platform.instances,
         platform.clock,
         keep=platform.settings.retention,
-        files=[platform.workspaces.delete_run],
+        files=[platform.workspaces.delete_run, platform.artifacts.delete_run],
         tidy=tidy,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, DateTime, Dialect, Index, MetaData, UniqueConstraint, false, text
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Index, MetaData, UniqueConstraint, false, text
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
@@ -231,6 +231,39 @@ class RunCache(Row, table=True):
     reason: str
     saved: str | None = None
     opened_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class ArtifactRow(Row, table=True):
+    """Files that a run keeps under a name; its folder on disk is called by `id`, below that of the `tenant`.
+
+    `step`, `count`, `attempt` and `run_attempt` (how often the run was started) say who uploaded it. `outside`: a
+    fork's pull request did. `size` in bytes of its files, `taken` on disk; `only` is the path of the one file where
+    there is no other. A deleted one says why.
+    """
+
+    __tablename__ = "artifact"
+    __table_args__ = (Index("ix_artifact_repo_name", "repo", "name"),)
+
+    seq: int | None = Field(default=None, primary_key=True)
+    id: str = Field(max_length=32, unique=True)
+    run_id: str = Field(max_length=40, foreign_key="run.id", index=True)
+    repo: str = Field(max_length=200)
+    tenant: str = Field(max_length=32)
+    name: str = Field(max_length=128)
+    step: str = Field(max_length=256)
+    count: int
+    attempt: int
+    run_attempt: int
+    outside: bool
+    digest: str = Field(max_length=100)
+    files: int
+    size: int = Field(sa_type=BigInteger)
+    taken: int = Field(sa_type=BigInteger)
+    only: str | None = None
+    created_at: datetime = Field(sa_type=UtcDateTime)
+    expires_at: datetime = Field(sa_type=UtcDateTime)
+    deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    why_deleted: str | None = Field(default=None, max_length=200)
 
 
 class SnapshotImage(Row, table=True):

@@ -10,9 +10,9 @@ from typing import Any, cast
 from ci_platform.errors import ConflictError, InvalidInputError, NotFoundError
 from ci_platform.gates import gates_of_run
 from ci_platform.instances import InstanceHandle, WorkflowsBinding
-from ci_platform.model import DeliveryRow, Gate, OutboxRow, Run, RunCache, RunFork, RunImage
+from ci_platform.model import ArtifactRow, DeliveryRow, Gate, OutboxRow, Run, RunCache, RunFork, RunImage
 from ci_platform.run_views import RunView, run_view
-from ci_platform.store import Store, Transaction, col, decode_cursor, encode_cursor, or_
+from ci_platform.store import Store, Transaction, chosen, col, decode_cursor, encode_cursor, or_
 from dynflow.clock import Clock
 from dynflow.errors import InstanceNotFoundError
 from dynflow.types import HistoryEvent
@@ -129,13 +129,15 @@ class RunQueries:
         return dict(await self._store.read(lambda tx: tx.values(_OWNERS, *where)))
 
     async def expired(self, retention: timedelta, *, limit: int = 100) -> Sequence[str]:
-        """Return runs that ended longer ago than `retention`, the oldest first."""
+        """Return runs that ended longer ago than `retention`, the oldest first; none whose artifacts are kept."""
         before = self._clock.now() - retention
+        kept = chosen(col(ArtifactRow.run_id), col(ArtifactRow.deleted_at).is_(None))
         rows = await self._store.read(
             lambda tx: tx.all(
                 Run,
                 col(Run.conclusion).is_not(None),
                 col(Run.ended_at) < before,
+                col(Run.id).not_in(kept),
                 order=col(Run.seq),
                 limit=limit,
             )
@@ -148,7 +150,7 @@ class RunQueries:
         def delete(tx: Transaction) -> None:
             if existing_run(tx, run_id).conclusion is None:
                 raise ConflictError("the run has not ended")
-            for table in (Gate, OutboxRow, RunCache, RunFork, RunImage):
+            for table in (ArtifactRow, Gate, OutboxRow, RunCache, RunFork, RunImage):
                 tx.remove(table, col(table.run_id) == run_id)
             tx.remove(Run, col(Run.id) == run_id)
 

@@ -33,7 +33,7 @@ def seal(upper: Path, owner: Owner, *, durable: bool) -> Sealed:
         if os.geteuid() == 0 and entry.kind != "whiteout":
             _give(entry, owner)
     if durable and paths:
-        _flush(upper, paths)
+        flush_tree(upper, paths)
     return Sealed(paths, size)
 
 
@@ -42,7 +42,8 @@ def _give(entry: layers.Entry, owner: Owner) -> None:
         os.chown(entry.name, owner.uid, owner.gid, dir_fd=entry.parent, follow_symlinks=False)
 
 
-def _flush(upper: Path, paths: int) -> None:
+def flush_tree(upper: Path, paths: int) -> None:
+    """Write a tree of so many paths to disk: one by one, or the file system as a whole."""
     if paths > _ONE_BY_ONE:
         _flush_file_system(upper)
         return

@@ -130,6 +130,26 @@ class Settings(ServiceSettings):
     retention: Duration = Field(
         timedelta(days=30), description="How long finished runs and their logs are kept."
     )
+    artifact_retention: Duration = Field(
+        timedelta(days=30), description="How long artifacts are kept where their pipeline says nothing."
+    )
+    artifact_retention_max: Duration = Field(
+        timedelta(days=90),
+        description="How long a pipeline may have an artifact kept. Its run is kept as long.",
+    )
+    max_artifacts: Size = Field(
+        10 * 1024 * MEBIBYTE, description="What the artifacts of one run may be together."
+    )
+    max_artifact_files: int = Field(
+        100_000, ge=1, description="Files that the artifacts of one run may have together."
+    )
+    artifact_budget: Size = Field(
+        20 * 1024 * MEBIBYTE,
+        description="Disk that artifacts may use; a quarter of it besides those of pull requests from forks.",
+    )
+    artifact_floor: Size = Field(
+        1024 * MEBIBYTE, description="Disk up to which a repository loses no artifact before its time."
+    )
     mirror_budget: Size = Field(
         20 * 1024 * MEBIBYTE, description="Disk that mirrors of forges' repositories may use."
     )
@@ -247,6 +267,11 @@ class Settings(ServiceSettings):
     def caches_path(self) -> Path:
         """Folder of caches: on the file system of the workspaces."""
         return self.workspaces_path / ".caches"
+
+    @property
+    def artifacts_path(self) -> Path:
+        """Folder of artifacts."""
+        return self.data / "artifacts"
 
     @property
     def facets_path(self) -> Path:

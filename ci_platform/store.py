@@ -28,7 +28,7 @@ from sqlmodel import Session, col, create_engine, delete, func, or_, select, upd
 from ci_platform.errors import InvalidInputError, UnavailableError
 from ci_platform.model import Counter, Row
 
-__all__ = ["Store", "Transaction", "col", "decode_cursor", "encode_cursor", "folded", "or_"]
+__all__ = ["Store", "Transaction", "chosen", "col", "decode_cursor", "encode_cursor", "folded", "or_"]
 
 _T = TypeVar("_T")
 _RowT = TypeVar("_RowT", bound=Row)
@@ -179,6 +179,11 @@ def migrate(connection: Connection) -> None:
         command.upgrade(config, "head")
     except CommandError as error:
         raise UnavailableError(f"the database's schema is not one of this release: {error}") from error
+
+
+def chosen(column: Any, *where: Any) -> Any:
+    """Return the values of a column in the rows that meet all conditions, to ask of another one with `in_`."""
+    return select(column).where(*where)
 
 
 def folded(column: Any) -> Any:

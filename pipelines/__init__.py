@@ -2,6 +2,7 @@
 
 from pipelines.commands import run_in_sandbox, summarise
 from pipelines.contract import (
+    Artifact,
     BuiltImage,
     CacheSpec,
     Command,
@@ -18,6 +19,7 @@ from pipelines.contract import (
 )
 
 __all__ = [
+    "Artifact",
     "BuiltImage",
     "CacheSpec",
     "Command",

@@ -153,6 +153,24 @@ class TreeEntry:
 
 @register
 @dataclass(frozen=True, slots=True)
+class Artifact:
+    """Files that a run has kept under a name, see `env.ARTIFACTS.upload`. `run` is the id of that run.
+
+    `files` are how many there are, `size` their bytes together. `digest` is over their names, modes and contents:
+    artifacts of the same files have the same.
+    """
+
+    name: str
+    run: str
+    digest: str
+    files: int
+    size: int
+    created_at: datetime
+    expires_at: datetime
+
+
+@register
+@dataclass(frozen=True, slots=True)
 class CommandResult:
     """How a command ended. `output` is the end of stdout and stderr together, at most 8 KiB, redacted.
 

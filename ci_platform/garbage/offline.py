@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ci_platform import data_lock
+from ci_platform.artifacts import Artifacts
 from ci_platform.assembly import make_forges, make_sandboxes
 from ci_platform.caches import Caches
 from ci_platform.copy_on_write import Method
@@ -78,6 +79,9 @@ async def _opened(settings: Settings, *, look_only: bool) -> AsyncIterator[Colle
             if (left := OpenTree.from_plain(each)) is not None:
                 caches.reopen(each.get("caches"), left.tree)
         await (caches.look() if look_only else caches.sweep())
+        artifacts = Artifacts.of(settings, store, clock, workspaces)
+        if not look_only:
+            await artifacts.sweep()
         stores = stores_of(
             settings,
             clock,
@@ -87,6 +91,7 @@ async def _opened(settings: Settings, *, look_only: bool) -> AsyncIterator[Colle
             workspaces=workspaces,
             logs=Logs(settings.logs_path, clock=clock),
             caches=caches,
+            artifacts=artifacts,
             maker=maker,
             pinned=PinnedImages(store, clock),
             store=store,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
+from ci_platform.artifacts import Artifacts
 from ci_platform.caches import Caches
 from ci_platform.fetching import Remote
 from ci_platform.garbage import Allowance, Collectable
+from ci_platform.garbage.artifacts import KeptArtifacts
 from ci_platform.garbage.caches import CacheEntries
 from ci_platform.garbage.images import MadeImages
 from ci_platform.garbage.lfs import LfsFiles
@@ -37,6 +39,7 @@ def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
     workspaces: Workspaces,
     logs: Logs,
     caches: Caches,
+    artifacts: Artifacts,
     maker: Sandbox | None,
     pinned: PinnedImages,
     store: Store,
@@ -77,6 +80,7 @@ def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
             caches,
             Allowance(settings.cache_disk, settings.keep_recent, of_repository=settings.cache_floor),
         ),
+        *_artifacts(settings, clock, artifacts, store, runs),
         RunLogs(
             logs,
             _allowance(settings, settings.log_budget, newest=1),
@@ -88,6 +92,21 @@ def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
     ]
 
 
+def _artifacts(
+    settings: Settings, clock: Clock, artifacts: Artifacts, store: Store, runs: RunQueries
+) -> list[Collectable]:
+    """Return artifacts as two stores: what forks' pull requests upload takes no room from the others."""
+    budget, recent = settings.artifact_budget, settings.keep_recent
+    own, outside = (
+        Allowance(budget, recent, of_repository=settings.artifact_floor),
+        Allowance(budget // 4, recent),
+    )
+    return [
+        KeptArtifacts(artifacts, store, clock, own, still_open=runs.open_ids),
+        KeptArtifacts(artifacts, store, clock, outside, still_open=runs.open_ids, outside=True),
+    ]
+
+
 def _allowance(settings: Settings, budget: int, newest: int = 0) -> Allowance:
     newest_for = settings.keep_newest if newest else timedelta()
     return Allowance(budget, settings.keep_recent, newest, newest_for)
@@ -95,5 +114,11 @@ def _allowance(settings: Settings, budget: int, newest: int = 0) -> Allowance:
 
 def room_of(settings: Settings) -> Room:
     """Return the room of the file systems that a platform writes to; Docker's own is not among them."""
-    folders = [settings.data, settings.data / "source", settings.workspaces_path, settings.logs_path]
+    folders = [
+        settings.data,
+        settings.data / "source",
+        settings.artifacts_path,
+        settings.workspaces_path,
+        settings.logs_path,
+    ]
     return Room(folders, min_free=settings.min_free, min_files=settings.min_free_files)

@@ -11,12 +11,12 @@ from typing import Any, cast
 import pytest
 
 from ci_platform import copy_on_write
-from ci_platform.artifacts import RepositoryCapability
 from ci_platform.capabilities import RunIdentity, SandboxCapability
 from ci_platform.errors import ConflictError, FailedError, ForbiddenError, InvalidInputError, NotFoundError
 from ci_platform.execution import Execution
 from ci_platform.image_capability import ImagesCapability
 from ci_platform.logs import Logs
+from ci_platform.repository_capability import RepositoryCapability
 from ci_platform.sandboxes.isolate import IsolateSandbox
 from ci_platform.settings import Settings
 from ci_platform.source import Remote, Source

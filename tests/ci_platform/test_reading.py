@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ci_platform.artifacts import RepositoryCapability
 from ci_platform.errors import FailedError, ForbiddenError, InvalidInputError, NotFoundError
 from ci_platform.fetching import Remote
+from ci_platform.repository_capability import RepositoryCapability
 from ci_platform.source import Source
 from dynflow import serialization
 from tests.ci_platform.git_repositories import WorkingCopy, working_copy
