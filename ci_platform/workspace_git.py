@@ -72,7 +72,7 @@ class GitFolder:
         """Return its name in a store of trees. It changes with the repository's refs and packs."""
         view = f".{self.cone.name}" if self.cone is not None else ""
         kind = ("alone" if self.alone else "git") + ("-copy" if self.copied else "") + self.index
-        state = "" if self.alone else f"-{_state(repository)}"
+        state = "" if self.alone else f"-{state_of(repository)}"
         return f"{kind}{view}-{self.sha}{state}"
 
     def write(self, tree: Path, repository: Path, index: Path, refs: Mapping[bytes, str], head: str) -> None:
@@ -101,7 +101,7 @@ class GitFolder:
         return _CONFIG + (_SPARSE if self.cone is not None else "") + (_COPIED if self.copied else "")
 
 
-def _state(repository: Path) -> str:
+def state_of(repository: Path) -> str:
     """Return what changes whenever refs or packs do: directories' times, as refs are replaced by renames."""
     found = [_times(repository / name) for name in ("packed-refs", "shallow", "HEAD", "objects/pack")]
     folders = [repository / "refs"]

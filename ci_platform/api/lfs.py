@@ -183,7 +183,7 @@ class LfsServer:
 
         def find(oid: str, size: int) -> Any:
             nonlocal room
-            if files.size(oid) is not None:
+            if files.announced(oid):
                 return None
             if size > self._largest:
                 return 413, f"a file has {self._largest:,} bytes at most (setting max_lfs)"
@@ -207,7 +207,7 @@ class LfsServer:
     async def _upload(self, connection: Connection, repo: str, oid: str) -> None:
         files = await self._files(connection, repo, write=True)
         async with self._turn():
-            if await self._thread(lambda: files.size(oid)) is None:
+            if not await self._thread(lambda: files.announced(oid)):
                 await self._take(connection, repo, files, oid)
         await git_wire.respond(connection.send, 200, KIND, b"{}")
 

@@ -15,6 +15,7 @@ from ci_platform.garbage.images import MadeImages
 from ci_platform.garbage.lfs import LfsFiles
 from ci_platform.garbage.logs import RunLogs
 from ci_platform.garbage.mirrors import Mirrors
+from ci_platform.garbage.own_lfs import PushedLfsFiles
 from ci_platform.garbage.room import Room
 from ci_platform.garbage.trees import Trees
 from ci_platform.garbage.wanted import Wanted, wanted_by, without_lfs_layer
@@ -64,6 +65,7 @@ def stores_of(  # noqa: PLR0913 - the parts of a platform that hold something
         *images,
         Mirrors(source, _allowance(settings, settings.mirror_budget), wanted=mirrors, remote_of=remote_of),
         LfsFiles(source.lfs, _allowance(settings, settings.lfs_budget), wanted=lfs),
+        PushedLfsFiles(source, _allowance(settings, settings.lfs_budget), wanted=wanted),
         Trees(
             source,
             _allowance(settings, settings.tree_cache, newest=1),

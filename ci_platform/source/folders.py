@@ -156,7 +156,8 @@ def fork(parent: Path, target: Path, refs: Mapping[bytes, str], head: str) -> No
         for path in own_lfs.files(parent):
             kept = own_lfs.place_of(scratch, path.name)
             kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _link(path, kept)
+            with suppress(FileNotFoundError):  # garbage, which was collected just now
+                _link(path, kept)
         publish(scratch, target)
 
 

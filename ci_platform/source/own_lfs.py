@@ -1,7 +1,8 @@
 """Files that LFS keeps for a repository of our own, inside of its folder, where git's own tools keep them. Blocking.
 
 A fork of the repository has hard links of them, a deletion takes them along, and runs find them as beside any other
-repository on this machine. Nothing is deleted otherwise: a file may be pushed long before the commit that names it.
+repository on this machine. A file is pushed before the commit that names it: its time of modification is when it was
+announced last, and garbage are those alone of which that is long ago and no commit has come.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ def place_of(repository: Path, oid: str) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
+class Pushed:
+    """A file that is here: its id, its bytes (0 where forks share it), when it was announced last."""
+
+    oid: str
+    size: int
+    used_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class OwnLfs:
     """The files of one repository, by the SHA-256 of their content in hexadecimal."""
 
@@ -43,6 +53,36 @@ class OwnLfs:
             return place_of(self.repository, oid).stat().st_size
         except FileNotFoundError:
             return None
+
+    def announced(self, oid: str) -> bool:
+        """Note that a commit that names a file is about to come; false where the file is not here."""
+        try:
+            os.utime(place_of(self.repository, oid))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def pushed(self) -> Iterator[Pushed]:
+        """Yield what is here."""
+        for path in files(self.repository):
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                yield Pushed(path.name, found.st_size if found.st_nlink == 1 else 0, found.st_mtime)
+
+    def remove(self, oid: str, announced_before: float) -> bool:
+        """Remove a file, unless it was announced later."""
+        place, aside = place_of(self.repository, oid), self.begin()
+        try:
+            if place.stat().st_mtime >= announced_before:
+                return False
+            place.rename(aside)  # who announces it from here on is told that it is not here, and sends it
+            if aside.stat().st_mtime >= announced_before:
+                aside.replace(place)
+                return False
+        except FileNotFoundError:
+            return True
+        aside.unlink(missing_ok=True)
+        return True
 
     def taken(self) -> int:
         """Return the bytes of all files."""

@@ -167,6 +167,21 @@ async def test_files_are_sent_once_verified_and_had_again(served: Served, client
     assert (await client.send(b"one")).status_code == 200, "again is the same"
 
 
+async def test_a_file_that_is_here_is_safe_for_a_while_when_it_is_announced_again(
+    served: Served, client: Client
+) -> None:
+    contents = [b"one", b"two"]
+    await client.push(*contents)
+    places = [place_of(served.source.path(REPO), oid(content)) for content in contents]
+    for place in places:
+        os.utime(place, (1, 1))
+    await client.batch("download", *contents)
+    assert [place.stat().st_mtime for place in places] == [1, 1]
+    assert not any("actions" in each for each in await client.batch("upload", contents[0]))
+    assert (await client.send(contents[1])).status_code == 200
+    assert all(place.stat().st_mtime > 1 for place in places)
+
+
 async def test_what_is_not_what_its_name_says_is_not_kept(served: Served, client: Client) -> None:
     said = await client.send(b"something else", oid(b"what was promised"))
     assert said.status_code == 422
