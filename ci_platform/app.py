@@ -15,6 +15,7 @@ from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
 
+from ci_platform.api.artifacts import download_artifact, list_artifact_files, list_artifacts
 from ci_platform.api.authorization import Authorizer, current_actor
 from ci_platform.api.garbage import collect_garbage
 from ci_platform.api.gates import decide_gate, list_gates
@@ -76,6 +77,7 @@ def create_app(platform: Platform) -> Litestar:
         "gates": platform.gates,
         "logs": platform.logs,
         "workspaces": platform.workspaces,
+        "artifacts": platform.artifacts,
         "deliveries": platform.deliveries,
         "repositories": platform.repositories,
         "git_store": platform.git_store,
@@ -132,6 +134,9 @@ _API_HANDLERS = [
     list_snapshot_files,
     read_snapshot_file,
     download_snapshot,
+    list_artifacts,
+    list_artifact_files,
+    download_artifact,
     list_gates,
     decide_gate,
     list_repos,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -244,8 +244,10 @@ class Artifacts:
         """Put the files of an artifact into a folder of a workspace, in a layer of the step's own."""
         rows = await self.records.wanted(identity, wanted, 1)
         if not rows:
+            if wanted.branch is None and wanted.name is not None:  # which says why, where it is gone
+                await self.records.named(wanted.run or identity.run_id, wanted.name)
             raise NotFoundError(f"{_whose(wanted)} has no artifact {wanted.name!r}")
-        async with self._open(rows[0]) as opened:
+        async with self.reading(rows[0]) as opened:
             tree = await self._workspaces.prepare(workspace_id, author)
             try:
                 alive = anyio.from_thread.check_cancelled
@@ -261,11 +263,12 @@ class Artifacts:
     @asynccontextmanager
     async def opened(self, run_id: str, name: str) -> AsyncIterator[Opened]:
         """Open an artifact of a run for the time of the block. Raises NotFoundError, which says why one is gone."""
-        async with self._open(await self.records.named(run_id, name)) as opened:
+        async with self.reading(await self.records.named(run_id, name)) as opened:
             yield opened
 
     @asynccontextmanager
-    async def _open(self, row: ArtifactRow) -> AsyncIterator[Opened]:
+    async def reading(self, row: ArtifactRow) -> AsyncIterator[Opened]:
+        """Open an artifact that was found, for the time of the block. UnavailableError where it is gone since."""
         self._readers[row.id] += 1
         try:
             entries = await self._thread(lambda: self._shelf.entries(row.tenant, row.id, row.digest))
@@ -280,8 +283,12 @@ class Artifacts:
 
     async def steps(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
         """Yield what blocks to be read, piece by piece, each in a thread."""
-        while piece := await self._thread(lambda: next(pieces, b"")):
-            yield piece
+        try:
+            while piece := await self._thread(lambda: next(pieces, b"")):
+                yield piece
+        finally:
+            if isinstance(pieces, Generator):
+                pieces.close()
 
 
 def _whose(wanted: Wanted) -> str:

@@ -19,6 +19,7 @@ import anyio.to_thread
 import click
 from rich.console import Console
 
+from ci_platform.cli.artifacts import artifact
 from ci_platform.cli.asking import print_json
 from ci_platform.cli.garbage import gc
 from ci_platform.cli.repositories import repo
@@ -234,7 +235,7 @@ def doctor(*, as_json: bool, **options: Any) -> None:
     sys.exit(SUCCESS if all(finding.state != "bad" for finding in findings) else UNAVAILABLE)
 
 
-for _command in (*COMMANDS, token, repo, snapshot, gc):
+for _command in (*COMMANDS, artifact, token, repo, snapshot, gc):
     main.add_command(_command)
 
 

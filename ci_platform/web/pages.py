@@ -13,10 +13,12 @@ from litestar.response import Redirect, ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 from litestar.static_files import create_static_files_router
 
+from ci_platform.api.artifacts import artifacts_of
 from ci_platform.api.authorization import SESSION_COOKIE, require_form
 from ci_platform.api.logs import is_over, whole
 from ci_platform.api.streams import Stopping, event_stream, last_event_id
 from ci_platform.api.views import as_json
+from ci_platform.artifacts import Artifacts
 from ci_platform.errors import InvalidInputError, UnauthorizedError
 from ci_platform.fork_words import differences
 from ci_platform.gates import Gates
@@ -25,6 +27,7 @@ from ci_platform.repositories import Repositories
 from ci_platform.run_forks import WhatIf
 from ci_platform.runs import Runs
 from ci_platform.sessions import LIFETIME, Sessions
+from ci_platform.web.artifact_pages import artifact_page
 from ci_platform.web.render import HERE, AnyRequest, Pages, query, safe_path
 from ci_platform.web.run_page import choose_step, live_lines, shown_log, step_lines
 
@@ -36,7 +39,7 @@ Form = URLEncodedBody[dict[str, str]]
 def page_router(*, max_body: int) -> Router:
     """Return the pages, and the static files that they use."""
     static = create_static_files_router("/static", [HERE / "static"], name="static", opt={"scope": "public"})
-    shown = [runs_page, run_page, live_log, gates_page, repositories_page]
+    shown = [runs_page, run_page, artifact_page, live_log, gates_page, repositories_page]
     changes = [decide, cancel, rerun, fork]
     sessions = [login_page, log_in, log_in_by_link, log_out]
     return Router(
@@ -82,13 +85,14 @@ async def runs_page(
 
 
 @get("/runs/{run_id:str}", opt={"scope": "read"})
-async def run_page(
+async def run_page(  # noqa: PLR0913 - the address's parts and parameters
     *,
     request: AnyRequest,
     run_id: FromPath[str],
     pages: NamedDependency[Pages],
     runs: NamedDependency[Runs],
     logs: NamedDependency[Logs],
+    artifacts: NamedDependency[Artifacts],
     step: FromQuery[str | None] = None,
     count: Annotated[int, QueryParameter(ge=1)] = 1,
     offset: Annotated[int, QueryParameter(ge=0)] = 0,
@@ -103,6 +107,7 @@ async def run_page(
         run=run,
         changed=list(differences(asdict(run.forked))) if run.forked else [],
         steps=step_lines(run),
+        artifacts=(await artifacts_of(artifacts, run_id)).items,
         chosen=chosen,
         log=await shown_log(logs, run, chosen, offset=offset) if chosen and chosen.kind == "do" else None,
         here=query(

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from ci_platform.access import Actor
 from ci_platform.api.problems import describe
+from ci_platform.garbage.planning import in_bytes
 from ci_platform.sessions import Session
 from ci_platform.web.ansi import clean
 
@@ -70,6 +71,7 @@ class Pages:
         self._templates.globals.update(
             icon_of=lambda name: _ICONS.get(name, name),
             length=length,
+            in_bytes=in_bytes,
             now=lambda: datetime.now(UTC),
             base_url=base_url,
         )

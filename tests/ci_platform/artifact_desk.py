@@ -103,10 +103,15 @@ class ArtifactDesk:
 
 @asynccontextmanager
 async def opened_desk(
-    root: Path, *, limits: Limits | None = None, method: MethodName | None = None, durable: bool = False
+    root: Path,
+    *,
+    limits: Limits | None = None,
+    method: MethodName | None = None,
+    durable: bool = False,
+    disk: Path | None = None,
 ) -> AsyncIterator[ArtifactDesk]:
     async with cache_desk.opened_desk(root, method=method) as desk:
-        clock, shelf = ManualClock(NOW), Shelf(root / "artifacts", durable)
+        clock, shelf = ManualClock(NOW), Shelf((disk or root) / "artifacts", durable)
         artifacts = Artifacts(shelf, desk.store, clock, desk.workspaces, limits=limits)
         await artifacts.sweep()
         env = KeepingCapability(desk.workspaces, desk.workspaces._source, artifacts, desk.logs)

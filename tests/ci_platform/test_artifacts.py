@@ -25,10 +25,12 @@ from ci_platform.errors import (
     NotFoundError,
     UnavailableError,
 )
-from ci_platform.model import RunFork
+from ci_platform.model import Repository, RunFork
 from ci_platform.run_files import RunFiles
+from ci_platform.store import col
 from pipelines.contract import Artifact
 from tests.ci_platform.artifact_desk import NOW, ArtifactDesk, opened_desk
+from tests.ci_platform.cache_desk import REPO
 from tests.ci_platform.test_capabilities import called_by
 
 
@@ -273,6 +275,14 @@ async def test_whose_artifacts_a_run_may_have_follows_from_what_it_is(desk: Arti
         await desk.download("y", of="release", branch="feature")
     await desk.change("main", conclusion="failure")
     assert await desk.listed(of="release", branch="main") == []
+    # A repository that is made anew under the same name finds nothing of the one before.
+    await desk.change("main", conclusion="success")
+    anew = {"created_at": NOW + timedelta(days=1)}
+    await desk.desk.store.write(lambda tx: tx.change(Repository, anew, col(Repository.name) == REPO))
+    assert await desk.listed(of="release", branch="main") == []
+    assert await desk.listed(of="release", run="main") == []
+    with pytest.raises(NotFoundError, match="deleted with its repository"):
+        await desk.artifacts.records.named("main", "x")
     with pytest.raises(InvalidInputError, match="not both"):
         await desk.listed(run="main", branch="main")
     for wrong in ({"run": 5}, {"branch": ""}, {"name": "a b"}, {"limit": 0}):

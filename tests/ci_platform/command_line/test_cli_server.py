@@ -12,7 +12,7 @@ import pytest
 
 from ci_platform.demo import wait_for_run
 from ci_platform.repository_push import Destination, push_folder
-from tests.ci_platform.api.world import FAILING, GATED, QUICK, SLOW
+from tests.ci_platform.api.world import FAILING, GATED, HEAD, QUICK, SLOW
 from tests.ci_platform.command_line.conftest import Served
 
 
@@ -184,3 +184,31 @@ def test_snapshots_are_listed_looked_into_and_downloaded(served: Served, tmp_pat
     for wrong, code in (("checkout-1@7", 2), ("nothing@0", 2), ("@", 2)):
         assert served.dynflow("snapshot", "files", run_id, wrong).returncode == code
     served.dynflow("cancel", run_id)
+
+
+KEEPING = HEAD + (
+    "        await sh('make', 'mkdir out; echo one >out/a; echo two >out/b')\n"
+    "        keep = self.env.ARTIFACTS.upload\n"
+    "        await step.do('keep', lambda: keep('both', workspace, ['out']))\n"
+    "        await step.do('one', lambda: keep('only', workspace, ['out/a'], retention='1 day'))\n"
+)
+
+
+def test_artifacts_are_listed_and_downloaded(served: Served, tmp_path: Path) -> None:
+    run_id = push(served, tmp_path, KEEPING)
+    assert served.dynflow("show", run_id, "--watch").returncode == 0
+    listed = served.dynflow("artifact", "list", run_id).stdout.splitlines()
+    assert [line.split()[:4] for line in listed] == [["both", "2", "files", "8"], ["only", "1", "file", "4"]]
+    files = served.dynflow("artifact", "files", run_id, "both", "out").stdout.splitlines()
+    assert [line.split() for line in files] == [["file", "4", "a"], ["file", "4", "b"]]
+    assert served.dynflow("artifact", "get", run_id, "both", "out/b", "-o", "-").stdout == "two\n"
+    assert served.dynflow("artifact", "get", run_id, "only").returncode == 0
+    got = served.dynflow("artifact", "get", run_id, "only")
+    assert (got.returncode, "'a' is there already" in got.stderr) == (2, True)
+    here = served.dynflow.cwd
+    assert (here / "a").read_text() == "one\n"
+    assert served.dynflow("artifact", "get", run_id, "both", "--format", "tar", "-o", "x.tar").returncode == 0
+    with tarfile.open(here / "x.tar") as archive:
+        assert archive.getnames() == ["out/a", "out/b"]
+    assert served.dynflow("artifact", "get", run_id, "nothing").returncode == 2
+    assert not (here / "nothing.zip").exists()
