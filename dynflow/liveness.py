@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
@@ -48,11 +49,22 @@ class Liveness:
         """Return a part of its own."""
         return Part(self)
 
-    def start(self, work: Coroutine[Any, Any, None], key: Any) -> asyncio.Task[None]:
-        """Perform a call; `work` says when it is `over`."""
+    def begin(self, key: Any) -> None:
+        """Say that a call is being performed, for now without a task; `end` says when no more."""
         self.active_calls += 1
         self.keys.add(key)
-        task = self._host.create_task(work)
+
+    def end(self, key: Any) -> None:
+        """Say that a call has been performed, or is given a task."""
+        self.keys.discard(key)
+        self.active_calls -= 1
+
+    def start(
+        self, work: Coroutine[Any, Any, None], key: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Task[None]:
+        """Perform a call in a task; `work` says when it is `over`."""
+        self.begin(key)
+        task = self._host.create_task(work, context=context)
         self.calls[task] = key
         return task
 
@@ -60,8 +72,7 @@ class Liveness:
         """Say that the call of this task, or else of the current one, has been performed."""
         key = self.calls.pop(task or asyncio.current_task(), None)  # type: ignore[arg-type]
         if key is not None:
-            self.keys.discard(key)
-            self.active_calls -= 1
+            self.end(key)
 
     def stop(self, task: asyncio.Task[None]) -> None:
         """Cancel a call."""

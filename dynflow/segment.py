@@ -8,13 +8,12 @@ activity (the loop, an isolate's session) is idle, and what is left are waits. T
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+import contextvars
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
-from dynflow.clock import Clock, TimerHandle
+from dynflow.clock import Clock
 from dynflow.engines import (
-    Blocked,
     Completed,
     Failed,
     Interrupted,
@@ -38,28 +37,21 @@ from dynflow.errors import (
     WorkflowInternalError,
 )
 from dynflow.failure import Failure
+from dynflow.first_attempt import FirstAttempt
 from dynflow.liveness import Liveness, Part
 from dynflow.loop import WorkflowLoop
+from dynflow.outstanding import OutstandingWaits
 from dynflow.rollback import Handlers, roll_back
 from dynflow.run_errors import cancelled_by_workflow, failure_of, stuck
 from dynflow.serialization import encode
 from dynflow.step import perform
 from dynflow.step_config import StepConfig
 from dynflow.step_host import StepFuture, is_inner, settle
-from dynflow.types import ErrorInfo, RollbackStatus, StepKind, WorkflowEvent
+from dynflow.types import ErrorInfo, RollbackStatus, WorkflowEvent
 from dynflow.workflow import StepCall, WorkflowStep, current_attempt
 
 Main = Callable[[WorkflowEvent, WorkflowStep], Awaitable[Any]]
-
-
-@dataclass(slots=True, eq=False)
-class _Wait:
-    """A durable wait that is outstanding while the segment lives."""
-
-    record: StepRecord
-    over: asyncio.Future[None]
-    inner: bool
-    timer: TimerHandle | None = field(default=None)
+Work = Callable[[], Coroutine[Any, Any, Any]]
 
 
 class Segment:
@@ -90,8 +82,8 @@ class Segment:
         self._outcome: asyncio.Future[Outcome] = self._host.create_future()
         self._live = Liveness(self.look, self._host)
         self._part = self._live.part()
-        self._waits: dict[int, _Wait] = {}
-        self._pausing = self._isolate_down = False
+        self._waits = OutstandingWaits(self._live, clock)
+        self._isolate_down = False
         self._held: set[asyncio.Future[None]] = set()
         self._handlers = Handlers()
         self._rolling_back = False
@@ -105,7 +97,7 @@ class Segment:
         of the segment is left: tasks, isolates and timers are gone.
         """
         loop = WorkflowLoop.inside(self._host, on_idle=self._part.idle, on_active=self._part.active)
-        loop.now(lambda: self._begin(main, loop))
+        loop.now(lambda: self._begin_main(main, loop))
         try:
             return await self._outcome
         finally:
@@ -113,7 +105,7 @@ class Segment:
             # It refers to the segment: without the circle both go now, and not at a collection.
             self._live.look = _nothing
 
-    def _begin(self, main: Main, loop: WorkflowLoop) -> None:
+    def _begin_main(self, main: Main, loop: WorkflowLoop) -> None:
         task = loop.create_task(_call_main(main, self._event, WorkflowStep(self)))
         task.add_done_callback(self._main_done)
 
@@ -123,22 +115,18 @@ class Segment:
         if record is not None and record.state != "cancelled":
             record.state, record.output, record.failure = ended.state, ended.output, ended.failure
             record.ended_at = ended.ended_at
-            if record.seq in self._waits:
-                self._live.resolve(self._waits[record.seq].over)
+            self._waits.end(record)
 
     def pause(self) -> None:
         """Start no more steps, end no more waits; the segment ends `Paused` when running attempts are done."""
-        self._pausing = True
+        self._waits.held = True
         self.look()
 
     def resume(self) -> None:
         """Take a pause back that has not taken effect."""
-        self._pausing = False
+        self._waits.release()
         for held in self._held:
             self._live.resolve(held)
-        for wait in self._waits.values():
-            if wait.record.deadline is not None and wait.record.deadline <= self.clock.now_us():
-                self._live.resolve(wait.over)
 
     def abort(self) -> None:
         """End at once: the instance was terminated, restarted or deleted."""
@@ -179,27 +167,44 @@ class Segment:
         elif key in self._live.keys:
             future.set_exception(WorkflowFatalError(f"step {call.name!r:.300} is being performed already"))
         elif not self._terminated and (record is None or record.state != "cancelled" or is_inner()):
-            future.task = self._live.start(self._perform(call, future), key)
-            future.on_cancel = self._dropped
+            future.key, future.on_cancel = key, self._dropped
+            starts_now = record is None and not self._waits.held
+            if starts_now:  # tasks begin later: the order of starts is that of the calls
+                call.seq = self.next_seq()
+            if call.kind == "do" and starts_now:
+                self._begin(call, future)
+            else:
+                future.task = self._live.start(self._perform(lambda: perform(call, self), future), key)
         return future
 
+    def _begin(self, call: StepCall, future: StepFuture) -> None:
+        try:
+            first = FirstAttempt(call, future, self)
+        except WorkflowFatalError as error:
+            future.set_exception(error)
+        else:
+            self._live.begin(future.key)
+            first.begin()
+
     def _dropped(self, future: StepFuture) -> None:
-        key = self._live.calls.get(future.task)
-        if key is not None and cancelled_by_workflow(future) and not self._outcome.done():
-            self._live.stop(future.task)
-            self._live.start(self._cancel(key, future.task), ("cancel", key, 0))
+        key, task = future.key, future.task
+        if key in self._live.keys and cancelled_by_workflow(future) and not self._outcome.done():
+            if future.has_begun and task is not None:  # it shall get to awaiting what its callback has begun
+                self._host.call_soon(task.cancel)
+            elif task is not None:
+                self._live.stop(task)
+            self._live.start(self._cancel(key, task), ("cancel", key, 0))
 
     # --- for steps (StepHost) ---
 
-    def next_seq(self, kind: StepKind) -> int:
-        """Return the place of a new step in the order of starts, and count it."""
+    def next_seq(self) -> int:
+        """Return the place of a new step in the order of starts."""
         self._seq += 1
-        self.do_steps += kind == "do"
         return self._seq
 
     async def may_start(self) -> None:
         """Return when a step may start; never while a pause holds."""
-        while self._pausing and not is_inner():
+        while self._waits.held and not is_inner():
             held: asyncio.Future[None] = self._host.create_future()
             self._held.add(held)
             await self._live.inactive(held)
@@ -212,59 +217,56 @@ class Segment:
 
     async def wait(self, record: StepRecord) -> None:
         """Wait for the record's deadline or its event."""
-        inner, deadline = is_inner(), record.deadline
-        if (inner or not self._pausing) and deadline is not None and deadline <= self.clock.now_us():
-            return
-        wait = _Wait(record, self._host.create_future(), inner)
-        self._waits[record.seq] = wait
-        if record.deadline is not None:
-            wait.timer = self.clock.call_at(record.deadline, lambda: self._due(wait))
-        try:
-            await self._live.inactive(wait.over)
-        finally:
-            del self._waits[record.seq]
-            if wait.timer is not None:
-                wait.timer.cancel()
+        await self._waits.wait(record)
+
+    # --- for first attempts (FirstAttemptHost) ---
+
+    def is_wanted(self, future: StepFuture) -> bool:
+        """Whether the step of this call is to be performed still."""
+        return not (future.done() or self._rolling_back or self._outcome.done())
+
+    def answer(self, future: StepFuture, result: Any, error: BaseException | None = None) -> None:
+        """End a call that had no task."""
+        self._live.end(future.key)
+        self._answer(future, result, error)
+
+    def go_on(self, future: StepFuture, work: Work, context: contextvars.Context) -> None:
+        """Perform the rest of a call in a task."""
+        self._live.end(future.key)
+        future.task = self._live.start(self._perform(work, future), future.key, context)
+        future.has_begun = True
 
     # --- inside ---
 
-    def _due(self, wait: _Wait) -> None:
-        if wait.inner or not self._pausing:
-            self._live.resolve(wait.over)
-
-    async def _perform(self, call: StepCall, future: StepFuture) -> None:
+    async def _perform(self, work: Work, future: StepFuture) -> None:
+        answer: Any = None
+        failed: Exception | None = None
         try:
-            answer: Any = await perform(call, self)
-            how: Callable[[Any], None] = future.set_result
-        except (LeaseLostError, StorageError, EngineClosedError) as error:
-            self._give_up(error)
-            return
+            answer = await work()
         except Exception as error:  # noqa: BLE001 - the step's final error, of whatever class the tenant raised
-            answer, how = error, future.set_exception
+            failed = error
         except asyncio.CancelledError:  # it will not be answered: nothing else may be left that looks
             self._live.look_later()
             raise
         finally:
             self._live.over(future.task)
+        self._answer(future, answer, failed)
+
+    def _answer(self, future: StepFuture, answer: Any, error: BaseException | None) -> None:
+        if isinstance(error, (LeaseLostError, StorageError, EngineClosedError)):
+            self._give_up(error)
+            return
+        how: Callable[[Any], None] = future.set_result
+        if error is not None:
+            how, answer = future.set_exception, error
         loop = future.get_loop()
-        if future.done():
+        if future.done() or self._rolling_back:
             self._live.look_later()
         elif isinstance(loop, WorkflowLoop):
             loop.now(how, answer)  # it says that it is active, and when it is idle again
         else:
             how(answer)
             self._live.handed_over()
-
-    def _dropped_waits(self) -> list[Any]:
-        """Return waits that an earlier segment stored and that nothing of this one is at, now that all is still.
-
-        A replay can cancel a call before it is made, where the first time it had been made and stored.
-        """
-        return [
-            record.key
-            for record in self.journal.steps.values()
-            if record.state == "waiting" and record.seq not in self._waits and not self._rolling_back
-        ]
 
     async def _cancel(self, key: Any, task: asyncio.Task[None] | None = None) -> None:
         """Record that the workflow cancelled a step, if that was recorded: it takes no event any more."""
@@ -293,16 +295,17 @@ class Segment:
             return
         if self._isolate_down:
             self._finish(Interrupted())
-        elif self._pausing and (self._held or self._waits):
+        elif self._waits.held and (self._held or self._waits):
             self._finish(Paused())
-        elif self._waits and (dropped := self._dropped_waits()):
+        elif (
+            self._waits
+            and not self._rolling_back
+            and (dropped := self._waits.dropped(self.journal.steps.values()))
+        ):
             for key in dropped:
                 self._live.start(self._cancel(key), ("cancel", key, 0))
         elif self._waits:
-            deadlines = [
-                wait.record.deadline for wait in self._waits.values() if wait.record.deadline is not None
-            ]
-            self._finish(Blocked(tuple(sorted(self._waits)), min(deadlines, default=None)))
+            self._finish(self._waits.blocked())
         elif not self._rolling_back:
             self._fail(stuck())
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
-from dynflow.clock import MICROSECOND, Clock
+from dynflow import calling
+from dynflow.clock import MICROSECOND
 from dynflow.durations import parse_duration
-from dynflow.engines import WITHIN, StepRecord
+from dynflow.engines import WITHIN, StepRecord, Store
 from dynflow.errors import (
     IsolateCrashedError,
     IsolateLimitError,
@@ -22,7 +21,6 @@ from dynflow.errors import (
     ValueTooLargeError,
     WorkflowFatalError,
     WorkflowInternalError,
-    WorkflowTimeoutError,
 )
 from dynflow.failure import Failure, RemoteError
 from dynflow.serialization import encode
@@ -30,7 +28,7 @@ from dynflow.step_config import DelayFunction, StepConfig, merge_config
 from dynflow.step_host import StepHost, checked_name, final_result, new_record
 from dynflow.types import RollbackContext, StepContext, StepInfo
 from dynflow.waits import sleep, wait_for_event
-from dynflow.workflow import Attempt, Callback, StepCall, begin, current_attempt, current_step
+from dynflow.workflow import Callback, StepCall
 
 # A delay function answers within this or fails its step (workflows.md section 2).
 _DELAY_FUNCTION_TIMEOUT = timedelta(seconds=5)
@@ -43,7 +41,7 @@ async def perform(call: StepCall, host: StepHost) -> Any:
     if record is not None and record.state in {"complete", "errored"}:
         return final_result(record)
     if call.kind == "do":
-        return await _attempt_until_final(*_prepared(call, record, host), host)
+        return await attempt_until_final(*prepared(call, record, host), host)
     if record is not None and record.state == "cancelled":
         record = None  # an earlier attempt of the outer step cancelled it: this one waits anew
     if call.kind == "wait_for_event":
@@ -55,7 +53,7 @@ async def perform(call: StepCall, host: StepHost) -> Any:
 
 
 @dataclass(slots=True)
-class _Work:
+class Work:
     """What a step attempts: the tenant's callback, and what it is given at an attempt."""
 
     name: str
@@ -67,6 +65,7 @@ class _Work:
     """What makes the callback's argument of the context; None: the context is the argument."""
 
     def context(self, attempt: int) -> StepContext:
+        """Return what the callback is told of an attempt."""
         return StepContext(_step_info(self.name, self.count), attempt, self.config.as_plain())
 
 
@@ -74,8 +73,12 @@ class _Work:
 _step_info = lru_cache(maxsize=1_000)(StepInfo)
 
 
-def _prepared(call: StepCall, record: StepRecord | None, host: StepHost) -> tuple[_Work, StepRecord]:
-    """Check what the call gives; return what to attempt, and the step's record, a new one at its first start."""
+def prepared(call: StepCall, record: StepRecord | None, host: StepHost) -> tuple[Work, StepRecord]:
+    """Check what the call gives; return what to attempt, and the step's record, a new one at its first start.
+
+    Raises WorkflowFatalError.
+    """
+    checked_name(call.name)
     if not callable(call.callback):
         raise WorkflowFatalError(
             f"step {call.name!r}: the callback must be callable, not {call.callback!r:.100}"
@@ -92,7 +95,7 @@ def _prepared(call: StepCall, record: StepRecord | None, host: StepHost) -> tupl
             )
         record = new_record(call, host, config=config)
     config = record.config or config  # pinned at the first start
-    return _Work(call.name, call.count, call.callback, config, delay_function), record
+    return Work(call.name, call.count, call.callback, config, delay_function), record
 
 
 async def perform_rollback(call: StepCall, reason: str, host: StepHost) -> Any:
@@ -106,7 +109,7 @@ async def perform_rollback(call: StepCall, reason: str, host: StepHost) -> Any:
     output = final_result(rolled_back) if rolled_back.state == "complete" else None
     if call.rollback is None:
         raise WorkflowFatalError(f"step {call.name!r} has no rollback handler")
-    work = _Work(
+    work = Work(
         call.name,
         call.count,
         call.rollback,
@@ -114,14 +117,15 @@ async def perform_rollback(call: StepCall, reason: str, host: StepHost) -> Any:
         delay_function,
         lambda ctx: RollbackContext(ctx, reason, output),
     )
-    return await _attempt_until_final(work, record, host)
+    return await attempt_until_final(work, record, host)
 
 
 def _merged(given: Any, step: str, host: StepHost) -> tuple[StepConfig, DelayFunction | None]:
     return merge_config(given, defaults=host.step_defaults, max_retries=host.limits.retries, step=step)
 
 
-async def _attempt_until_final(work: _Work, record: StepRecord, host: StepHost) -> Any:
+async def attempt_until_final(work: Work, record: StepRecord, host: StepHost) -> Any:
+    """Attempt, wait and attempt again until the step has ended; return its output or raise its error."""
     while record.state not in {"complete", "errored"}:
         if record.state == "waiting":
             await host.wait(record)
@@ -130,43 +134,70 @@ async def _attempt_until_final(work: _Work, record: StepRecord, host: StepHost) 
     return final_result(record)
 
 
-async def _attempt(work: _Work, record: StepRecord, host: StepHost) -> None:
+async def _attempt(work: Work, record: StepRecord, host: StepHost) -> None:
     """Make one attempt and record how it ended: complete, errored, or waiting for the next."""
+    open_attempt(record, host)
+    await stored(host.journal.begin_attempt, record)
+    ctx = work.context(record.attempt)
+    argument = ctx if work.argument is None else work.argument(ctx)
+    try:
+        result = await calling.call(
+            work.callback, argument, ctx, record.path, work.config.timeout, host.clock
+        )
+        complete(record, result, work, host)
+    except LeaseLostError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the tenant's callback raises is the attempt's outcome
+        await judge(error, work, record, host)
+        return
+    await stored(host.journal.finish_step, record)
+
+
+async def stored(store: Store, record: StepRecord) -> None:
+    """Store something of a step; return when it is durable, raise where it was not stored."""
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def told(error: BaseException | None) -> None:
+        if done.done():  # whoever awaited it was cancelled
+            pass
+        elif error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    store(record, told)
+    await done
+
+
+def open_attempt(record: StepRecord, host: StepHost) -> None:
+    """Count the attempt that is about to be stored and made."""
     record.attempt += 1
     record.state, record.deadline, record.attempt_at = "running", None, host.clock.now_us()
     if record.attempt == 1:
         record.started_at = record.attempt_at
-    await host.journal.begin_attempt(record)
-    ctx = work.context(record.attempt)
-    argument = ctx if work.argument is None else work.argument(ctx)
-    try:
-        result = await _call_within(
-            host.clock, work.config.timeout, work.callback, argument, ctx, record.path
-        )
-        record.output = _encode_result(result, work.name, host.limits.payload)
-    except LeaseLostError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever the tenant's callback raises is the attempt's outcome
-        await _judge(error, work, record, host)
-        return
+
+
+def complete(record: StepRecord, result: Any, work: Work, host: StepHost) -> None:
+    """Note what the callback returned. Raises where that cannot be stored."""
+    record.output = _encode_result(result, work.name, host.limits.payload)
     record.state, record.failure, record.ended_at = "complete", None, host.clock.now_us()
-    await host.journal.finish_step(record)
 
 
-async def _judge(error: Exception, work: _Work, record: StepRecord, host: StepHost) -> None:
+async def judge(error: Exception, work: Work, record: StepRecord, host: StepHost) -> None:
+    """Record an attempt that failed: the step has failed for good, or another one follows."""
     if isinstance(error, (IsolateCrashedError, IsolateLimitError)):
         host.isolate_down()
     failure = error.failure if isinstance(error, RemoteError) else Failure.of(error)
     record.failure, record.ended_at = failure, host.clock.now_us()
     if not _may_retry(failure, record.attempt, work.config):
         record.state = "errored"
-        await host.journal.finish_step(record)
+        await stored(host.journal.finish_step, record)
         return
     try:
         delay = await _next_delay(error, work, record, host)
     except NonRetryableDelayError as delay_error:
         record.state, record.failure = "errored", Failure.of(delay_error)
-        await host.journal.finish_step(record)
+        await stored(host.journal.finish_step, record)
         return
     record.state = "waiting"
     record.deadline = host.clock.now_us() + min(delay, host.limits.wait) // MICROSECOND
@@ -179,7 +210,7 @@ def _may_retry(failure: Failure, attempt: int, config: StepConfig) -> bool:
     return attempt <= config.limit
 
 
-async def _next_delay(error: Exception, work: _Work, record: StepRecord, host: StepHost) -> timedelta:
+async def _next_delay(error: Exception, work: Work, record: StepRecord, host: StepHost) -> timedelta:
     attempt = record.attempt
     if work.config.delay is not None:
         return work.config.retry_delay(attempt)
@@ -187,14 +218,14 @@ async def _next_delay(error: Exception, work: _Work, record: StepRecord, host: S
     if function is None:  # the config was pinned with a function that the code no longer gives
         raise NonRetryableDelayError(f"step {work.name!r}: its delay function is gone from the code")
     try:
-        answer = await _call_within(
-            host.clock,
-            _DELAY_FUNCTION_TIMEOUT,
+        answer = await calling.call(
             lambda _: function(ctx, error),
             ctx,
             ctx,
             f"{record.path}delay{WITHIN}",
-            what="the delay function",
+            _DELAY_FUNCTION_TIMEOUT,
+            host.clock,
+            "the delay function",
         )
         return parse_duration(answer)
     except (
@@ -216,74 +247,3 @@ def _encode_result(result: Any, step: str, limit: int) -> bytes | None:
         return encode(result, limit=limit, what=f"the result of step {step!r}")
     except ValueTooLargeError as error:
         raise WorkflowInternalError(str(error)) from None
-
-
-async def _call_within(
-    clock: Clock,
-    limit: timedelta,
-    callback: Callback,
-    argument: Any,
-    ctx: StepContext,
-    path: str,
-    *,
-    what: str = "",
-) -> Any:
-    """Call a tenant's function in the scope of the step; cancel it when `limit` has passed.
-
-    `what` is how errors call it; else it is the attempt of `ctx`.
-    """
-    task = asyncio.current_task()
-    if task is None:
-        raise RuntimeError("a step is performed by a task of its own")
-    expired = False
-
-    def expire() -> None:
-        nonlocal expired
-        expired = True
-        task.cancel()
-
-    started_at = clock.now_us()
-    token, within = current_step.set(ctx), current_attempt.set(Attempt(path))
-    timer = None
-    try:
-        result = begin(callback, argument)
-        if not _is_awaitable(result):  # what is not awaited cannot be cancelled, only judged
-            expired = clock.now_us() - started_at > limit // MICROSECOND
-            return result
-        timer = clock.call_later(limit // MICROSECOND, expire)
-        return await result
-    except (Exception, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        if expired or (isinstance(error, asyncio.CancelledError) and task.cancelling()):
-            raise
-        if isinstance(error, GeneratorExit) and not _is_running(task):  # it is being closed
-            raise
-        raise WorkflowFatalError(f"{what or _shown(ctx)} raised {type(error).__name__}({error})") from error
-    finally:
-        if timer is not None:
-            timer.cancel()
-        current_step.reset(token)
-        current_attempt.reset(within)
-        # Whatever the callback made of its cancellation, the attempt is over; unless someone else cancelled too.
-        if expired and task.uncancel() <= 0:
-            raise WorkflowTimeoutError(
-                f"{what or _shown(ctx)} ran longer than its timeout of {limit}"
-            ) from None
-
-
-def _shown(ctx: StepContext) -> str:
-    return f"step {ctx.step.name!r}, attempt {ctx.attempt},"
-
-
-def _is_awaitable(result: Any) -> bool:
-    # `inspect.isawaitable` asks an abstract class, at every step that returns plain data.
-    kind = type(result)
-    return hasattr(kind, "__await__") or (kind is types.GeneratorType and inspect.isawaitable(result))
-
-
-def _is_running(task: asyncio.Task[Any]) -> bool:
-    try:
-        return asyncio.current_task() is task
-    except RuntimeError:  # no loop runs any more
-        return False

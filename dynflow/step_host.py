@@ -13,7 +13,6 @@ from dynflow.errors import WorkflowFatalError
 from dynflow.failure import Failure
 from dynflow.serialization import decode
 from dynflow.step_config import StepConfig
-from dynflow.types import StepKind
 from dynflow.workflow import StepCall, current_step
 
 _LONGEST_NAME = 256
@@ -29,8 +28,8 @@ class StepHost(Protocol):
 
     do_steps: int
 
-    def next_seq(self, kind: StepKind) -> int:
-        """Return the place of a new step in the order of starts, and count it."""
+    def next_seq(self) -> int:
+        """Return the place of a new step in the order of starts."""
 
     async def may_start(self) -> None:
         """Return when a step may start; never while a pause holds."""
@@ -45,8 +44,10 @@ class StepHost(Protocol):
 def new_record(call: StepCall, host: StepHost, **fields: Any) -> StepRecord:
     """Return the record of a step that starts now; the journal has it once it is recorded."""
     kind, name, count = call.kind, call.stored_name, call.count
-    record = StepRecord(kind, name, count, host.next_seq(kind), started_at=host.clock.now_us(), **fields)
+    seq = call.seq or host.next_seq()
+    record = StepRecord(kind, name, count, seq, started_at=host.clock.now_us(), **fields)
     host.journal.steps[kind, name, count] = record
+    host.do_steps += kind == "do"
     return record
 
 
@@ -91,9 +92,15 @@ def is_inner() -> bool:
 
 
 class StepFuture(asyncio.Future[Any]):
-    """The answer of a step call. `on_cancel` is called at once when whoever awaits it cancels it."""
+    """The answer of a step call. `on_cancel` is called at once when whoever awaits it cancels it.
 
-    task: asyncio.Task[None]
+    `key` is the step's while it is performed, `task` what performs it if that needs one, `has_begun` whether that
+    task only goes on with an attempt.
+    """
+
+    key: Any = None
+    task: asyncio.Task[None] | None = None
+    has_begun: bool = False
     on_cancel: Callable[[StepFuture], None] | None = None
 
     def cancel(self, msg: Any = None) -> bool:

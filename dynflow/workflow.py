@@ -92,6 +92,8 @@ class StepCall:
     event_type: Any = None
     within: str = ""
     """The path of the attempt that makes the call, see `Attempt`; the segment sets it."""
+    seq: int = 0
+    """The step's place in the order of starts, if it has it from its call; the segment sets it."""
 
     @property
     def stored_name(self) -> str:

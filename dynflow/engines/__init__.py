@@ -82,6 +82,11 @@ class Limits:
     batch: int = 100
 
 
+Told = Callable[[BaseException | None], None]
+"""Is called on the event loop, once: with None when what was recorded is durable, else with why it was not stored."""
+Store = Callable[[StepRecord, Told], None]
+
+
 class Journal(ABC):
     """What one segment reads and records of its instance.
 
@@ -90,18 +95,18 @@ class Journal(ABC):
     *Errors*: LeaseLostError once the instance was terminated, restarted or taken over: nothing was stored.
     StorageError where storage failed: the segment ends, and a later one goes on from what is stored.
     WorkflowInternalError where the instance has used its state limit up. When a method returns, what it says is
-    durable.
+    durable; those that every step needs, `begin_attempt` and `finish_step`, return at once and say so by `told`.
     """
 
     steps: dict[StepKey, StepRecord]
     """All steps of earlier segments and of this one."""
 
     @abstractmethod
-    async def begin_attempt(self, record: StepRecord) -> None:
+    def begin_attempt(self, record: StepRecord, told: Told) -> None:
         """Store that attempt `record.attempt` starts (and the step, at its first)."""
 
     @abstractmethod
-    async def finish_step(self, record: StepRecord) -> None:
+    def finish_step(self, record: StepRecord, told: Told) -> None:
         """Store the step's final state: output or failure."""
 
     @abstractmethod

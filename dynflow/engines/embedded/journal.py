@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dynflow.clock import Clock
-from dynflow.engines import InstanceRef, Journal, Limits, StepKey, StepRecord, shown_name
+from dynflow.engines import InstanceRef, Journal, Limits, StepKey, StepRecord, Told, shown_name
 from dynflow.engines.embedded import instances, steps
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.storage import Storage
@@ -34,19 +34,27 @@ class EmbeddedJournal(Journal):
         self._ref, self._lease = ref, lease
         self._state_limit = limits.state
 
-    async def begin_attempt(self, record: StepRecord) -> None:
+    def begin_attempt(self, record: StepRecord, told: Told) -> None:
         """Store that an attempt starts."""
         lease, limit = self._lease, self._state_limit
-        number = await self._storage.submit(lambda db: steps.begin_attempt(db, lease, record, limit))
-        if self._telling.is_heard(self._ref):
-            self._telling.tell(self._ref, (attempt_started(record, number),))
 
-    async def finish_step(self, record: StepRecord) -> None:
+        def durable(number: int | None, error: BaseException | None) -> None:
+            if number is not None and self._telling.is_heard(self._ref):
+                self._telling.tell(self._ref, (attempt_started(record, number),))
+            told(error)
+
+        self._storage.tell(lambda db: steps.begin_attempt(db, lease, record, limit), durable)
+
+    def finish_step(self, record: StepRecord, told: Told) -> None:
         """Store a step's final state."""
         lease = self._lease
-        number = await self._storage.submit(lambda db: steps.finish_step(db, lease, record))
-        if self._telling.is_heard(self._ref):
-            self._telling.tell(self._ref, (step_ended(record, number),))
+
+        def durable(number: int | None, error: BaseException | None) -> None:
+            if number is not None and self._telling.is_heard(self._ref):
+                self._telling.tell(self._ref, (step_ended(record, number),))
+            told(error)
+
+        self._storage.tell(lambda db: steps.finish_step(db, lease, record), durable)
 
     async def delay_retry(self, record: StepRecord) -> None:
         """Store a failed attempt."""
@@ -70,9 +78,13 @@ class EmbeddedJournal(Journal):
     async def cancel(self, record: StepRecord) -> list[StepRecord]:
         """Store that the workflow cancelled the step, unless it has ended."""
         lease, now = self._lease, self._clock.now_us()
-        state, happened, waiters = await self._storage.submit(lambda db: steps.cancel(db, lease, record, now))
+
+        def told(cancelled: steps.Cancelled | None, _: BaseException | None) -> None:
+            if cancelled is not None:
+                self._telling.tell(self._ref, cancelled[1])
+
+        state, _, waiters = await self._storage.submit(lambda db: steps.cancel(db, lease, record, now), told)
         record.state = state
-        self._telling.tell(self._ref, happened)
         return waiters
 
     async def pin(self, digest: str, modules: Mapping[str, str]) -> Mapping[str, str]:
@@ -80,4 +92,7 @@ class EmbeddedJournal(Journal):
         return await self._storage.submit(lambda db: instances.pin(db, self._lease, digest, modules))
 
     async def _write(self, operation: Operation[list[Happened]]) -> None:
-        self._telling.tell(self._ref, await self._storage.submit(operation))
+        def told(happened: list[Happened] | None, _: BaseException | None) -> None:
+            self._telling.tell(self._ref, happened or ())
+
+        await self._storage.submit(operation, told)  # told whatever becomes of the step

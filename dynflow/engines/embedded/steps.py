@@ -178,9 +178,10 @@ def end_wait(
     return [happened]
 
 
-def cancel(
-    db: Connection, lease: Lease, record: StepRecord, now: int
-) -> tuple[StepState, list[Happened], list[StepRecord]]:
+Cancelled = tuple[StepState, list[Happened], list[StepRecord]]
+
+
+def cancel(db: Connection, lease: Lease, record: StepRecord, now: int) -> Cancelled:
     """Store that the workflow cancelled a step; returns its state, what happened, and the waits that this ended.
 
     A step that has ended stays as it is, except a wait: the workflow was not given its event, which goes to the

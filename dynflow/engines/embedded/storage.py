@@ -46,6 +46,13 @@ class Storage:
             raise EngineClosedError("the engine is closed: use it inside `async with engine`")
         return self._writer.submit(operation, told)
 
+    def tell(self, operation: Operation[T], told: Told[T]) -> None:
+        """Do as `submit` does, with nobody who awaits it: every error, too, comes to `told`."""
+        if self._writer is None:
+            told(None, EngineClosedError("the engine is closed: use it inside `async with engine`"))
+        else:
+            self._writer.tell(operation, told)
+
     def refuse(self) -> Writer | None:
         """Take no more operations; returns the writer, to be closed."""
         writer, self._writer = self._writer, None

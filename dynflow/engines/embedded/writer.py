@@ -30,7 +30,7 @@ _ENOUGH = 64
 Told = Callable[[T | None, BaseException | None], None]
 """What is called on the loop with an operation's result or its error, whatever becomes of whoever awaits it."""
 
-_Promise = tuple[asyncio.Future[Any], Told[Any] | None]
+_Promise = tuple[asyncio.Future[Any] | None, Told[Any] | None]
 _Item = tuple[Operation[Any], _Promise]
 _Outcome = tuple[_Promise, Any, BaseException | None]
 
@@ -64,6 +64,13 @@ class Writer:
         future: asyncio.Future[T] = self._loop.create_future()
         self._queue.put((operation, (future, told)))
         return future
+
+    def tell(self, operation: Operation[T], told: Told[T]) -> None:
+        """Do as `submit` does, with nobody who awaits it: every error, too, comes to `told`."""
+        if self._closed:
+            told(None, EngineClosedError("the engine is closed: use it inside `async with engine`"))
+        else:
+            self._queue.put((operation, (None, told)))
 
     async def close(self) -> None:
         """Commit what was submitted, then close the file."""
@@ -158,7 +165,7 @@ def _resolve_all(outcomes: Iterable[_Outcome]) -> None:
     left = iter(outcomes)
     try:
         for (future, told), result, error in left:
-            if future.done():  # whoever awaited it was cancelled
+            if future is None or future.done():  # nobody awaits it, or was cancelled
                 pass
             elif error is None:
                 future.set_result(result)

@@ -30,6 +30,11 @@ def is_reference(value: str | None) -> bool:
     return value is not None and value.startswith(_MARK)
 
 
+def is_inline(value: bytes | None) -> bool:
+    """Whether an encoded value travels as it is: `Aside.put` has nothing to await then."""
+    return value is None or len(value) <= _INLINE
+
+
 class Blobs(ABC):
     """Where large values are kept. Every worker and every caller of an engine must reach the same place.
 
@@ -96,7 +101,7 @@ class Aside:
         """Return the value as entries have it: itself, or a reference to it once it is kept."""
         if value is None:
             return None
-        if len(value) <= _INLINE:
+        if is_inline(value):
             return value.decode()
         return await self.keep(value)
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from dynflow.clock import Clock, to_datetime
-from dynflow.engines import Journal, Limits, StepRecord, shown_name
+from dynflow.engines import Journal, Limits, StepRecord, Told, shown_name
 from dynflow.engines.happened import Happened
-from dynflow.engines.temporal.blobs import Aside
+from dynflow.engines.temporal.blobs import Aside, is_inline
 from dynflow.engines.temporal.book import Book, Entry, Letter, Line, config_text, failure_text
 from dynflow.engines.temporal.lease import Lease
-from dynflow.errors import WorkflowTimeoutError
+from dynflow.errors import LeaseLostError, StorageError, WorkflowInternalError, WorkflowTimeoutError
 from dynflow.failure import Failure
 from dynflow.serialization import decode, encode
 from dynflow.types import Event
@@ -29,6 +29,7 @@ class TemporalJournal(Journal):
         self.steps = {}
         self._book, self._lease, self._aside = book, lease, aside
         self._clock, self._limits, self._tell = clock, limits, tell
+        self._putting: set[asyncio.Task[None]] = set()
 
     async def read(self) -> None:
         """Read the steps that the book has. Raises ValueError where one cannot be read."""
@@ -36,19 +37,41 @@ class TemporalJournal(Journal):
         for record in await asyncio.gather(*(shown(line, self._aside) for line in lines)):
             self.steps[record.key] = record
 
-    async def begin_attempt(self, record: StepRecord) -> None:
+    def begin_attempt(self, record: StepRecord, told: Told) -> None:
         """Store that an attempt starts."""
-        self._book.check_room(self._limits.state)
+        try:
+            self._book.check_room(self._limits.state)
+        except WorkflowInternalError as error:
+            told(error)
+            return
         config = None if record.config is None else config_text(record.config)
-        await self._record(
-            ["begin", record.seq, list(record.key), record.attempt, config, record.attempt_at]
-        )  # fmt: skip
+        self._tell_when_made(
+            ["begin", record.seq, list(record.key), record.attempt, config, record.attempt_at], told
+        )
 
-    async def finish_step(self, record: StepRecord) -> None:
+    def finish_step(self, record: StepRecord, told: Told) -> None:
         """Store a step's final state."""
-        output = await self._aside.put(record.output)
+        if is_inline(record.output):
+            self._finish(record, None if record.output is None else record.output.decode(), told)
+            return
+        putting = asyncio.get_running_loop().create_task(self._put_and_finish(record, told))
+        self._putting.add(putting)
+        putting.add_done_callback(self._putting.discard)
+
+    async def _put_and_finish(self, record: StepRecord, told: Told) -> None:
+        try:
+            output = await self._aside.put(record.output)
+        except Exception as error:  # noqa: BLE001 - whatever keeps it from being stored is for `told`
+            told(error)
+            return
+        if record.state == "cancelled":  # by the workflow, meanwhile
+            told(None)
+        else:
+            self._finish(record, output, told)
+
+    def _finish(self, record: StepRecord, output: str | None, told: Told) -> None:
         failure = failure_text(record.failure) if record.state == "errored" else None
-        await self._record(["finish", record.seq, record.state, output, failure, record.ended_at])
+        self._tell_when_made(["finish", record.seq, record.state, output, failure, record.ended_at], told)
 
     async def delay_retry(self, record: StepRecord) -> None:
         """Store a failed attempt."""
@@ -140,13 +163,23 @@ class TemporalJournal(Journal):
     async def _made(self, entries: Sequence[Entry], happened: list[Happened]) -> None:
         """Return when the entries, which the book has, are durable; then what happened is told, whoever waits."""
         if entries:
-            last = [self._lease.record(entry) for entry in entries][-1]
-            last.add_done_callback(
-                lambda done: (
-                    None if done.cancelled() or done.exception() is not None else self._tell(happened)
-                )
-            )
-            await asyncio.shield(last)
+            await asyncio.shield(self._keep(entries, happened))
+
+    def _tell_when_made(self, entry: Entry, told: Told) -> None:
+        """Have the book and the lease keep an entry, and say when it is durable."""
+        try:
+            last = self._keep([entry], self._book.apply(entry))
+        except (LeaseLostError, StorageError) as error:
+            told(error)
+        else:
+            last.add_done_callback(lambda done: None if done.cancelled() else told(done.exception()))
+
+    def _keep(self, entries: Sequence[Entry], happened: list[Happened]) -> asyncio.Future[None]:
+        last = [self._lease.record(entry) for entry in entries][-1]
+        last.add_done_callback(
+            lambda done: None if done.cancelled() or done.exception() is not None else self._tell(happened)
+        )
+        return last
 
     async def _read_back(self, record: StepRecord) -> None:
         kept = await shown(self._book.lines[record.seq], self._aside)
