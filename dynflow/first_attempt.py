@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from dynflow.calling import Scope, awaited, call_now, enter, is_awaitable, leave
 from dynflow.errors import LeaseLostError
+from dynflow.serialization import copy_of
 from dynflow.step import attempt_until_final, complete, judge, open_attempt, prepared, stored
 from dynflow.step_host import StepFuture, StepHost, final_result
 from dynflow.types import StepContext
@@ -44,10 +45,11 @@ class FirstAttempt:
     Raises WorkflowFatalError where the call is none. The callback runs in a copy of the caller's context.
     """
 
-    __slots__ = ("_context", "_ctx", "_future", "_host", "_record", "_scope", "_work")
+    __slots__ = ("_context", "_ctx", "_future", "_host", "_record", "_result", "_scope", "_work")
 
     _ctx: StepContext
     _scope: Scope
+    _result: Any
 
     def __init__(self, call: StepCall, future: StepFuture, host: FirstAttemptHost) -> None:
         self._work, self._record = prepared(call, None, host)
@@ -69,6 +71,7 @@ class FirstAttempt:
                 self._host.go_on(self._future, partial(self._finish, begun), self._context)
                 return
             complete(self._record, begun, self._work, self._host)
+            self._result = begun
         except LeaseLostError as lost:
             self._host.answer(self._future, None, lost)
         except Exception as raised:  # noqa: BLE001 - whatever the tenant's callback raises is the attempt's outcome
@@ -83,7 +86,7 @@ class FirstAttempt:
         return call_now(work.callback, ctx, ctx, work.config.timeout, self._host.clock)
 
     def _ended(self, error: BaseException | None) -> None:
-        self._host.answer(self._future, None if error is not None else final_result(self._record), error)
+        self._host.answer(self._future, copy_of(self._result, self._record.output), error)
 
     # --- what needs a task ---
 

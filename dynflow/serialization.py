@@ -81,6 +81,17 @@ def decode(data: bytes | str) -> Any:
         raise ValueError(f"not an encoded value: {error!r}") from error
 
 
+# Nobody can change a value of these types, and what `decode` makes of it is equal.
+_UNCHANGING = frozenset({type(None), bool, int, float, str})
+
+
+def copy_of(value: object, encoded: bytes | None) -> Any:
+    """Return what `decode` makes of `value` as it was encoded; nothing has to be decoded for plain scalars."""
+    if encoded is None or type(value) in _UNCHANGING:
+        return value
+    return decode(encoded)
+
+
 def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not part of the format")
 
