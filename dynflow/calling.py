@@ -17,21 +17,17 @@ from typing import Any
 from dynflow.clock import MICROSECOND, Clock
 from dynflow.errors import WorkflowFatalError, WorkflowTimeoutError
 from dynflow.types import StepContext
-from dynflow.workflow import Attempt, Callback, begin, current_attempt, current_step
+from dynflow.workflow import Attempt, Callback, begin, current_attempt
 
-Scope = tuple[Token[StepContext | None], Token[Attempt | None]]
+Scope = Token[Attempt | None]
 
 
 def enter(ctx: StepContext, path: str) -> Scope:
     """Make the current context that of an attempt, until `leave`; `path`: see `Attempt`."""
-    return current_step.set(ctx), current_attempt.set(Attempt(path))
+    return current_attempt.set(Attempt(ctx, path))
 
 
-def leave(scope: Scope) -> None:
-    """Make the context what it was before `enter`."""
-    step, attempt = scope
-    current_step.reset(step)
-    current_attempt.reset(attempt)
+leave = current_attempt.reset
 
 
 def call_now(

@@ -13,7 +13,7 @@ from dynflow.errors import WorkflowFatalError
 from dynflow.failure import Failure
 from dynflow.serialization import decode
 from dynflow.step_config import StepConfig
-from dynflow.workflow import StepCall, current_step
+from dynflow.workflow import StepCall, current_attempt
 
 _LONGEST_NAME = 256
 
@@ -88,7 +88,7 @@ def is_inner() -> bool:
     That attempt is under way: a pause lets it finish. And no replay repeats it, so that what it cancelled, a later
     attempt may call again.
     """
-    return current_step.get() is not None
+    return current_attempt.get() is not None
 
 
 class StepFuture(asyncio.Future[Any]):

@@ -25,23 +25,32 @@ T = TypeVar("T")
 current_env: ContextVar[Any] = ContextVar("current_env")
 """The bindings of the entrypoint that is running: how a tenant's helper finds `env` without being handed it."""
 
-current_step: ContextVar[StepContext | None] = ContextVar("current_step", default=None)
-"""The step attempt that is running, None outside of a step."""
-
 
 @dataclass(slots=True)
 class Attempt:
-    """The attempt that is running, for the steps within it: each attempt calls them anew, from the first on.
+    """The attempt that is running. The steps within it are called anew by each attempt, from the first on.
 
     `path` is what their stored names begin with; `counts` how often each has been called in this attempt.
     """
 
+    ctx: StepContext
     path: str = ""
     counts: dict[tuple[StepKind, Any], int] = field(default_factory=dict)
 
 
 current_attempt: ContextVar[Attempt | None] = ContextVar("current_attempt", default=None)
 """The attempt within which steps are called, None where `run` itself calls them."""
+
+
+class _CurrentStep:
+    def get(self) -> StepContext | None:
+        """Return the context of the step attempt that is running, None outside of a step."""
+        attempt = current_attempt.get()
+        return None if attempt is None else attempt.ctx
+
+
+current_step = _CurrentStep()
+"""The step attempt that is running, as its callback is told of it."""
 
 
 class WorkflowEntrypoint:

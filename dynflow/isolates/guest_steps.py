@@ -11,7 +11,7 @@ from dynflow.failure import Failure, RemoteError
 from dynflow.isolates.wire import Call, Peer
 from dynflow.serialization import pack
 from dynflow.types import RollbackContext
-from dynflow.workflow import Attempt, Callback, StepCall, current_attempt, current_step, invoke
+from dynflow.workflow import Attempt, Callback, StepCall, current_attempt, invoke
 
 current_scope: ContextVar[int | None] = ContextVar("current_scope", default=None)
 """The id of the host's call that this code is part of: its own calls of the host name it."""
@@ -40,8 +40,8 @@ class Callbacks:
         """Perform the host's call of a callback."""
         number, argument, *more = call.args
         callback = self._functions[number]
-        current_step.set(argument.ctx if isinstance(argument, RollbackContext) else argument)
-        current_attempt.set(Attempt())  # the host knows the path
+        ctx = argument.ctx if isinstance(argument, RollbackContext) else argument
+        current_attempt.set(Attempt(ctx))  # the host knows the path
         if call.method == "delay":
             result = callback(argument, _error_of(*more))
             return await result if hasattr(result, "__await__") else result

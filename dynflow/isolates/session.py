@@ -23,7 +23,7 @@ from dynflow.isolates.process import CANCEL_GRACE, ENDED, Isolate
 from dynflow.isolates.wire import Call, CallFuture
 from dynflow.loop import outside
 from dynflow.types import RollbackContext, StepContext
-from dynflow.workflow import StepCall, current_attempt, current_step
+from dynflow.workflow import StepCall, current_attempt
 
 # The guest counts the steps of a name; no instance can have as many, and databases hold no larger number.
 _MOST_OF_ONE_NAME = 1 << 31
@@ -164,12 +164,10 @@ class Session:
         )
         scope = self._scopes.get(call.scope) if call.scope is not None else None
         # Whose inner step it is.
-        token = current_step.set(None if scope is None else scope.caller.step)
         within = current_attempt.set(None if scope is None else scope.attempt)
         try:
             return self._port.call(step)
         finally:
-            current_step.reset(token)
             current_attempt.reset(within)
 
     def _function(self, what: str, number: int) -> Any:

@@ -30,7 +30,7 @@ from dynflow.isolates import (
 )
 from dynflow.loop import WorkflowLoop
 from dynflow.types import RollbackContext, StepContext, StepInfo, WorkflowEvent
-from dynflow.workflow import StepCall, WorkflowStep, current_step, invoke
+from dynflow.workflow import Attempt, StepCall, WorkflowStep, current_attempt, invoke
 
 
 @pytest.fixture(params=["process", "trusted"])
@@ -94,7 +94,7 @@ class Segment:
         assert call.callback is not None
         self.attempts += 1
         ctx = StepContext(StepInfo(call.name, call.count), self.attempts, {})
-        current_step.set(ctx)
+        current_attempt.set(Attempt(ctx))
         try:
             future.set_result(await invoke(call.callback, ctx))
         except Exception as error:  # noqa: BLE001 - as a real segment does
