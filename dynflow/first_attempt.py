@@ -45,10 +45,8 @@ class FirstAttempt:
     Raises WorkflowFatalError where the call is none. The callback runs in a copy of the caller's context.
     """
 
-    __slots__ = ("_context", "_ctx", "_future", "_host", "_record", "_result", "_scope", "_work")
+    __slots__ = ("_context", "_future", "_host", "_record", "_result", "_work")
 
-    _ctx: StepContext
-    _scope: Scope
     _result: Any
 
     def __init__(self, call: StepCall, future: StepFuture, host: FirstAttemptHost) -> None:
@@ -65,45 +63,42 @@ class FirstAttempt:
         if error is not None or not self._host.is_wanted(self._future):
             self._host.answer(self._future, None, error)
             return
+        work, context, ctx = self._work, self._context, self._work.context(1)
+        del self._context  # what hangs on it goes now, not when the end is stored
+        scope = context.run(enter, ctx, self._record.path)
         try:
-            begun = self._context.run(self._call)
+            begun = context.run(call_now, work.callback, ctx, ctx, work.config.timeout, self._host.clock)
             if is_awaitable(begun):
-                self._host.go_on(self._future, partial(self._finish, begun), self._context)
+                self._host.go_on(self._future, partial(self._finish, begun, ctx, scope), context)
                 return
-            complete(self._record, begun, self._work, self._host)
+            complete(self._record, begun, work, self._host)
             self._result = begun
         except LeaseLostError as lost:
             self._host.answer(self._future, None, lost)
         except Exception as raised:  # noqa: BLE001 - whatever the tenant's callback raises is the attempt's outcome
-            self._host.go_on(self._future, partial(self._fail, raised), self._context)
+            self._host.go_on(self._future, partial(self._fail, raised, scope), context)
         else:
             self._host.journal.finish_step(self._record, self._ended)
-
-    def _call(self) -> Any:
-        work = self._work
-        ctx = self._ctx = work.context(1)
-        self._scope = enter(ctx, self._record.path)
-        return call_now(work.callback, ctx, ctx, work.config.timeout, self._host.clock)
 
     def _ended(self, error: BaseException | None) -> None:
         self._host.answer(self._future, copy_of(self._result, self._record.output), error)
 
     # --- what needs a task ---
 
-    async def _finish(self, begun: Any) -> Any:
+    async def _finish(self, begun: Any, ctx: StepContext, scope: Scope) -> Any:
         work, record, host = self._work, self._record, self._host
         try:
-            result = await awaited(begun, self._ctx, work.config.timeout, host.clock)
+            result = await awaited(begun, ctx, work.config.timeout, host.clock)
             complete(record, result, work, host)
         except LeaseLostError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever the tenant's callback raises is the attempt's outcome
-            return await self._fail(error)
-        leave(self._scope)
+            return await self._fail(error, scope)
+        leave(scope)
         await stored(host.journal.finish_step, record)
         return final_result(record)
 
-    async def _fail(self, error: Exception) -> Any:
-        leave(self._scope)
+    async def _fail(self, error: Exception, scope: Scope) -> Any:
+        leave(scope)
         await judge(error, self._work, self._record, self._host)
         return await attempt_until_final(self._work, self._record, self._host)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from dynflow.binding import WorkflowInstance
 from dynflow.engines.embedded import EmbeddedEngine
-from dynflow.engines.embedded.writer import Operation, Writer
+from dynflow.engines.embedded.writer import Job, Operation, Writer
 from dynflow.errors import IllegalMoveError
 from dynflow.types import RollbackContext
 from dynflow.workflow import WorkflowEntrypoint
@@ -74,6 +74,27 @@ def _process(folder: Path, scenario: str, number: int, moment: Moment) -> None:
     (folder / "answer").write_text(f"{counting.count} {outcome}")
 
 
+class _Ran(Job):
+    """Runs something else than a job of the writer's, which gets the outcome."""
+
+    def __init__(self, operation: Operation[Any], job: Job | None) -> None:
+        self.operation, self.job = operation, job
+
+    def run(self, db: Any) -> Any:
+        """Run it."""
+        job = self.job or self
+        job.error = None
+        try:
+            job.result = self.operation(db)
+        except Exception as error:
+            job.error = error
+            raise
+        return job.result
+
+    def tell(self) -> None:
+        """Nobody is told but the writer's own job."""
+
+
 class Counting:
     """Counts operations that change something, and kills the process around the transaction of the chosen one.
 
@@ -87,14 +108,12 @@ class Counting:
         """Wrap the writer's transaction."""
         original = Writer._transaction
 
-        def transaction(writer: Writer, group: list[tuple[Operation[Any], Any]]) -> Any:
+        def transaction(writer: Writer, group: list[Job]) -> None:
             before = self.count
             # The last of the group: what is about to be committed when it is called.
-            nobody = (writer._loop.create_future(), None)
-            last = (lambda _: self.kill_if("before", before), nobody)
-            outcomes = original(writer, [*((self.counted(each), promise) for each, promise in group), last])
+            last = _Ran(lambda _: self.kill_if("before", before), None)
+            original(writer, [*(_Ran(self.counted(each.run), each) for each in group), last])
             self.kill_if("after", before)
-            return outcomes
 
         setattr(Writer, "_transaction", transaction)  # noqa: B010 - a method replaced by a function
 

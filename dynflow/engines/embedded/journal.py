@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from dynflow.clock import Clock
 from dynflow.engines import InstanceRef, Journal, Limits, StepKey, StepRecord, Told, shown_name
 from dynflow.engines.embedded import instances, steps
+from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.storage import Storage
-from dynflow.engines.embedded.writer import Operation
+from dynflow.engines.embedded.writer import Job, Operation
 from dynflow.engines.happened import Happened, attempt_started, step_ended
 from dynflow.engines.telling import Telling
 from dynflow.errors import WorkflowTimeoutError
 from dynflow.failure import Failure
+
+
+class _Recording(Job):
+    """What every step records; `_happened` makes what is told of it, with its number."""
+
+    __slots__ = ("_journal", "_record", "_told")
+    _happened: Callable[[StepRecord, int], Happened]
+
+    def __init__(self, journal: EmbeddedJournal, record: StepRecord, told: Told) -> None:
+        self._journal, self._record, self._told = journal, record, told
+        self.error = None
+
+    def tell(self) -> None:
+        error = self.error
+        if error is None and self._journal.is_heard:
+            self._journal.tell((self._happened(self._record, self.result),))
+        self._told(error)
+
+
+class _Begin(_Recording):
+    __slots__ = ()
+    _happened = staticmethod(attempt_started)
+
+    def run(self, db: Connection) -> int:
+        journal = self._journal
+        return steps.begin_attempt(db, journal.lease, self._record, journal.state_limit)
+
+
+class _Finish(_Recording):
+    __slots__ = ()
+    _happened = staticmethod(step_ended)
+
+    def run(self, db: Connection) -> int:
+        return steps.finish_step(db, self._journal.lease, self._record)
 
 
 class EmbeddedJournal(Journal):
@@ -31,38 +66,24 @@ class EmbeddedJournal(Journal):
     ) -> None:
         self.steps = records
         self._storage, self._telling, self._clock = storage, telling, clock
-        self._ref, self._lease = ref, lease
-        self._state_limit = limits.state
+        self._ref, self.lease = ref, lease
+        self.state_limit = limits.state
 
     def begin_attempt(self, record: StepRecord, told: Told) -> None:
         """Store that an attempt starts."""
-        lease, limit = self._lease, self._state_limit
-
-        def durable(number: int | None, error: BaseException | None) -> None:
-            if number is not None and self._telling.is_heard(self._ref):
-                self._telling.tell(self._ref, (attempt_started(record, number),))
-            told(error)
-
-        self._storage.tell(lambda db: steps.begin_attempt(db, lease, record, limit), durable)
+        self._storage.put(_Begin(self, record, told))
 
     def finish_step(self, record: StepRecord, told: Told) -> None:
         """Store a step's final state."""
-        lease = self._lease
-
-        def durable(number: int | None, error: BaseException | None) -> None:
-            if number is not None and self._telling.is_heard(self._ref):
-                self._telling.tell(self._ref, (step_ended(record, number),))
-            told(error)
-
-        self._storage.tell(lambda db: steps.finish_step(db, lease, record), durable)
+        self._storage.put(_Finish(self, record, told))
 
     async def delay_retry(self, record: StepRecord) -> None:
         """Store a failed attempt."""
-        await self._write(lambda db: [steps.delay_retry(db, self._lease, record)])
+        await self._write(lambda db: [steps.delay_retry(db, self.lease, record)])
 
     async def begin_wait(self, record: StepRecord) -> None:
         """Store a sleep or a wait."""
-        lease, limit = self._lease, self._state_limit
+        lease, limit = self.lease, self.state_limit
         await self._write(lambda db: steps.begin_wait(db, lease, record, limit))
 
     async def end_wait(self, record: StepRecord) -> None:
@@ -73,11 +94,11 @@ class EmbeddedJournal(Journal):
             )
         )
         now = self._clock.now_us()
-        await self._write(lambda db: steps.end_wait(db, self._lease, record, timed_out, now))
+        await self._write(lambda db: steps.end_wait(db, self.lease, record, timed_out, now))
 
     async def cancel(self, record: StepRecord) -> list[StepRecord]:
         """Store that the workflow cancelled the step, unless it has ended."""
-        lease, now = self._lease, self._clock.now_us()
+        lease, now = self.lease, self._clock.now_us()
 
         def told(cancelled: steps.Cancelled | None, _: BaseException | None) -> None:
             if cancelled is not None:
@@ -89,10 +110,19 @@ class EmbeddedJournal(Journal):
 
     async def pin(self, digest: str, modules: Mapping[str, str]) -> Mapping[str, str]:
         """Return the pinned code."""
-        return await self._storage.submit(lambda db: instances.pin(db, self._lease, digest, modules))
+        return await self._storage.submit(lambda db: instances.pin(db, self.lease, digest, modules))
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody wants to hear what happens to the instance."""
+        return self._telling.is_heard(self._ref)
+
+    def tell(self, happened: Iterable[Happened]) -> None:
+        """Tell what has happened to the instance."""
+        self._telling.tell(self._ref, happened)
 
     async def _write(self, operation: Operation[list[Happened]]) -> None:
         def told(happened: list[Happened] | None, _: BaseException | None) -> None:
-            self._telling.tell(self._ref, happened or ())
+            self.tell(happened or ())
 
         await self._storage.submit(operation, told)  # told whatever becomes of the step

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dynflow.engines.embedded.database import Synchronous
-from dynflow.engines.embedded.writer import Operation, Told, Writer
+from dynflow.engines.embedded.writer import CLOSED, Job, Operation, Told, Writer
 from dynflow.errors import EngineClosedError
 
 T = TypeVar("T")
@@ -43,15 +43,16 @@ class Storage:
         `told` is called with the result or the error before that, whatever becomes of whoever awaits it.
         """
         if self._writer is None:
-            raise EngineClosedError("the engine is closed: use it inside `async with engine`")
+            raise EngineClosedError(CLOSED)
         return self._writer.submit(operation, told)
 
-    def tell(self, operation: Operation[T], told: Told[T]) -> None:
-        """Do as `submit` does, with nobody who awaits it: every error, too, comes to `told`."""
+    def put(self, job: Job) -> None:
+        """Have a job done; every error, too, comes to its `tell`."""
         if self._writer is None:
-            told(None, EngineClosedError("the engine is closed: use it inside `async with engine`"))
+            job.error = EngineClosedError(CLOSED)
+            job.tell()
         else:
-            self._writer.tell(operation, told)
+            self._writer.put(job)
 
     def refuse(self) -> Writer | None:
         """Take no more operations; returns the writer, to be closed."""

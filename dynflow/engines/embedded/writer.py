@@ -13,13 +13,16 @@ import asyncio
 import queue
 import sqlite3
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.database import Database, Synchronous, trouble
 from dynflow.errors import EngineClosedError, StorageError
+
+CLOSED = "the engine is closed: use it inside `async with engine`"
 
 T = TypeVar("T")
 Operation = Callable[[Connection], T]
@@ -30,9 +33,49 @@ _ENOUGH = 64
 Told = Callable[[T | None, BaseException | None], None]
 """What is called on the loop with an operation's result or its error, whatever becomes of whoever awaits it."""
 
-_Promise = tuple[asyncio.Future[Any] | None, Told[Any] | None]
-_Item = tuple[Operation[Any], _Promise]
-_Outcome = tuple[_Promise, Any, BaseException | None]
+
+class Job(ABC):
+    """Something to be done in a transaction: `run` in the writer's thread, then `tell` on the loop.
+
+    One object for all that is kept of it on its way: there are as many of them as callers, and Python's collector
+    looks at each. `result` is there where `error` is None.
+    """
+
+    __slots__ = ("error", "result")
+
+    result: Any
+    error: BaseException | None
+
+    @abstractmethod
+    def run(self, db: Connection) -> Any:
+        """Do it, once again where the transaction was rolled back; returns the result."""
+
+    @abstractmethod
+    def tell(self) -> None:
+        """Say how it ended, once that is durable."""
+
+
+class _Submitted(Job, Generic[T]):
+    __slots__ = ("_future", "_operation", "_told")
+
+    def __init__(self, operation: Operation[T], future: asyncio.Future[T], told: Told[T] | None) -> None:
+        self._operation, self._future, self._told = operation, future, told
+        self.error = None
+
+    def run(self, db: Connection) -> T:
+        return self._operation(db)
+
+    def tell(self) -> None:
+        future, error = self._future, self.error
+        result: Any = self.result if error is None else None
+        if future.done():  # whoever awaited it was cancelled
+            pass
+        elif error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+        if self._told is not None:
+            self._told(result, error)
 
 
 class Writer:
@@ -40,7 +83,7 @@ class Writer:
 
     def __init__(self, path: Path, synchronous: Synchronous, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._database = Database(path, synchronous)
         self._db = self._database.connection
         try:
@@ -49,7 +92,7 @@ class Writer:
             self._database.close()
             raise trouble(path, error) from None
         self._closed = False
-        self._durable: list[_Outcome] = []  # the last group's outcomes, not told yet
+        self._durable: list[Job] = []  # the last group, not told yet
         self._thread = threading.Thread(target=self._run, name="dynflow-writer", daemon=True)
         self._thread.start()
 
@@ -59,18 +102,15 @@ class Writer:
         An operation raises before it has changed anything; what it raises is the future's. When storage fails,
         StorageError: nothing of the operation was stored. `told` is called before whoever awaits the future goes on.
         """
-        if self._closed:
-            raise EngineClosedError("the engine is closed: use it inside `async with engine`")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queue.put((operation, (future, told)))
+        self.put(_Submitted(operation, future, told))
         return future
 
-    def tell(self, operation: Operation[T], told: Told[T]) -> None:
-        """Do as `submit` does, with nobody who awaits it: every error, too, comes to `told`."""
+    def put(self, job: Job) -> None:
+        """Have a job done as `submit` does. Raises EngineClosedError."""
         if self._closed:
-            told(None, EngineClosedError("the engine is closed: use it inside `async with engine`"))
-        else:
-            self._queue.put((operation, (None, told)))
+            raise EngineClosedError(CLOSED)
+        self._queue.put(job)
 
     async def close(self) -> None:
         """Commit what was submitted, then close the file."""
@@ -88,69 +128,68 @@ class Writer:
         while open_:
             group, open_ = self._next_group()
             if group:
-                outcomes = self._commit(group)
+                self._commit(group)
                 self._tell()
-                self._durable = outcomes
+                self._durable = group
         self._tell()
 
     def _tell(self) -> None:
-        """Resolve the futures of the last group."""
+        """Tell the last group."""
         if self._durable:
-            self._loop.call_soon_threadsafe(_resolve_all, self._durable)
+            self._loop.call_soon_threadsafe(_tell_all, self._durable)
             self._durable = []
 
-    def _next_group(self) -> tuple[list[_Item], bool]:
+    def _next_group(self) -> tuple[list[Job], bool]:
         if self._queue.empty():
             self._tell()  # nobody is left to wait for
-        group: list[_Item] = []
-        item = self._queue.get()
+        group: list[Job] = []
+        job = self._queue.get()
         most = max(_ENOUGH, (self._queue.qsize() + 1) // 2)
-        while item is not None:
-            group.append(item)
+        while job is not None:
+            group.append(job)
             if len(group) == most:
                 return group, True
             try:
-                item = self._queue.get_nowait()
+                job = self._queue.get_nowait()
             except queue.Empty:
                 return group, True
         return group, False
 
-    def _commit(self, group: list[_Item]) -> list[_Outcome]:
+    def _commit(self, group: list[Job]) -> None:
         try:
             self._database.check()
-            return self._transaction(group)
+            self._transaction(group)
         except StorageError as damage:
-            return [(promise, None, damage) for _, promise in group]
+            for job in group:
+                job.error = damage
         except (sqlite3.Error, OSError, _CutOffError) as error:
             if len(group) == 1:
-                reason = (
+                group[0].error = (
                     error.reason if isinstance(error, _CutOffError) else trouble(self._database.path, error)
                 )
-                return [(group[0][1], None, reason)]
-            # One at a time, so that only what cannot be stored fails.
-            return [outcome for item in group for outcome in self._commit([item])]
+                return
+            for job in group:  # one at a time, so that only what cannot be stored fails
+                self._commit([job])
 
-    def _transaction(self, group: list[_Item]) -> list[_Outcome]:
-        outcomes: list[_Outcome] = []
+    def _transaction(self, group: list[Job]) -> None:
         db = self._db
         db.begin()
         try:
-            for operation, promise in group:
-                before = db.changes()
+            for job in group:
+                before, job.error = db.changes(), None
                 try:
-                    outcomes.append((promise, operation(db), None))
+                    job.result = job.run(db)
                 except (sqlite3.Error, OSError):
                     raise
                 except Exception as error:
                     if db.changes() != before:  # half of it must not be stored
                         raise _CutOffError(error) from error
-                    outcomes.append((promise, None, error))
+                    job.error = error
             self._tell()
             db.end()
         except BaseException:
             db.undo()
             raise
-        return outcomes
 
 
 class _CutOffError(Exception):
@@ -161,19 +200,12 @@ class _CutOffError(Exception):
         self.reason = reason
 
 
-def _resolve_all(outcomes: Iterable[_Outcome]) -> None:
-    left = iter(outcomes)
+def _tell_all(jobs: Iterable[Job]) -> None:
+    left = iter(jobs)
     try:
-        for (future, told), result, error in left:
-            if future is None or future.done():  # nobody awaits it, or was cancelled
-                pass
-            elif error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-            if told is not None:
-                told(result, error)
+        for job in left:
+            job.tell()
     finally:
         rest = list(left)
-        if rest:  # `told` raised, which the loop will hear of
-            asyncio.get_running_loop().call_soon(_resolve_all, rest)
+        if rest:  # `tell` raised, which the loop will hear of
+            asyncio.get_running_loop().call_soon(_tell_all, rest)
