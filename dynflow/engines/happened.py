@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from dynflow.engines import StepRecord, shown_name
 from dynflow.failure import Failure
-
-ENDS = frozenset({"workflow.completed", "workflow.errored", "workflow.terminated"})
+from dynflow.types import Status
 
 
 class Happened(NamedTuple):
@@ -38,6 +37,24 @@ def error_data(failure: Failure) -> dict[str, str]:
 def queued(created_at: int) -> Happened:
     """Return the first event of every instance."""
     return Happened(1, created_at, ("workflow.queued",), {})
+
+
+_ENDED: dict[Status, str] = {
+    "complete": "workflow.completed",
+    "errored": "workflow.errored",
+    "terminated": "workflow.terminated",
+}
+ENDS = frozenset(_ENDED.values())
+
+
+def started(at: int, number: int) -> Happened:
+    """Return that an instance was claimed for the first time."""
+    return Happened(number, at, ("workflow.started", "workflow.running"), {})
+
+
+def ended(at: int, number: int, status: Status, failure: Failure | None) -> Happened:
+    """Return that an instance has come to its end."""
+    return Happened(number, at, (_ENDED[status],), {} if failure is None else {"error": error_data(failure)})
 
 
 _KINDS = {

@@ -57,7 +57,8 @@ def look_into(file: Path) -> tuple[set[str], int]:
     """Return the ids of a file's instances, and when the last thing happened to one."""
     db = sqlite3.connect(file)
     ids = {id_ for (id_,) in db.execute("SELECT id FROM instances")}
-    (last,) = db.execute("SELECT max(at) FROM history").fetchone()
+    times = db.execute("SELECT max(max(at), (SELECT max(started_at) FROM instances)) FROM history")
+    (last,) = times.fetchone()
     db.close()
     return ids, last
 

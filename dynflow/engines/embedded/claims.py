@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from dynflow.engines import InstanceRef, NewInstance
 from dynflow.engines.embedded.connection import Connection, blob
 from dynflow.engines.embedded.fair_queue import Lane
-from dynflow.engines.embedded.history import keep_counters, log, log_last, recount
+from dynflow.engines.embedded.history import count_leased, keep_counters, log, log_last, recount
 from dynflow.engines.embedded.leases import Lease
-from dynflow.engines.embedded.rows import load_steps
-from dynflow.engines.happened import Happened, queued
+from dynflow.engines.embedded.rows import MASK, load_steps
+from dynflow.engines.happened import Happened, queued, started
 from dynflow.engines.view import InstanceRow
 from dynflow.errors import WorkflowInternalError
 from dynflow.serialization import encode
@@ -22,10 +22,13 @@ from dynflow.serialization import encode
 _LAST_RANK = (1 << 63) - 1
 # Params up to this many bytes are in the instance's row.
 _SMALL = 512
-_STARTED = "workflow.started+workflow.running"
-_INSERT = "INSERT OR IGNORE INTO instances (key, workflow, id, tenant, created_at, params, events, status,"
-_INSERT_CLAIMED = f"{_INSERT} started_at) VALUES (?, ?, ?, ?, ?, ?, 1, 'running', ?)"
-_INSERT_QUEUED = f"{_INSERT} rank) VALUES (?, ?, ?, ?, ?, ?, 1, 'queued', ?)"
+# The events of an instance that is claimed as it is created are three: queued, started, running.
+_CLAIMED = 3
+_INSERT = "INSERT OR IGNORE INTO instances (key, workflow, id, tenant, created_at, params, status,"
+_INSERT_CLAIMED = (
+    f"{_INSERT} events, started_event, started_at) VALUES (?, ?, ?, ?, ?, ?, 'running', 3, 3, ?)"
+)
+_INSERT_QUEUED = f"{_INSERT} events, rank) VALUES (?, ?, ?, ?, ?, ?, 'queued', 1, ?)"
 
 
 class Claim(NamedTuple):
@@ -85,9 +88,8 @@ def _create_one(
     if rank is not None:
         db.queue.put_new(Lane(rank, workflow, tenant))
         return Created(ref, queued(now), None)
-    lease = db.leases.grant(key, 1, 0, retention)
-    happened = log(db, key, now, _STARTED)
-    claim = Claim(lease, ref, now, None, item.params, item.schedule, [], happened)
+    lease = db.leases.grant(key, _CLAIMED, 0, retention)
+    claim = Claim(lease, ref, now, None, item.params, item.schedule, [], started(now, _CLAIMED))
     return Created(ref, queued(now), claim)
 
 
@@ -180,7 +182,7 @@ def _claim_from(db: Connection, lane: Lane, room: Room, now: int) -> list[Claim]
     _, workflow, tenant = lane
     other = db.queue.first({name for name, slots in room.workflows.items() if slots})
     found = db.execute(
-        "SELECT key, rank, id, created_at, started_at, ending, params, events, size, retention"
+        "SELECT key, rank, id, created_at, ending, params, events, size, retention"
         " FROM instances INDEXED BY instances_queue"
         " WHERE status = 'queued' AND workflow = ? AND tenant = ? AND rank <= ? ORDER BY rank LIMIT ?",
         (workflow, tenant, _LAST_RANK if other is None else other.rank, room.of(workflow, tenant)),
@@ -200,15 +202,18 @@ def _claim_from(db: Connection, lane: Lane, room: Room, now: int) -> list[Claim]
 
 
 def _claim_one(db: Connection, workflow: str, tenant: str, row: tuple[Any, ...], now: int) -> Claim:
-    key, rank, id_, created_at, started_at, ending, params, events, size, retention = row
+    key, rank, id_, created_at, ending, params, events, size, retention = row
     db.queue.served(rank)
     lease = db.leases.grant(key, events, size, retention)
-    db.write(
-        "UPDATE instances SET status = 'running', rank = NULL, started_at = ? WHERE key = ?",
-        (started_at or now, key),
-    )
-    # Ranks of never started instances are not negative: woken ones need not say that they started.
-    happened = log(db, key, now, "workflow.running" if rank < 0 else _STARTED)
+    if rank < 0:  # ranks of instances that have not been started are not negative
+        happened = log(db, key, now, "workflow.running")
+        db.write("UPDATE instances SET status = 'running', rank = NULL WHERE key = ?", (key,))
+    else:
+        happened = started(now, count_leased(db, lease, 2, 0, last=MASK))
+        db.write(
+            "UPDATE instances SET status = 'running', rank = NULL, started_at = ?, started_event = ? WHERE key = ?",
+            (now, happened.number, key),
+        )
     schedule = None
     if params is None:
         params, schedule = db.execute("SELECT params, schedule FROM inputs WHERE key = ?", (key,)).fetchone()

@@ -26,7 +26,7 @@ Synchronous = Literal["FULL", "NORMAL"]
 
 # "dynf" as a number: tells our files from other SQLite files.
 APPLICATION_ID = 0x64796E66
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _HERE = resources.files("dynflow.engines.embedded")
 

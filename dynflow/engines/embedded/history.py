@@ -1,8 +1,8 @@
 """The history of an instance: numbered events, written with the change that they tell of.
 
-An instance's event 1 is that it was queued. A first attempt's start and a step's end are in the step's own row,
-which has their numbers; the rest is in `history`. Functions that change something change nothing before they
-have checked everything, so that raising leaves the transaction as it was.
+An instance's event 1 is that it was queued. Its start and its end are in its row, a first attempt's start and a step's
+end in the step's, which have their numbers; the rest is in `history`. Functions that change something change nothing
+before they have checked everything, so that raising leaves the transaction as it was.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dynflow.engines import StepRecord
 from dynflow.engines.embedded.connection import Connection
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import MASK, row_of, rows_of
-from dynflow.engines.happened import ENDS, Happened, first_started, queued, step_ended
+from dynflow.engines.happened import Happened, ended, first_started, queued, started, step_ended
 from dynflow.errors import LeaseLostError, WorkflowInternalError
 from dynflow.serialization import decode
 
 # Numbers above this are for the end of an instance alone: it must always be possible to end one.
 _LAST_NUMBER = MASK - 64
 # What may have the kept numbers: an instance has to be claimed to find that its history is full, and to end.
-_KEPT = ENDS | {"workflow.running", "workflow.started+workflow.running"}
+_KEPT = frozenset({"workflow.running"})
 # What a history row takes beside its data: about a page's share of row header, key, time and type.
 _ROW_OVERHEAD = 64
 # What a row of `steps` or `events` takes beside its payload.
@@ -57,18 +57,21 @@ def log(
     return Happened(number, at, types, data or {})
 
 
-def log_last(
-    db: Connection, key: int, at: int, kind: str, data: Mapping[str, Any] | None = None
-) -> tuple[Happened, int, int]:
+def log_last(db: Connection, key: int, at: int, kind: str) -> tuple[Happened, int, int]:
     """Write an event and end the instance's lease; returns the counters too, for the instance's row."""
-    counted = db.leases.of(key)
-    events, size = (counted.events, counted.size) if counted is not None else _stored(db, key)
-    text = json.dumps(data) if data else "{}"
-    if events >= (MASK if kind in _KEPT else _LAST_NUMBER):
+    events, size = count_last(db, key, last=_LAST_NUMBER)
+    _insert(db, key, events, at, kind, "{}")
+    return Happened(events, at, (kind,), {}), events, size + len("{}") + _ROW_OVERHEAD
+
+
+def count_last(db: Connection, key: int, *, last: int = MASK) -> tuple[int, int]:
+    """Count an event and end the instance's lease, if it has one; returns the counters for the instance's row."""
+    lease = db.leases.of(key)
+    events, size = (lease.events, lease.size) if lease is not None else _stored(db, key)
+    if events >= last:
         raise _full()
     db.leases.end(key)
-    _insert(db, key, events + 1, at, kind, text)
-    return Happened(events + 1, at, (kind,), data or {}), events + 1, size + len(text) + _ROW_OVERHEAD
+    return events + 1, size
 
 
 def count(
@@ -131,7 +134,7 @@ def recount(db: Connection, key: int) -> None:
         f"SELECT max(event), total(length(data) + {_ROW_OVERHEAD}) FROM history WHERE event BETWEEN ? AND ?",  # noqa: S608 - a constant
         low_high,
     ).fetchone()
-    started, ended, stored = db.execute(
+    first, last, stored = db.execute(
         "SELECT max(started_event), max(ended_event),"  # noqa: S608 - a constant
         f" total(length(name) + ifnull(length(output), 0) + ifnull(length(failure), 0) + {STEP_OVERHEAD})"
         " FROM steps WHERE step BETWEEN ? AND ?",
@@ -142,9 +145,9 @@ def recount(db: Connection, key: int) -> None:
         (key,),
     ).fetchone()[0]
     db.execute(
-        "UPDATE instances SET events = ?, size = ? WHERE key = ?",
+        "UPDATE instances SET events = max(?, ifnull(started_event, 0)), size = ? WHERE key = ?",
         (
-            max((events or 0) & MASK, started or 0, ended or 0, 1),
+            max((events or 0) & MASK, first or 0, last or 0, 1),
             int(size + stored + buffered),
             key,
         ),
@@ -152,8 +155,11 @@ def recount(db: Connection, key: int) -> None:
 
 
 def write_out(db: Connection, key: int, first: int) -> None:
-    """Write the events that only steps from number `first` on have into `history`: the steps are to be deleted."""
-    for happened in _of_steps(db, key, 0, first):
+    """Write into `history` what only the instance's row and its steps from number `first` on say.
+
+    The steps are to be deleted, and the instance to start again.
+    """
+    for happened in (*_of_instance(db, key, 1), *_of_steps(db, key, 0, first)):
         _insert(db, key, happened.number, happened.at, "+".join(happened.types), json.dumps(happened.data))
 
 
@@ -189,12 +195,26 @@ def load_history(db: Connection, key: int, cursor: int, limit: int) -> list[Happ
         Happened(event & MASK, at, tuple(kinds.split("+")), json.loads(data))
         for event, at, kinds, data in rows
     ]
-    if cursor < 1 and (
-        created := db.execute("SELECT created_at FROM instances WHERE key = ?", (key,)).fetchone()
-    ):
-        found.append(queued(created[0]))
+    found += _of_instance(db, key, cursor)
     found += _of_steps(db, key, cursor, 0)
     return sorted(found)[:limit]
+
+
+def _of_instance(db: Connection, key: int, cursor: int) -> Iterator[Happened]:
+    row = db.execute(
+        "SELECT created_at, started_at, started_event, ended_at, ended_event, status, failure FROM instances"
+        " WHERE key = ?",
+        (key,),
+    ).fetchone()
+    if row is None:
+        return
+    created_at, started_at, started_event, ended_at, ended_event, status, failure = row
+    if cursor < 1:
+        yield queued(created_at)
+    if started_event is not None and started_event > cursor:
+        yield started(started_at, started_event)
+    if ended_event is not None and ended_event > cursor:
+        yield ended(ended_at, ended_event, status, None if failure is None else decode(failure))
 
 
 def _of_steps(db: Connection, key: int, cursor: int, first: int) -> Iterator[Happened]:
@@ -215,15 +235,15 @@ def _of_steps(db: Connection, key: int, cursor: int, first: int) -> Iterator[Hap
         ended_at,
         event_type,
         failure,
-        *events,
+        began_as,
+        ended_as,
     ) in rows:
         record = StepRecord(
             kind, name, number, 0, state, attempt,
             started_at=started_at, attempt_at=attempt_at, ended_at=ended_at, event_type=event_type,
             failure=None if failure is None else decode(failure),
         )  # fmt: skip
-        started, ended = events
-        if started is not None and started > cursor:
-            yield first_started(record, started)
-        if ended is not None and ended > cursor:
-            yield step_ended(record, ended)
+        if began_as is not None and began_as > cursor:
+            yield first_started(record, began_as)
+        if ended_as is not None and ended_as > cursor:
+            yield step_ended(record, ended_as)

@@ -20,11 +20,11 @@ from dynflow.engines import (
 )
 from dynflow.engines.embedded.claims import paused, queue_as_new, requeue
 from dynflow.engines.embedded.connection import Connection, blob
-from dynflow.engines.embedded.history import keep_counters, log, log_last, write_out
+from dynflow.engines.embedded.history import count_last, keep_counters, log, log_last, write_out
 from dynflow.engines.embedded.leases import Lease
 from dynflow.engines.embedded.rows import MASK, find, row_of, rows_of, status_of
 from dynflow.engines.embedded.steps import deliver_buffered
-from dynflow.engines.happened import Happened, error_data
+from dynflow.engines.happened import Happened, ended
 from dynflow.engines.view import InstanceRow
 from dynflow.errors import InstanceNotFoundError, InvalidArgumentError
 from dynflow.failure import Failure
@@ -38,11 +38,7 @@ _LONGEST_RETENTION = timedelta(days=36_500)
 # How many marks one statement gets; SQLite takes 32,766.
 _MARKS = 10_000
 
-_ENDED: dict[type[Outcome], tuple[Status, str]] = {
-    Completed: ("complete", "workflow.completed"),
-    Failed: ("errored", "workflow.errored"),
-    Terminated: ("terminated", "workflow.terminated"),
-}
+_ENDED: dict[type[Outcome], Status] = {Completed: "complete", Failed: "errored", Terminated: "terminated"}
 
 
 # --- how segments end ----------------------------------------------------------------------------
@@ -70,12 +66,10 @@ def finish(
     db: Connection, key: int, outcome: Completed | Failed | Terminated, keep: timedelta, now: int
 ) -> tuple[Happened, int]:
     """End an instance; returns when it expires too. Events that nobody waited for go when it is deleted."""
-    status, kind = _ENDED[type(outcome)]
+    status = _ENDED[type(outcome)]
     failure = outcome.failure if isinstance(outcome, Failed) else None
     expires_at = now + _retention(db, key, status, keep) // MICROSECOND
-    happened, events, size = log_last(
-        db, key, now, kind, None if failure is None else {"error": error_data(failure)}
-    )
+    number, size = count_last(db, key)
     values: tuple[bytes | bytearray | None, ...]
     if isinstance(outcome, Completed):
         columns, values = "output = ?, failure = NULL, rollback = NULL", (blob(outcome.output),)
@@ -84,10 +78,10 @@ def finish(
         values = (_stored(failure), _stored(outcome.rollback))
     db.write(
         f"UPDATE instances SET {columns}, status = ?, rank = NULL, wake_at = NULL, paused_at = NULL, ending = NULL,"  # noqa: S608 - constants
-        " ended_at = ?, expires_at = ?, events = ?, size = ? WHERE key = ?",
-        (*values, status, now, expires_at, events, size, key),
+        " ended_at = ?, ended_event = ?, expires_at = ?, events = ?, size = ? WHERE key = ?",
+        (*values, status, now, number, expires_at, number, size, key),
     )
-    return happened, expires_at
+    return ended(now, number, status, failure), expires_at
 
 
 def _stored(value: Failure | RollbackStatus | None) -> bytes | None:
@@ -181,8 +175,8 @@ def restart(db: Connection, row: InstanceRow, from_step: StepKey | None, now: in
     db.execute("DELETE FROM events WHERE instance = ?", (row.key,))
     db.execute(
         "UPDATE instances SET status = 'queued', wake_at = NULL, paused_at = NULL, started_at = NULL,"
-        " ended_at = NULL, expires_at = NULL, ending = NULL, output = NULL, failure = NULL, rollback = NULL"
-        " WHERE key = ?",
+        " started_event = NULL, ended_at = NULL, ended_event = NULL, expires_at = NULL, ending = NULL,"
+        " output = NULL, failure = NULL, rollback = NULL WHERE key = ?",
         (row.key,),
     )
     queue_as_new(db, row)

@@ -24,6 +24,8 @@ CREATE TABLE instances (
     output      BLOB,
     failure     BLOB,
     rollback    BLOB,               -- how the rollback ended
+    started_event INTEGER,          -- number of the history event that `started_at` was, where the row itself says it
+    ended_event INTEGER,            -- the same of `ended_at`
     UNIQUE (workflow, id, tenant)
 );
 CREATE INDEX instances_queue ON instances (workflow, tenant, rank) WHERE status = 'queued';
