@@ -180,8 +180,14 @@ async def measure_runs(folder: Path, synchronous: Any) -> dict[str, float]:
 def other_pythons() -> dict[str, str]:
     """Return the other Pythons that the engine supports and that are here: their paths by version."""
     here = "{}.{}".format(*sys.version_info)
-    found = {version: shutil.which(f"python{version}") for version in ("3.11", "3.12", "3.13")}
-    return {version: path for version, path in found.items() if path and version != here and _is_one(path)}
+    found: dict[str, str] = {}
+    for version in ("3.11", "3.12", "3.13"):
+        path = shutil.which(f"python{version}")
+        if path is not None and version != here and _is_one(path):
+            found[version] = path
+        elif version != here:
+            print(f"bench: no python{version} on the PATH, its row is left out", file=sys.stderr)
+    return found
 
 
 def _is_one(path: str) -> bool:
