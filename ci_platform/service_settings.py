@@ -32,7 +32,7 @@ class ServiceSettings(BaseModel):
         description="URL under which people and forges reach this server. Default: http://<host>:<port>.",
     )
     public_read: bool = Field(
-        default=False, description="Whether anybody may look at runs and logs without a token."
+        default=False, description="Whether anybody may look at runs, logs and artifacts without a token."
     )
     database_url: SecretStr | None = Field(
         None,

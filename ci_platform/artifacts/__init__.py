@@ -30,6 +30,7 @@ from ci_platform.artifacts.unpacking import unpack
 from ci_platform.capabilities import RunIdentity
 from ci_platform.errors import FailedError, NotFoundError
 from ci_platform.model import ArtifactRow
+from ci_platform.named_locks import NamedLocks
 from ci_platform.sandboxes import SANDBOX_UID, Tree
 from ci_platform.settings import Settings
 from ci_platform.stacks import LayerAuthor
@@ -108,6 +109,7 @@ class Artifacts:
         self._shelf, self._workspaces, self._clock = shelf, workspaces, clock
         self.records, self.limits = Records(store, clock), limits or Limits()
         self._copying, self._reading = anyio.CapacityLimiter(_COPYING), anyio.CapacityLimiter(_READING)
+        self._runs = NamedLocks()
         self._readers, self._doomed = Counter[str](), dict[str, ArtifactRow]()
         self._owner = Owner.of_sandboxes(SANDBOX_UID)
 
@@ -161,7 +163,16 @@ class Artifacts:
     async def upload(
         self, identity: RunIdentity, author: LayerAuthor, workspace_id: str, upload: Upload
     ) -> Artifact | None:
-        """Keep files of a workspace as it stands. None where nothing matches and that is allowed."""
+        """Keep files of a workspace as it stands. None where nothing matches and that is allowed.
+
+        One of a run at a time: those of others have their turns in between, and what one may have is counted once.
+        """
+        async with self._runs(identity.run_id):
+            return await self._upload(identity, author, workspace_id, upload)
+
+    async def _upload(
+        self, identity: RunIdentity, author: LayerAuthor, workspace_id: str, upload: Upload
+    ) -> Artifact | None:
         place = await self.records.place(identity.run_id, upload.name, author, replace=upload.replace)
         tree = await self._workspaces.prepare(workspace_id, author)
         try:
@@ -247,7 +258,7 @@ class Artifacts:
             if wanted.branch is None and wanted.name is not None:  # which says why, where it is gone
                 await self.records.named(wanted.run or identity.run_id, wanted.name)
             raise NotFoundError(f"{_whose(wanted)} has no artifact {wanted.name!r}")
-        async with self.reading(rows[0]) as opened:
+        async with self._runs(identity.run_id), self.reading(rows[0]) as opened:
             tree = await self._workspaces.prepare(workspace_id, author)
             try:
                 alive = anyio.from_thread.check_cancelled

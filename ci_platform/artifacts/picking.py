@@ -12,13 +12,16 @@ from fnmatch import translate
 from functools import lru_cache
 from pathlib import Path
 
-from ci_platform import layer_views, layers
+from ci_platform import layer_views
 from ci_platform.artifacts.asking import Pattern, Upload
 from ci_platform.errors import InvalidInputError, LimitExceededError
 from ci_platform.layer_views import ViewEntry
 
 MOST_COMPARED = 5_000_000
 """Names times patterns of one upload: seconds, whatever a workspace is made of."""
+
+MOST_IN_A_FOLDER = 250_000
+"""Names: they are in memory together."""
 
 LONGEST_PATH = 1000
 """Characters: beyond it, tools that unpack give up."""
@@ -80,7 +83,7 @@ class Picking:
 
     def _list(self, folder: str, patterns: int) -> list[ViewEntry]:
         self.alive()
-        found = layer_views.listing(self.lowers, folder, most=layers.MAX_PATHS)
+        found = layer_views.listing(self.lowers, folder, most=MOST_IN_A_FOLDER)
         self._compared += 1 + len(found) * max(patterns, 1)
         if self._compared > MOST_COMPARED:
             raise LimitExceededError(

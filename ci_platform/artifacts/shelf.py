@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ class Shelf:
 
     root: Path
     durable: bool = True
+    _removing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def prepare(self) -> None:
         """Make the folders that there have to be."""
@@ -64,14 +66,16 @@ class Shelf:
     def sweep(self, live: Collection[tuple[str, str]]) -> None:
         """Remove what a killed process left half done, and all but the `live` (tenant, artifact). Call at start."""
         self.prepare()
-        for name in _TEMPORARY:
-            for path in (self.root / name).iterdir():
-                layers.remove_tree(path)
+        left = [path for name in _TEMPORARY for path in (self.root / name).iterdir()]
+        for path in left:
+            layers.remove_tree(path)
         for tenant in self.root.glob("[!.]*"):
             for path in tenant.glob("[!.]*"):
                 if (tenant.name, path.name) not in live:
-                    self._remove(path)
-            self._forget_objects(tenant, None)
+                    self.remove(tenant.name, path.name)
+            if left:  # something was going on: only then there may be files of nobody, and each is looked at
+                for path in (tenant / ".objects").glob("*"):
+                    _unlink_if_last(path, 1)
             with contextlib.suppress(OSError):  # others are in it
                 (tenant / ".objects").rmdir()
                 tenant.rmdir()
@@ -144,32 +148,25 @@ class Shelf:
                 os.link(target / "files" / content, objects / content)
 
     def discard(self, draft: Draft) -> None:
-        """Remove a draft that was not published."""
-        layers.remove_tree(draft.folder)
+        """Remove a draft, unless it was published."""
+        with self._removing:
+            self._forget(draft.folder, draft.tenant)
+            layers.remove_tree(draft.folder)
 
     # --- artifacts ---
 
     def remove(self, tenant: str, artifact_id: str) -> None:
-        """Remove an artifact; nothing where there is none."""
-        path = self.root / tenant / artifact_id
-        names = {each.name for each in (path / "files").glob("*")}
-        self._remove(path)
-        self._forget_objects(self.root / tenant, names)
-
-    def _remove(self, path: Path) -> None:
+        """Remove an artifact; nothing where there is none. One after the other: each counts who else has its files."""
         trash = self.root / ".trash" / secrets.token_hex(8)
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(trash)
+        with self._removing, contextlib.suppress(FileNotFoundError):
+            (self.root / tenant / artifact_id).rename(trash)
+            self._forget(trash, tenant)
             layers.remove_tree(trash)
 
-    def _forget_objects(self, tenant: Path, names: Collection[str] | None) -> None:
-        """Remove those of some files, or of all, that are of no artifact any more."""
-        objects = tenant / ".objects"
-        found = objects.glob("*") if names is None else (objects / name for name in names)
-        for path in found:
-            with contextlib.suppress(FileNotFoundError):
-                if path.lstat().st_nlink == 1:
-                    path.unlink()
+    def _forget(self, folder: Path, tenant: str) -> None:
+        """Let the files of a folder be found no more that nobody else has. While it is there a kill leaves a trace."""
+        for path in (folder / "files").glob("*"):
+            _unlink_if_last(self._objects(tenant) / path.name, 2)
 
     def _objects(self, tenant: str) -> Path:
         return self.root / tenant / ".objects"
@@ -197,3 +194,10 @@ class Shelf:
             yield from copying.verified(descriptor, entry.content, entry.size)
         finally:
             os.close(descriptor)
+
+
+def _unlink_if_last(path: Path, links: int) -> None:
+    """Remove a file that has so many names and no more."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.lstat().st_nlink == links:
+            path.unlink()

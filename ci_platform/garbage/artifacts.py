@@ -51,14 +51,26 @@ class KeptArtifacts:
 
     async def collect(self, name: str) -> bool:
         """Delete one, unless a run needs it by now or somebody reads it."""
-        found = next((item for item in await self.items() if item.name == name), None)
+        found = await self._store.read(lambda tx: _with_its_repository(tx, name))
         if found is None:
             return True
-        if found.pinned is not None:
+        row, tenant = found
+        wanted = {*await self._still_open(), *await self._store.read(_ancestors)}
+        item = self._item(row, wanted, {tenant})
+        if item.pinned is not None:
             return False
-        is_over = found.expires_at is not None and found.expires_at <= self._clock.now()
+        is_over = item.expires_at is not None and item.expires_at <= self._clock.now()
         await self._artifacts.forget([name], _IN_TIME if is_over else _IN_NEED)
         return True
+
+
+def _with_its_repository(tx: Transaction, name: str) -> tuple[ArtifactRow, str] | None:
+    """Return an artifact that is there, and the folder of its repository as that is now."""
+    row = tx.first(ArtifactRow, col(ArtifactRow.id) == name, col(ArtifactRow.deleted_at).is_(None))
+    if row is None:
+        return None
+    repository = tx.first(Repository, col(Repository.name) == row.repo, col(Repository.deleted_at).is_(None))
+    return row, "" if repository is None else tenant_of(repository)
 
 
 def _ancestors(tx: Transaction) -> set[str]:
