@@ -15,7 +15,7 @@ from litestar.openapi.plugins import JsonRenderPlugin, YamlRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
 
-from ci_platform.api.artifacts import download_artifact, list_artifact_files, list_artifacts
+from ci_platform.api.artifacts import delete_artifact, download_artifact, list_artifact_files, list_artifacts
 from ci_platform.api.authorization import Authorizer, current_actor
 from ci_platform.api.garbage import collect_garbage
 from ci_platform.api.gates import decide_gate, list_gates
@@ -137,6 +137,7 @@ _API_HANDLERS = [
     list_artifacts,
     list_artifact_files,
     download_artifact,
+    delete_artifact,
     list_gates,
     decide_gate,
     list_repos,

@@ -11,11 +11,12 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from litestar import Response, get
+from litestar import Response, delete, get
 from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, HeaderParameter, QueryParameter
 from litestar.response import Stream
 
+from ci_platform.access import Actor
 from ci_platform.api.ranges import NOT_SATISFIABLE, range_of
 from ci_platform.artifacts import Artifacts, Opened
 from ci_platform.artifacts.archives import size_of
@@ -96,6 +97,22 @@ async def list_artifacts(
     """Return what the run has kept, also what is gone by now, with the reason."""
     await runs.summary(run_id)
     return await artifacts_of(artifacts, run_id)
+
+
+@delete(
+    "/runs/{run_id:str}/artifacts/{name:str}",
+    opt={"scope": "write"},
+    tags=["runs"],
+    summary="Delete an artifact",
+)
+async def delete_artifact(
+    run_id: FromPath[str],
+    name: FromPath[str],
+    artifacts: NamedDependency[Artifacts],
+    actor: NamedDependency[Actor],
+) -> None:
+    """Delete an artifact before its time; the run goes on saying that there was one, and who deleted it."""
+    await artifacts.delete(run_id, name, by=actor.name)
 
 
 @get(

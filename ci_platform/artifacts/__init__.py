@@ -137,6 +137,11 @@ class Artifacts:
         await self._remove(rows)
         return len(rows)
 
+    async def delete(self, run_id: str, name: str, *, by: str) -> None:
+        """Delete an artifact of a run because somebody says so. Raises NotFoundError."""
+        row = await self.records.named(run_id, name)
+        await self.forget([row.id], f"{by[:100]} deleted it")
+
     def is_read(self, artifact_id: str) -> bool:
         """Whether somebody reads an artifact now."""
         return artifact_id in self._readers

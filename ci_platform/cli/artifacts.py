@@ -81,6 +81,16 @@ def artifact_get(*, run: str, name: str, file: str | None, output: str | None, f
     click.echo(target, err=True)
 
 
+@artifact.command("delete")
+@click.argument("run")
+@click.argument("name")
+def artifact_delete(*, run: str, name: str) -> None:
+    """Delete the artifact NAME of a RUN before its time."""
+    with find_server() as client:
+        client.delete(_path(client, run, name))
+    click.echo(f"the artifact {name} is deleted")
+
+
 def _name_of(client: Any, path: str, name: str, file: str | None, form: str | None) -> str:
     """Return what to call it here. Names of tenants lead nowhere: the last part alone counts."""
     if file is None and form is None:

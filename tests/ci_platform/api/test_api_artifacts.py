@@ -82,6 +82,16 @@ async def test_artifacts_are_listed_browsed_and_downloaded_byte_by_byte(world: W
         assert (await world.http.get(f"{path}/site/download", params=wrong)).status_code == 400
     assert_problem(await world.http.get(f"{path}/nothing/download"), 404, "not_found")
     assert_problem(await world.http.get("/api/v1/runs/nothing/artifacts"), 404, "not_found")
+    # A rerun from a step takes back what that step and those after it have uploaded, and they upload it again.
+    run_id = path.split("/")[4]
+    again = await world.http.post(f"/api/v1/runs/{run_id}/rerun", json={"from_step": "one"})
+    assert again.status_code < 300, again.text
+    assert (await world.concluded(run_id))["conclusion"] == "success"
+    items = (await world.http.get(path)).json()["items"]
+    assert [each["name"] for each in items] == ["site", "page"]
+    assert items[0] == site
+    assert items[1]["created_at"] > page["created_at"]
+    assert items[1]["digest"] == page["digest"]
 
 
 async def test_files_come_in_parts_and_are_not_sent_again_to_who_has_them(world: World) -> None:
@@ -172,14 +182,17 @@ async def test_who_may_not_look_at_a_run_gets_none_of_its_artifacts(
         # A token of one repository opens its git, commits and files alone, as everywhere.
         one = {"Authorization": f"Bearer {other.json()['secret']}"}
         assert_problem(await nobody.get(address, headers=one), 403, "forbidden")
+    looks = {"Authorization": f"Bearer {made.json()['secret']}"}
+    assert_problem(await nobody.delete(f"{path}/site", headers=looks), 403, "forbidden")
     # What was deleted says why, and goes with its run and its repository.
     run_id, platform = path.split("/")[4], served.platform
     (row, _) = await platform.artifacts.records.of_run(run_id)
-    await platform.artifacts.forget([row.id], "there was no room for it")
+    for status in (204, 404):
+        assert (await world.http.delete(f"{path}/site")).status_code == status
     site, page = (await world.http.get(path)).json()["items"]
-    assert (site["why_deleted"], page["why_deleted"]) == ("there was no room for it", None)
+    assert (site["why_deleted"], page["why_deleted"]) == ("local-admin deleted it", None)
     gone = assert_problem(await world.http.get(f"{path}/site/download"), 404, "not_found")
-    assert "there was no room for it" in gone["message"]
+    assert "local-admin deleted it" in gone["message"]
     assert (await world.http.delete(f"/api/v1/repos/{world.repo}")).status_code == 204
     gone = assert_problem(await world.http.get(f"{path}/page/download"), 404, "not_found")
     assert "deleted with its repository" in gone["message"]

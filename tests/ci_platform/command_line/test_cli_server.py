@@ -212,3 +212,9 @@ def test_artifacts_are_listed_and_downloaded(served: Served, tmp_path: Path) -> 
         assert archive.getnames() == ["out/a", "out/b"]
     assert served.dynflow("artifact", "get", run_id, "nothing").returncode == 2
     assert not (here / "nothing.zip").exists()
+    assert served.dynflow("artifact", "delete", run_id, "both").returncode == 0
+    assert (
+        "local-admin deleted it"
+        in served.dynflow("artifact", "get", run_id, "both", "--format", "zip").stderr
+    )
+    assert "local-admin deleted it" in served.dynflow("artifact", "list", run_id).stdout
