@@ -63,7 +63,9 @@ class Picking:
         is_empty = True
         for entry in self._list(folder, len(wanted) + len(excluded)):
             name = entry.name
-            if name == ".git":  # git's own, of the workspace and of submodules
+            if (
+                name.lower() == ".git"
+            ):  # git's own, of the workspace and of submodules, wherever it is unpacked
                 continue
             is_empty = False
             left_out, deeper_out = _matched(excluded, name)

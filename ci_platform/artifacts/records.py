@@ -37,7 +37,6 @@ _LIVE = col(ArtifactRow.deleted_at).is_(None)
 _OLDEST, _NEWEST = col(ArtifactRow.seq), col(ArtifactRow.seq).desc()
 
 REPEATED = "the step that uploaded it was taken back"
-REPLACED = "another one took its name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +100,8 @@ class Records:
                 raise LimitExceededError(
                     f"the artifact {row.name!r} does not fit beside the others of the run (setting max_artifacts)"
                 )
-            for each in gone:
-                self._mark(tx, each, REPLACED)
+            for each in gone:  # not only marked: a step may do this for ever
+                tx.remove(ArtifactRow, col(ArtifactRow.seq) == each.seq)
             tx.add(row)
             return gone
 

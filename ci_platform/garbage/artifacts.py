@@ -47,7 +47,9 @@ class KeptArtifacts:
         if self._artifacts.is_read(row.id):
             pinned = "somebody reads it"
         expires_at = row.expires_at if row.tenant in tenants else row.created_at
-        return Item(row.id, row.repo, row.taken, row.created_at, row.files + 3, pinned, expires_at)
+        return Item(
+            f"{row.run_id}/{row.name}", row.repo, row.taken, row.created_at, row.files + 3, pinned, expires_at
+        )
 
     async def collect(self, name: str) -> bool:
         """Delete one, unless a run needs it by now or somebody reads it."""
@@ -60,13 +62,15 @@ class KeptArtifacts:
         if item.pinned is not None:
             return False
         is_over = item.expires_at is not None and item.expires_at <= self._clock.now()
-        await self._artifacts.forget([name], _IN_TIME if is_over else _IN_NEED)
+        await self._artifacts.forget([row.id], _IN_TIME if is_over else _IN_NEED)
         return True
 
 
-def _with_its_repository(tx: Transaction, name: str) -> tuple[ArtifactRow, str] | None:
+def _with_its_repository(tx: Transaction, item: str) -> tuple[ArtifactRow, str] | None:
     """Return an artifact that is there, and the folder of its repository as that is now."""
-    row = tx.first(ArtifactRow, col(ArtifactRow.id) == name, col(ArtifactRow.deleted_at).is_(None))
+    run_id, _, name = item.partition("/")
+    where = (col(ArtifactRow.run_id) == run_id, col(ArtifactRow.name) == name)
+    row = tx.first(ArtifactRow, *where, col(ArtifactRow.deleted_at).is_(None))
     if row is None:
         return None
     repository = tx.first(Repository, col(Repository.name) == row.repo, col(Repository.deleted_at).is_(None))

@@ -177,9 +177,10 @@ async def test_names_and_links_that_are_dangerous_to_unpack_are_refused_or_left_
 async def test_links_and_devices_never_bring_in_files_of_the_host(desk: ArtifactDesk) -> None:
     """A link on the way is no folder, whatever a pattern says; what is no file, folder or link is not there."""
     await desk.make(
-        "ln -s /etc etc; mkfifo pipe; mkdir -p real .git/x sub/.git; echo y >sub/.git/y; echo z >real/z"
+        "ln -s /etc etc; mkfifo pipe; mkdir -p real .git/x sub/.git sub/.Git; echo n >sub/.Git/config; "
+        "echo y >sub/.git/y; echo z >real/z"
     )
-    for pattern in ("etc/passwd", "etc/**", "pipe", ".git/**", "sub/.git", "etc/pass*"):
+    for pattern in ("etc/passwd", "etc/**", "pipe", ".git/**", "sub/.[gG]it", "etc/pass*"):
         with pytest.raises(FailedError, match="nothing matches"):
             await desk.upload("x", pattern)
     await desk.upload("x", ".", exclude=["etc", "*.md", "*.txt"])
@@ -222,6 +223,8 @@ async def test_a_name_is_taken_once_and_a_repeated_step_replaces_its_own(desk: A
     second = await desk.upload("x", "f", attempt=2)
     assert second.digest != first.digest
     assert (len(desk.on_disk()), desk.objects()) == (1, 1)
+    rows = await desk.artifacts.records.of_run("main", deleted=True)
+    assert len(rows) == 1, "nothing is left of those that were replaced, however many"
     third = await desk.upload("x", "f", step="another", replace=True)
     assert third.digest == second.digest
     assert await desk.listed() == [("main", "x")]

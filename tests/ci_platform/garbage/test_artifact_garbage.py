@@ -79,8 +79,8 @@ async def test_artifacts_go_when_their_time_is_over_unless_something_needs_them(
         would = await work.look()
         assert (len(would.items), len(await there(desk))) == (1, 5), "it is said, and nothing is done"
         report = await work.collect()
-    assert [(item.kind, item.why, item.repo) for item in report.items] == [
-        ("artifacts", "its time is over", REPO)
+    assert [(item.kind, item.name, item.why, item.repo) for item in report.items] == [
+        ("artifacts", "tag/x", "its time is over", REPO)
     ]
     kinds = {kind.kind: kind for kind in report.kinds}
     assert {why: some.items for why, some in kinds["artifacts"].kept.items()} == {
