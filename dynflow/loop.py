@@ -109,6 +109,12 @@ class WorkflowLoop(asyncio.AbstractEventLoop):
         """Return a future of this loop."""
         return asyncio.Future(loop=self)
 
+    def begin(self, coro: Any) -> asyncio.Task[Any]:
+        """Start the task that the loop is there for; it is kept until the loop is closed."""
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=self)
+        self.tasks.add(task)
+        return task
+
     def create_task(
         self, coro: Any, *, name: str | None = None, context: contextvars.Context | None = None
     ) -> asyncio.Task[Any]:

@@ -50,7 +50,7 @@ from dynflow.step_host import StepFuture, is_inner, settle
 from dynflow.types import ErrorInfo, RollbackStatus, WorkflowEvent
 from dynflow.workflow import StepCall, WorkflowStep, current_attempt
 
-Main = Callable[[WorkflowEvent, WorkflowStep], Awaitable[Any]]
+Main = Callable[[WorkflowEvent, WorkflowStep], Coroutine[Any, Any, Any]]
 Work = Callable[[], Coroutine[Any, Any, Any]]
 
 
@@ -97,7 +97,7 @@ class Segment:
         of the segment is left: tasks, isolates and timers are gone.
         """
         loop = WorkflowLoop.inside(self._host, on_idle=self._part.idle, on_active=self._part.active)
-        loop.now(lambda: self._begin_main(main, loop))
+        loop.now(self._begin_main, main, loop)
         try:
             return await self._outcome
         finally:
@@ -106,7 +106,7 @@ class Segment:
             self._live.look = _nothing
 
     def _begin_main(self, main: Main, loop: WorkflowLoop) -> None:
-        task = loop.create_task(_call_main(main, self._event, WorkflowStep(self)))
+        task = loop.begin(main(self._event, WorkflowStep(self)))
         task.add_done_callback(self._main_done)
 
     def deliver(self, ended: StepRecord) -> None:
@@ -386,10 +386,6 @@ class Segment:
                 f"{len(left)} task(s) of instance {self.instance_id!r} refuse to be cancelled: {left!r:.500}"
             )
             self._host.call_exception_handler({"message": message})
-
-
-async def _call_main(main: Main, event: WorkflowEvent, step: WorkflowStep) -> Any:
-    return await main(event, step)
 
 
 def _nothing() -> None:

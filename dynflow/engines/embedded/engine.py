@@ -148,8 +148,7 @@ class EmbeddedEngine(Engine):
 
         def told(created: list[claims.Created | None] | None, _error: BaseException | None) -> None:
             try:
-                if created is not None:
-                    self._created([made for made in created if made is not None])
+                self._created(created or ())
             finally:
                 self._scheduler.release(slots)
 
@@ -163,12 +162,17 @@ class EmbeddedEngine(Engine):
             raise
         return [made is not None for made in await write]
 
-    def _created(self, created: Sequence[claims.Created]) -> None:
+    def _created(self, created: Sequence[claims.Created | None]) -> None:
+        is_queued = False
         for made in created:
+            if made is None:  # its id exists
+                continue
             self._telling.tell(made.ref, (made.happened,))
             if made.claim is not None:
                 self._scheduler.start_now(made.claim)
-        if any(made.claim is None for made in created):
+            else:
+                is_queued = True
+        if is_queued:
             self._scheduler.pump()
 
     async def find(self, ref: InstanceRef) -> InstanceRef:
