@@ -193,7 +193,7 @@ class Segment:
                 self._host.call_soon(task.cancel)
             elif task is not None:
                 self._live.stop(task)
-            self._live.start(self._cancel(key, task), ("cancel", key, 0))
+            self._live.start(self._cancel(key, future), ("cancel", key, 0))
 
     # --- for steps (StepHost) ---
 
@@ -235,6 +235,8 @@ class Segment:
         self._live.end(future.key)
         future.task = self._live.start(self._perform(work, future), future.key, context)
         future.has_begun = True
+        if future.done():  # its own callback has cancelled it
+            self._host.call_soon(future.task.cancel)
 
     # --- inside ---
 
@@ -268,12 +270,12 @@ class Segment:
             how(answer)
             self._live.handed_over()
 
-    async def _cancel(self, key: Any, task: asyncio.Task[None] | None = None) -> None:
+    async def _cancel(self, key: Any, future: StepFuture | None = None) -> None:
         """Record that the workflow cancelled a step, if that was recorded: it takes no event any more."""
         try:
             # An attempt may still end in another way; a wait lets go before others can begin.
-            if key[0] == "do" and task is not None:
-                await asyncio.wait([task])
+            if key[0] == "do" and future is not None and future.task is not None:
+                await asyncio.wait([future.task])
             record = self.journal.steps.get(key)
             for waiter in [] if record is None else await self.journal.cancel(record):
                 self.deliver(waiter)

@@ -109,6 +109,37 @@ async def test_a_cancelled_attempt_is_not_made_again(world: World) -> None:
     assert gate.times == 1
 
 
+@pytest.mark.parametrize("when", ["while it is called", "before it is awaited"])
+async def test_a_callback_may_have_its_own_step_cancelled_before_it_is_awaited(
+    world: World, when: str
+) -> None:
+    """What it has begun is cancelled at its first wait: neither forgotten, nor left to run on."""
+    gate, ended = Gate(), asyncio.Event()
+
+    async def run(event: Any, step: Any) -> str:
+        loop = asyncio.get_running_loop()
+
+        def work() -> Any:
+            if when == "while it is called":
+                working.cancel()
+            else:
+                loop.call_soon(working.cancel)
+            return gate()
+
+        working = asyncio.ensure_future(step.do("working", work))
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        await step.do("wait for its end", ended.wait)
+        return "done"
+
+    instance = await world.start(run)
+    await world.saw(instance, "step.cancelled")
+    ended.set()
+    assert await instance.result(timeout=DEADLINE) == "done"
+    assert step_of(await instance.status(), "working").status == "cancelled"
+    assert (gate.times, gate.cancelled) == (1, 1)
+
+
 async def test_the_attempts_of_a_cancelled_retry_are_shown_once(world: World) -> None:
     async def run(event: Any, step: Any) -> None:
         flaky = asyncio.ensure_future(step.do("flaky", {"retries": {"limit": 3, "delay": 10}}, lambda: 1 / 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -20,6 +21,7 @@ from dynflow.errors import (
     WorkflowTimeoutError,
 )
 from dynflow.types import StepContext
+from dynflow.workflow import current_step
 from tests.engine_world import DEADLINE, NO_RETRIES, Gate, World, noting, quick, step_of
 
 
@@ -764,3 +766,37 @@ async def test_one_call_awaited_twice_at_once_is_refused(world: World) -> None:
     await gate.reached()
     gate.opened.set()
     assert await instance.result(timeout=DEADLINE) == ["str", "WorkflowFatalError"]
+
+
+mine: ContextVar[str] = ContextVar("mine", default="nobody's")
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+async def test_a_callback_runs_in_a_copy_of_the_context_that_calls_its_step(world: World, kind: str) -> None:
+    """Retries too; what a callback sets, nobody else has."""
+    seen: list[tuple[str, str | None]] = []
+
+    def look(ctx: StepContext) -> None:
+        now = current_step.get()
+        seen.append((mine.get(), None if now is None else now.step.name))
+        mine.set(f"the callback's, attempt {ctx.attempt}")
+        if ctx.attempt == 1:
+            raise ValueError("once")
+
+    async def look_async(ctx: StepContext) -> None:
+        await asyncio.sleep(0)
+        look(ctx)
+
+    async def run(event: Any, step: Any) -> None:
+        for name in ("first", "second"):
+            mine.set(f"the run's, {name}")
+            callback = look if kind == "plain" else look_async
+            await step.do(name, {"retries": {"limit": 1, "delay": 0}}, callback)
+            assert (mine.get(), current_step.get()) == (f"the run's, {name}", None)
+
+    await world.result(run)
+    assert [(whose, step) for whose, step in seen if "run" in whose] == [
+        ("the run's, first", "first"),
+        ("the run's, second", "second"),
+    ]
+    assert [step for _, step in seen] == ["first", "first", "second", "second"]
