@@ -222,8 +222,8 @@ class Segment:
     # --- for first attempts (FirstAttemptHost) ---
 
     def is_wanted(self, future: StepFuture) -> bool:
-        """Whether the step of this call is to be performed still."""
-        return not (future.done() or self._rolling_back or self._outcome.done())
+        """Whether the step of this call is to be performed still. The end of an isolate takes nothing back."""
+        return not (cancelled_by_workflow(future) or self._rolling_back or self._outcome.done())
 
     def answer(self, future: StepFuture, result: Any, error: BaseException | None = None) -> None:
         """End a call that had no task."""
@@ -235,7 +235,7 @@ class Segment:
         self._live.end(future.key)
         future.task = self._live.start(self._perform(work, future), future.key, context)
         future.has_begun = True
-        if future.done():  # its own callback has cancelled it
+        if cancelled_by_workflow(future):  # while its callback was called
             self._host.call_soon(future.task.cancel)
 
     # --- inside ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from dynflow import create_dynamic_workflow_entrypoint
 from dynflow.engines.embedded import EmbeddedEngine
-from dynflow.isolates import ProcessLoader, TrustedLoader, WorkerCode
+from dynflow.isolates import Capability, ProcessLoader, TrustedLoader, WorkerCode
 from tests.engine_world import World, step_of
 
 DEADLINE = 30
@@ -37,6 +39,15 @@ class AlwaysDies(WorkflowEntrypoint):
         delay = 0 if event.payload == "number" else lambda ctx, error: 0
         await step.do("dies", {"retries": {"limit": 2, "delay": delay}}, lambda: os._exit(1))
 
+class LeavesAStep(WorkflowEntrypoint):
+    async def run(self, event, step):
+        await self.env.HOLD.hold()
+        left = asyncio.ensure_future(step.do("left", NO_RETRIES, lambda: 1))
+        await asyncio.wait([left], timeout=0.5)
+        if not left.done():
+            os._exit(1)
+        return repr(left.exception())
+
 class Dies(WorkflowEntrypoint):
     async def run(self, event, step):
         def die(ctx):
@@ -50,16 +61,27 @@ class Dies(WorkflowEntrypoint):
 """
 
 
+class _Hold(Capability):
+    """Lets nothing be stored until the tenant's `release`."""
+
+    def __init__(self, tenant: Tenant) -> None:
+        self._tenant = tenant
+
+    async def hold(self) -> None:
+        """Hold up what is submitted from now on."""
+        self._tenant.engine._storage.submit(lambda _: self._tenant.release.wait(DEADLINE))
+
+
 class Tenant(World):
     """An engine that runs one tenant's code in isolates of a kind."""
 
     def __init__(self, folder: Path, loader: Any) -> None:
         async def code() -> WorkerCode:
-            return WorkerCode("index.py", {"index.py": CODE})
+            return WorkerCode("index.py", {"index.py": CODE}, env={"HOLD": _Hold(self)})
 
         def make(**options: Any) -> EmbeddedEngine:
             engine = EmbeddedEngine(folder / "flow.db", synchronous="NORMAL", **options)
-            for name in ("Cancels", "Dies", "AlwaysDies"):
+            for name in ("Cancels", "Dies", "AlwaysDies", "LeavesAStep"):
 
                 async def load_runner(context: Any, name: str = name) -> Any:
                     return loader.get("tenant", code).get_entrypoint(name)
@@ -68,6 +90,7 @@ class Tenant(World):
             return engine
 
         super().__init__(make)
+        self.release = threading.Event()
 
     async def create(self, workflow: str, params: Any = None) -> Any:
         envelope = {"__dispatcher_metadata": {"tenant_id": "t"}, "params": params}
@@ -117,3 +140,19 @@ async def test_a_step_that_always_ends_its_isolate_uses_its_attempts_up(tenant: 
         (2, "IsolateCrashedError"),
         (3, "IsolateCrashedError"),
     ]
+
+
+@pytest.mark.parametrize("tenant", [ProcessLoader], ids=["process"], indirect=True)
+async def test_a_step_whose_isolate_dies_before_its_start_is_stored_has_failed(tenant: Tenant) -> None:
+    """Nobody has taken it back: its attempt is made, and counted, though there is nobody to make it."""
+    instance = await tenant.create("LeavesAStep")
+    segments = tenant.engine._scheduler._live.values()
+
+    async def died() -> None:
+        while not any(live.segment._isolate_down for live in segments):  # noqa: ASYNC110 - while nothing is stored
+            await asyncio.sleep(0.01)  # nothing says so
+
+    await asyncio.wait_for(died(), DEADLINE)
+    tenant.release.set()
+    assert "IsolateCrashedError" in await instance.result(timeout=DEADLINE)
+    assert [attempt.number for attempt in step_of(await instance.status(), "left").attempts] == [1]
