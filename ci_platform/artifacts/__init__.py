@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import anyio
@@ -31,7 +32,7 @@ from ci_platform.capabilities import RunIdentity
 from ci_platform.errors import FailedError, NotFoundError
 from ci_platform.model import ArtifactRow
 from ci_platform.named_locks import NamedLocks
-from ci_platform.sandboxes import SANDBOX_UID, Tree
+from ci_platform.sandboxes import SANDBOX_UID
 from ci_platform.settings import Settings
 from ci_platform.stacks import LayerAuthor
 from ci_platform.store import Store
@@ -179,22 +180,40 @@ class Artifacts:
         self, identity: RunIdentity, author: LayerAuthor, workspace_id: str, upload: Upload
     ) -> Artifact | None:
         place = await self.records.place(identity.run_id, upload.name, author, replace=upload.replace)
-        tree = await self._workspaces.prepare(workspace_id, author)
-        try:
-            draft = await self._thread(lambda: self._draft(place, upload, tree), long=True)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._workspaces.drop(tree)
+        async with self._looked_at(workspace_id, author, upload.failed) as lowers:
+            draft = await self._thread(lambda: self._draft(place, upload, lowers), long=True)
         if draft is None:
             return None
         with anyio.CancelScope(shield=True):
             row = await self._publish(identity, author, place, upload, draft)
         return shown(row)
 
-    def _draft(self, place: Place, upload: Upload, tree: Tree) -> Draft | None:
+    @asynccontextmanager
+    async def _looked_at(
+        self, workspace_id: str, author: LayerAuthor, failed: str | None
+    ) -> AsyncIterator[tuple[Path, ...]]:
+        """Show a workspace's layers, topmost first: as it stands, or as the newest failed command of a step left it."""
+        if failed is None:
+            tree = await self._workspaces.prepare(workspace_id, author)
+            try:
+                yield tree.lowers or (tree.upper,)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self._workspaces.drop(tree)
+            return
+        found = await self._workspaces.snapshots(workspace_id)
+        names = [each.name for each in found if each.outcome == "failed" and each.step == failed]
+        if not names:
+            raise NotFoundError(
+                f"no command of the step {failed[:100]!r} that failed has left files here (any more)"
+            )
+        async with self._workspaces.view(workspace_id, names[-1]) as view:
+            yield view.lowers
+
+    def _draft(self, place: Place, upload: Upload, lowers: Sequence[Path]) -> Draft | None:
         alive = anyio.from_thread.check_cancelled
         most = self.limits.files - place.files
-        picking = Picking(tree.lowers or (tree.upper,), upload, most, alive)
+        picking = Picking(lowers, upload, most, alive)
         found = picking.entries()
         if (unused := picking.unused()) and not upload.missing_ok:
             raise FailedError(

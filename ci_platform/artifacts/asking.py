@@ -27,7 +27,10 @@ Pattern = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What is to be kept, under which name and for how long. `patterns` as they were given, for messages."""
+    """What is to be kept, under which name and for how long. `patterns` as they were given, for messages.
+
+    `failed` names a step whose command failed: what that left is looked through, not the workspace as it stands.
+    """
 
     name: str
     patterns: dict[str, Pattern]
@@ -35,6 +38,7 @@ class Upload:
     retention: timedelta
     replace: bool = False
     missing_ok: bool = False
+    failed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ def checked_upload(
     retention: Any,
     replace: Any,
     missing_ok: Any,
+    failed: Any,
     retentions: Retentions,
 ) -> Upload:
     """Return what is asked for. Raises InvalidInputError that names the value."""
@@ -60,6 +65,8 @@ def checked_upload(
     excluded = tuple(_pattern("exclude", text) for text in _texts("exclude", exclude))
     if not patterns:
         raise InvalidInputError('paths= names what is to be kept, such as ["dist/*.whl"]')
+    if failed is not None and not (isinstance(failed, str) and failed):
+        raise InvalidInputError(f"failed= is the name of a step whose command failed, not {failed!r:.100}")
     if () in excluded:
         raise InvalidInputError("exclude= would leave out the whole workspace")
     return Upload(
@@ -69,6 +76,7 @@ def checked_upload(
         _retention(retention, retentions),
         replace=flag("replace", replace),
         missing_ok=flag("missing_ok", missing_ok),
+        failed=failed,
     )
 
 

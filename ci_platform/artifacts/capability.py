@@ -38,13 +38,15 @@ class KeepingCapability(RepositoryCapability):
         retention: Any = None,
         replace: Any = False,
         missing_ok: Any = False,
+        failed: Any = None,
     ) -> Artifact | None:
         """Keep the files of `workspace` that match `paths`, and not `exclude`, as the run's artifact `name`.
 
         A pattern that is a folder stands for all that is in it; one that matches nothing fails the step unless
         `missing_ok`: then it may be that there is no artifact, and None is returned. They are kept for `retention`,
         such as "7 days". A name that the run has already is a ConflictError unless `replace`; the step's own earlier
-        attempts do not count.
+        attempts do not count. `failed` is the name of a step whose command failed: what it left is kept, which is no
+        part of the workspace.
         """
         identity, author = calling("ARTIFACTS.upload")
         upload = checked_upload(
@@ -54,6 +56,7 @@ class KeepingCapability(RepositoryCapability):
             retention=retention,
             replace=replace,
             missing_ok=missing_ok,
+            failed=failed,
             retentions=self._artifacts.limits.retentions,
         )
         own = workspace_of(workspace, identity)

@@ -116,6 +116,23 @@ async def test_what_matches_nothing_fails_unless_it_may(desk: ArtifactDesk) -> N
     assert await desk.listed() == [("main", "some")]
 
 
+async def test_what_a_failed_command_left_can_be_kept(desk: ArtifactDesk) -> None:
+    await desk.make("echo before >before")
+    for number in range(2):
+        result = await desk.desk.run(
+            f"echo {number} >report.xml; rm README.md; exit 1", step="test", attempt=number + 1
+        )
+        assert not result.ok
+    with pytest.raises(FailedError, match=r"nothing matches 'report.xml'"):
+        await desk.upload("x", "report.xml")
+    await desk.upload("x", "report.xml", "before", "README.md", failed="test", missing_ok=True)
+    assert await desk.paths("x") == ["before", "report.xml"]
+    await desk.download("x", path="out")
+    assert await desk.shown("cat out/report.xml; ls README.md") == "1\nREADME.md\n"
+    with pytest.raises(NotFoundError, match="no command of the step 'other' that failed"):
+        await desk.upload("y", "report.xml", failed="other")
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"name": "../x"}, "an artifact's name"),
     ({"name": "a/b"}, "an artifact's name"),
@@ -139,6 +156,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"retention": 0}, "between one minute"),
     ({"replace": "yes"}, "True or False"),
     ({"missing_ok": 1}, "True or False"),
+    ({"failed": True}, "name of a step"),
     ({"workspace": "main.fork"}, "not a workspace"),
 ]
 
