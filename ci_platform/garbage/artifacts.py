@@ -43,7 +43,9 @@ class KeptArtifacts:
         return [self._item(row, wanted, tenants) for row in rows]
 
     def _item(self, row: ArtifactRow, wanted: Collection[str], tenants: Collection[str]) -> Item:
-        pinned = "a run that has not ended may need it" if row.run_id in wanted else None
+        # A stranger's run may wait at a gate for ever, and holds nothing beyond its time.
+        is_held = row.run_id in wanted and not (row.outside and row.expires_at <= self._clock.now())
+        pinned = "a run that has not ended may need it" if is_held else None
         if self._artifacts.is_read(row.id):
             pinned = "somebody reads it"
         expires_at = row.expires_at if row.tenant in tenants else row.created_at

@@ -162,6 +162,7 @@ async def test_an_artifact_is_a_download_and_never_a_page_of_ours(
     assert "<b>.txt" not in page
     assert "link → deep/numbers" in page
     assert f'href="/runs/{run}/artifacts/site?path=site%2Fdeep"' in page
+    assert "1 file, 25 bytes" in (await browser.get(f"/runs/{run}/artifacts/page")).text
     assert (await browser.get(f"/runs/{run}/artifacts/nothing", headers=HTML)).status_code == 404
 
 

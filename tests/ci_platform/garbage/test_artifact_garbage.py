@@ -122,6 +122,11 @@ async def test_artifacts_of_forks_take_no_room_from_others(desk: ArtifactDesk) -
     floor = Allowance(1, timedelta(), of_repository=30_000)
     await collector(desk, OpenRuns(), own=floor).collect()
     assert await there(desk) == ["main/a2", "fork/f2"]
+    # A stranger's run that waits for ever holds what it has uploaded for its time, and no longer.
+    waits = collector(desk, OpenRuns("fork", "main"), outside=Allowance(1, timedelta()))
+    assert len((await waits.collect()).items) == 0
+    desk.clock.advance(timedelta(days=31))
+    assert [item.name for item in (await waits.collect()).items] == ["fork/f2"]
     with pytest.raises(NotFoundError, match="there was no room for it"):
         await desk.download("b1")
     # The file that both had is whole in the one that is left.
