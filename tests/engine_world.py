@@ -20,7 +20,7 @@ from dynflow.workflow import WorkflowEntrypoint, WorkflowStep
 Run = Callable[[WorkflowEvent, WorkflowStep], Awaitable[Any]]
 
 # A test that waits longer than this for something has failed.
-DEADLINE = 10.0
+DEADLINE = 30.0
 
 NO_RETRIES = {"retries": {"limit": 0, "delay": 0}}
 

@@ -65,7 +65,7 @@ class Workplace:
     keep: int
     beat_every: float
     tell: Callable[[InstanceRef, Sequence[Happened]], None]
-    settled: Callable[[InstanceRef, str, str], Awaitable[None]]
+    settled: Callable[[InstanceRef, str, str, Outcome | None], Awaitable[None]]
     aside: Callable[[str], Aside]
     make_segment: Callable[..., Segment]
     crashes: dict[str, int] = field(default_factory=dict)
@@ -82,8 +82,11 @@ class Activation:
         entered: Callable[[], None],
     ) -> None:
         self._place, self._task, self._asked, self._entered = place, task, asked, entered
-        self.ref = InstanceRef(asked["workflow"], asked["id"], asked["tenant"])
-        self.lease = Lease(place.wire, task, self._place.beat_every, self._read_mail, self._lost)
+        named = asked.get("book", asked)
+        self.ref = InstanceRef(named["workflow"], named["id"], named["tenant"])
+        self.lease = Lease(
+            place.wire, task, self._place.beat_every, asked["mail"], self._read_mail, self._lost
+        )
         self.workflow_id = self.lease.workflow_id
         self.guest: Any = None
         self.over = asyncio.Event()
@@ -129,8 +132,7 @@ class Activation:
 
     async def _prepare(self) -> None:
         """Read the book."""
-        text = self._asked["book"] or await self._place.reader.text(self.workflow_id)
-        self._book = load(text)
+        self._book = load(self._asked.get("book") or await self._place.reader.text(self.workflow_id))
         for mail in self._early:
             self._read_mail(mail)
         self._early.clear()
@@ -150,7 +152,7 @@ class Activation:
     async def _outcome(self) -> Outcome | None:
         entry = ["claim", self._place.clock.now_us()]
         happened = self._book.apply(entry)
-        claimed = self.lease.record(entry)
+        claimed = self.lease.record(entry, soon=True)  # most segments record something else at once
         claimed.add_done_callback(
             lambda done: None if done.cancelled() or done.exception() is not None else self._tell(happened)
         )
@@ -201,7 +203,7 @@ class Activation:
             self._place.room.leave(self.guest)
             self.guest = None
         if outcome is not None or wait or self._is_pausing:
-            await self._place.settled(self.ref, self.workflow_id, uid)
+            await self._place.settled(self.ref, self.workflow_id, uid, outcome)
 
     async def _plain(self, outcome: Outcome | None) -> dict[str, Any]:
         aside, keep = self._place.aside(self.workflow_id), self._place.keep

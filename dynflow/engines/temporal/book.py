@@ -9,8 +9,8 @@ to large ones (see `blobs.py`), and nothing here looks into them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +36,8 @@ Entry = list[Any]
 # What is counted of a step, a buffered event or a line of history beside its payload, for the state limit.
 STEP_OVERHEAD = 100
 _LINE_OVERHEAD = 64
+# So many configs are kept once for all steps that have them; looking for one has to stay cheap.
+_MOST_CONFIGS = 50
 # What the history says of a cancelled step, by its kind and the state it had; else "step.cancelled".
 _CANCELLED = {
     ("do", "running"): "attempt.cancelled+step.cancelled",
@@ -73,6 +75,7 @@ class Book:
 
     `entries` counts the changes that segments have made, `events` is the number of the last history event, `size`
     is what the state limit counts. `started_at` is None until the first segment since it was created or restarted.
+    `configs` are those of its steps, each once: entries and lines have the place of theirs, or its text.
     """
 
     workflow: str
@@ -100,6 +103,7 @@ class Book:
     inbox: list[Letter] = field(default_factory=list)
     log: list[Happened] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    configs: list[str] = field(default_factory=list)
     seqs: dict[StepKey, int] = field(default_factory=dict)
 
     # --- what segments change ---
@@ -125,12 +129,22 @@ class Book:
             self.status = "running"
         return [self.write(at, "workflow.started+workflow.running" if is_new else "workflow.running")]
 
-    def begin(self, seq: int, step: list[Any], attempt: int, config: str | None, at: int) -> list[Happened]:
+    def config_of(self, config: StepConfig | None) -> str | int | None:
+        """Return a config as entries have it: its place, or its text where this is the first step that has it."""
+        text = None if config is None else _config_text(config)
+        return self.configs.index(text) if text in self.configs else text
+
+    def begin(
+        self, seq: int, step: list[Any], attempt: int, config: str | int | None, at: int
+    ) -> list[Happened]:
         """Note that an attempt starts. A previous one without an end was cut off by a crash."""
         kind, name, number = step
         size = STEP_OVERHEAD + len(name)
+        if isinstance(config, str) and config not in self.configs and len(self.configs) < _MOST_CONFIGS:
+            self.configs.append(config)
         if attempt == 1:
-            record = StepRecord(kind, name, number, seq, "running", 1, _config(config), at, at)
+            text = self.configs[config] if isinstance(config, int) else config
+            record = StepRecord(kind, name, number, seq, "running", 1, _config(text), at, at)
             line = self.add(record)
             line.started_event = self.count(2, size)
             return [first_started(record, line.started_event)]
@@ -322,23 +336,39 @@ _CHANGES: dict[str, Callable[..., list[Happened]]] = {
 }
 
 
+_NEW: dict[str, Any] = {one.name: [] if one.default is MISSING else one.default for one in fields(Book)}
+
+
 # --- as text -----------------------------------------------------------------------------------------
+
+
+def compact(value: Any) -> str:
+    """Return JSON without a space."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def plain_of(book: Book) -> dict[str, Any]:
+    """Return a book as JSON has it. What a new book has anyway is left out: a history has its book twice at least."""
+    plain = {one.name: getattr(book, one.name) for one in fields(Book) if one.name != "seqs"}
+    plain["lines"] = [_dump_line(line, book) for line in book.lines.values()]
+    plain["inbox"] = [_dump_letter(letter) for letter in book.inbox]
+    return {name: value for name, value in plain.items() if value != _NEW[name]}
 
 
 def dump(book: Book) -> str:
     """Return a book as text."""
-    plain = {one.name: getattr(book, one.name) for one in fields(Book) if one.name != "seqs"}
-    plain["lines"] = [_dump_line(line) for line in book.lines.values()]
-    plain["inbox"] = [_dump_letter(letter) for letter in book.inbox]
-    return json.dumps(plain, separators=(",", ":"))
+    return compact(plain_of(book))
 
 
-def load(text: str) -> Book:
-    """Return the book that `dump` made `text` from."""
-    plain = json.loads(text)
-    lines = [_load_line(line) for line in plain.pop("lines")]
-    plain["inbox"] = [Letter(*letter) for letter in plain["inbox"]]
-    plain["log"] = [Happened(number, at, tuple(types), data) for number, at, types, data in plain["log"]]
+def load(dumped: str | Mapping[str, Any]) -> Book:
+    """Return the book that `dump` made this text from, or `plain_of` this mapping."""
+    plain = json.loads(dumped) if isinstance(dumped, str) else dict(dumped)
+    configs = plain.get("configs", [])
+    lines = [_load_line(line, configs) for line in plain.pop("lines", [])]
+    plain["inbox"] = [Letter(*letter) for letter in plain.get("inbox", [])]
+    plain["log"] = [
+        Happened(number, at, tuple(types), data) for number, at, types, data in plain.get("log", [])
+    ]
     return Book(
         **plain,
         lines={line.record.seq: line for line in lines},
@@ -350,11 +380,10 @@ def _dump_letter(letter: Letter) -> list[Any]:
     return [letter.uid, letter.type, letter.payload, letter.sent_at]
 
 
-def _dump_line(line: Line) -> list[Any]:
+def _dump_line(line: Line, book: Book) -> list[Any]:
     record = line.record
-    config = None if record.config is None else config_text(record.config)
     return [
-        record.kind, record.name, record.count, record.seq, record.state, record.attempt, config,
+        record.kind, record.name, record.count, record.seq, record.state, record.attempt, book.config_of(record.config),
         record.started_at, record.attempt_at, record.ended_at,
         None if record.output is None else record.output.decode(),
         failure_text(record.failure), record.deadline, record.event_type,
@@ -362,19 +391,19 @@ def _dump_line(line: Line) -> list[Any]:
     ]  # fmt: skip
 
 
-def _load_line(plain: Sequence[Any]) -> Line:
+def _load_line(plain: Sequence[Any], configs: Sequence[str]) -> Line:
     (kind, name, count, seq, state, attempt, config, started_at, attempt_at, ended_at, output, failure, deadline,
      event_type, started_event, ended_event, taken, failed) = plain  # fmt: skip
+    text = configs[config] if isinstance(config, int) else config
     record = StepRecord(
-        kind, name, count, seq, state, attempt, _config(config), started_at, attempt_at, ended_at,
+        kind, name, count, seq, state, attempt, _config(text), started_at, attempt_at, ended_at,
         _bytes(output), _failure(failure), deadline, event_type,
     )  # fmt: skip
     return Line(record, started_event, ended_event, None if taken is None else Letter(*taken), failed)
 
 
 @lru_cache(maxsize=256)
-def config_text(config: StepConfig) -> str:
-    """Return a step's config as entries have it."""
+def _config_text(config: StepConfig) -> str:
     return encode(config.as_stored()).decode()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import timedelta
@@ -21,24 +20,27 @@ from dynflow.binding import WorkflowBinding
 from dynflow.clock import MICROSECOND, Clock, SystemClock
 from dynflow.durations import parse_duration
 from dynflow.engines import (
+    Completed,
     Engine,
+    Failed,
     InstanceRef,
     Limits,
     Listener,
     NewFork,
     NewInstance,
+    Outcome,
     StepKey,
+    Terminated,
 )
 from dynflow.engines.happened import ENDS, Happened
 from dynflow.engines.registry import Registry, at_least_one, bind
-from dynflow.engines.telling import Telling
+from dynflow.engines.telling import End, Telling
 from dynflow.engines.temporal import moves
 from dynflow.engines.temporal.activation import Workplace
 from dynflow.engines.temporal.blobs import Aside, Blobs, is_reference
-from dynflow.engines.temporal.book import Book, dump
+from dynflow.engines.temporal.book import Book, compact, plain_of
 from dynflow.engines.temporal.host import Host
 from dynflow.engines.temporal.interpreter import NAME, POST, Interpreter
-from dynflow.engines.temporal.journal import shown
 from dynflow.engines.temporal.names import Names
 from dynflow.engines.temporal.posting import Post
 from dynflow.engines.temporal.reading import Reader
@@ -51,8 +53,8 @@ from dynflow.engines.temporal.search_attributes import (
     missing_search_attributes,
 )
 from dynflow.engines.temporal.stored import ServerBlobs, delete_workflow
+from dynflow.engines.temporal.views import FIRST_LOOK, Views
 from dynflow.engines.temporal.wire import Wire, storage_error
-from dynflow.engines.view import InstanceRow, end_of, history_events, instance_status, result_of
 from dynflow.errors import (
     EngineClosedError,
     IllegalMoveError,
@@ -75,8 +77,6 @@ _STICKY = timedelta(seconds=0.5)
 _TASK = timedelta(seconds=5)
 # Books of more characters are kept aside.
 _INLINE = 256_000
-# Between looks at what another process may have changed, in seconds: the first, and the longest.
-_FIRST_LOOK, _LONGEST_LOOK = 0.02, 1.0
 
 
 class TemporalEngine(Engine):
@@ -113,6 +113,9 @@ class TemporalEngine(Engine):
         self._reader = Reader(self._wire)
         self._blobs = blobs or ServerBlobs(client, task_queue)
         self._telling = Telling()
+        self._views = Views(
+            self._reader, self._names, self._aside, self.clock, self._telling, self._check_open
+        )
         self._registry = Registry(max_retries=self.limits.retries, concurrency=concurrency)
         room = Room(concurrency, tenant_concurrency, lambda workflow: self._registry[workflow].concurrency)
         self._office = Post(self._wire, self._reader, self.clock, self._told)
@@ -215,13 +218,14 @@ class TemporalEngine(Engine):
             "heartbeat": self._heartbeat,
             "attributes": self._has_attributes,
         }
-        start: dict[str, Any] = {"options": options, "book": dump(book)}
-        if len(start["book"]) > _INLINE:
-            start |= {"shelf": await self._aside(workflow_id).shelve(start["book"]), "book": None}
+        start: dict[str, Any] = {"options": options, "book": plain_of(book)}
+        text = compact(start["book"])
+        if len(text) > _INLINE:
+            start |= {"shelf": await self._aside(workflow_id).shelve(text), "book": None}
         try:
             await self._wire.client.start_workflow(
                 NAME,
-                json.dumps(start).encode(),
+                compact(start).encode(),
                 id=workflow_id,
                 task_queue=self._wire.queue,
                 memo={"tenant": book.tenant},
@@ -267,34 +271,19 @@ class TemporalEngine(Engine):
                 raise InvalidArgumentError(f"several tenants have an instance {ref.id!r}: name the tenant")
         raise InstanceNotFoundError(f"there is no instance {ref.id!r} of workflow {ref.workflow!r}")
 
-    async def _book(self, ref: InstanceRef) -> Book:
-        self._check_open()
-        book = await self._reader.book(self._names.workflow_id(ref))
-        if book is None or (book.expires_at is not None and book.expires_at <= self.clock.now_us()):
-            raise InstanceNotFoundError(f"there is no instance {ref.id!r} of workflow {ref.workflow!r}")
-        return book
-
     async def status(self, ref: InstanceRef) -> InstanceStatus:
         """Return status, result and steps."""
-        ref = await self._full(ref)
-        book, aside = await self._book(ref), self._aside(self._names.workflow_id(ref))
-        steps = await asyncio.gather(*(shown(line, aside) for line in book.lines.values()))
-        attempts = {
-            seq: [
-                (number, began, ended, _bytes(failure), retry)
-                for number, began, ended, failure, retry in line.failed
-            ]
-            for seq, line in book.lines.items()
-        }
-        row = await self._row(book, aside)
-        return instance_status(row, {record.key: record for record in steps}, attempts)
+        return await self._views.status(await self._full(ref))
 
-    @staticmethod
-    async def _row(book: Book, aside: Aside) -> InstanceRow:
-        return InstanceRow(
-            0, book.workflow, book.tenant, book.id, book.status, book.created_at, book.started_at, book.ended_at,
-            book.paused_at, book.ending, await aside.get(book.output), _bytes(book.failure), _bytes(book.rollback),
-        )  # fmt: skip
+    async def history(self, ref: InstanceRef, cursor: int) -> AsyncGenerator[HistoryEvent, None]:
+        """Yield what happened after `cursor`, then what happens, up to the end of the instance."""
+        async with contextlib.aclosing(self._views.history(await self._full(ref), cursor)) as events:
+            async for event in events:
+                yield event
+
+    async def result(self, ref: InstanceRef) -> Any:
+        """Wait for the end; return the output or raise the instance's error."""
+        return await self._views.result(await self._full(ref))
 
     async def control(
         self, ref: InstanceRef, move: Literal["pause", "resume", "terminate"], *, rollback: bool = False
@@ -315,17 +304,17 @@ class TemporalEngine(Engine):
         if active is not None and not active.has_begun:
             await active.over.wait()
         while await self._reader.is_queued(workflow_id):  # noqa: ASYNC110 - only the server knows
-            await asyncio.sleep(_FIRST_LOOK)
+            await asyncio.sleep(FIRST_LOOK)
 
     async def restart(self, ref: InstanceRef, from_step: StepKey | None) -> None:
         """Start again, keeping what was started before `from_step`."""
         ref = await self._full(ref)
-        first = 0 if from_step is None else moves.started_as(await self._book(ref), from_step)
+        first = 0 if from_step is None else moves.started_as(await self._views.book(ref), from_step)
         await self._post(ref, {"op": "restart", "first": first})
 
     async def fork(self, ref: InstanceRef, before: StepKey, new: NewFork) -> bool:
         """Queue another instance, with what `ref` had ended of the steps before `before`."""
-        book = await self._book(ref)
+        book = await self._views.book(ref)
         workflow_id = self._names.workflow_id(InstanceRef(ref.workflow, new.id, book.tenant))
         source, target = self._aside(self._names.workflow_id(ref)), self._aside(workflow_id)
         params = await source.get(book.params) if new.params is None else new.params
@@ -365,7 +354,7 @@ class TemporalEngine(Engine):
     async def _delete(self, ref: InstanceRef) -> bool:
         try:
             ref = await self._full(ref)
-            book = await self._book(ref)
+            book = await self._views.book(ref)
         except InstanceNotFoundError:
             return False
         workflow_id = self._names.workflow_id(ref)
@@ -373,7 +362,7 @@ class TemporalEngine(Engine):
         if not await self._wire.signal(workflow_id, POST, mail):
             return False
         while await self._reader.exists(workflow_id):  # noqa: ASYNC110 - only the server knows
-            await asyncio.sleep(_FIRST_LOOK)
+            await asyncio.sleep(FIRST_LOOK)
         self._names.forget(ref)
         await self._release(workflow_id)
         self._telling.ended(ref, None)
@@ -381,60 +370,10 @@ class TemporalEngine(Engine):
         await delete_workflow(self._wire.client, workflow_id)
         return True
 
-    async def history(self, ref: InstanceRef, cursor: int) -> AsyncGenerator[HistoryEvent, None]:
-        """Yield what happened after `cursor`, then what happens, up to the end of the instance."""
-        ref = await self._full(ref)
-        with self._telling.followed(ref) as follower:
-            pause = _FIRST_LOOK
-            while True:
-                try:
-                    book = await self._book(ref)
-                except InstanceNotFoundError:
-                    if pause == _FIRST_LOOK and not cursor:
-                        raise
-                    return
-                found = book.history(cursor)
-                if not found and book.status in FINISHED:
-                    return
-                pause = _FIRST_LOOK if found else min(2 * pause, _LONGEST_LOOK)
-                new: list[Happened] | None = found
-                while new is not None:
-                    for event in history_events(new):
-                        if event.event_id > cursor:
-                            cursor = event.event_id
-                            yield event
-                    if new and new[-1].types[-1] in ENDS:
-                        break
-                    try:
-                        async with asyncio.timeout(pause):
-                            new = await follower.after(cursor)
-                    except TimeoutError:
-                        new = None
-
-    async def result(self, ref: InstanceRef) -> Any:
-        """Wait for the end; return the output or raise the instance's error."""
-        ref = await self._full(ref)
-        end = self._telling.end_of(ref)
-        pause = _FIRST_LOOK
-        try:
-            while True:
-                book = await self._book(ref)
-                if book.status in FINISHED:
-                    row = await self._row(book, self._aside(self._names.workflow_id(ref)))
-                    return result_of(end_of(row), ref.id)
-                await asyncio.wait({end}, timeout=pause)
-                pause = min(2 * pause, _LONGEST_LOOK)
-                if end.done():
-                    how = end.result()
-                    if how is None:
-                        raise InstanceNotFoundError(f"instance {ref.id!r} was deleted before its end")
-                    return result_of(how, ref.id)
-        finally:
-            self._telling.forget(ref, end)
-
     # --- inside ---
 
     async def _full(self, ref: InstanceRef) -> InstanceRef:
+        self._check_open()
         return await self.find(ref) if ref.tenant is None else ref
 
     def _check_open(self) -> None:
@@ -455,21 +394,21 @@ class TemporalEngine(Engine):
         return how
 
     async def _told(
-        self, ref: InstanceRef, happened: list[Happened], status: str, look_at: int | None
+        self, ref: InstanceRef, happened: list[Happened], status: str, look_at: int | None, end: End | None
     ) -> None:
-        """Tell what happened by mail, or by a segment's end."""
+        """Tell what happened by mail, or by a segment's end; `end`: how the instance ended, if that is known."""
         self._telling.tell(ref, happened)
         workflow_id = self._names.workflow_id(ref)
         if look_at is not None and not isinstance(self.clock, SystemClock):
             self.clock.call_at(look_at, partial(self._office.wake, workflow_id, look_at))
         if status in FINISHED and happened and happened[-1].types[-1] in ENDS:
             with contextlib.suppress(InstanceNotFoundError):
-                row = await self._row(await self._book(ref), self._aside(workflow_id))
-                self._telling.ended(ref, end_of(row))
+                self._telling.ended(ref, end or await self._views.end(ref))
 
-    async def _settled(self, ref: InstanceRef, workflow_id: str, uid: str) -> None:
+    async def _settled(self, ref: InstanceRef, workflow_id: str, uid: str, outcome: Outcome | None) -> None:
+        end = outcome if isinstance(outcome, (Completed, Failed, Terminated)) else None
         with contextlib.suppress(InstanceNotFoundError, StorageError):
-            await self._office.ask(ref, workflow_id, uid)
+            await self._office.ask(ref, workflow_id, uid, end)
 
     async def _release(self, workflow_id: str) -> None:
         active = self._host.active.get(workflow_id)

@@ -36,6 +36,7 @@ class Host:
         self._context = contextvars.Context()
         self._polls: set[asyncio.Task[None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._refusals: set[asyncio.Task[None]] = set()
         self._has_room = asyncio.Event()
         self.is_closing = False
 
@@ -57,15 +58,19 @@ class Host:
         bring it, which is handed over as well, and nothing is handed over before the server knows that they are gone.
         """
         self.is_closing = True
-        if self._polls:
-            await asyncio.wait(self._polls, timeout=_LAST_POLLS)
-            for task in self._polls:
-                task.cancel()
-            await asyncio.sleep(_NOTICED)
+        while self._polls:  # one that has brought something ends; what comes seldom comes alone
+            done, _ = await asyncio.wait(
+                self._polls, timeout=_LAST_POLLS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                break
+        for task in self._polls:
+            task.cancel()
+        await asyncio.sleep(_NOTICED)
         for task in self._tasks:
             task.cancel()
-        while self._tasks or self._polls:
-            await asyncio.wait([*self._tasks, *self._polls])
+        while left := [*self._tasks, *self._polls, *self._refusals]:
+            await asyncio.wait(left)
 
     def look_for_room(self) -> None:
         """Poll only while not too many wait for a slot."""
@@ -99,8 +104,10 @@ class Host:
             except RPCError:
                 await asyncio.sleep(_AGAIN)
                 continue
-            if task is not None and self._is_closed():
-                await self._refuse(task)
+            if task is not None and self._is_closed():  # not here: this poll is about to be cancelled
+                refusing = asyncio.get_running_loop().create_task(self._refuse(task))
+                self._refusals.add(refusing)
+                refusing.add_done_callback(self._refusals.discard)
             elif task is not None:
                 # Not in the context of whoever opened the engine: nothing of theirs is the tenant's.
                 serving = asyncio.get_running_loop().create_task(

@@ -24,7 +24,7 @@ from temporalio.exceptions import TimeoutError as ActivityTimeoutError
 
 from dynflow.clock import MICROSECOND, to_datetime
 from dynflow.engines.temporal import moves, search_attributes
-from dynflow.engines.temporal.book import Book, Letter, dump, load
+from dynflow.engines.temporal.book import Book, Letter, compact, dump, load, plain_of
 from dynflow.instance import FINISHED
 
 NAME = "dynflow.Instance"
@@ -37,8 +37,9 @@ _FOREVER = timedelta(days=3650)
 # The server never runs a segment again by itself: what a lost one has recorded would be forgotten, were it asked to
 # end before somebody has taken it again. So each loss comes here, with its records.
 _ONCE = RetryPolicy(maximum_attempts=1)
-# In seconds: after the first loss in a row, and at most; and how long one that was sent back stays away.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
+# In seconds: after the first loss in a row, long enough for a process that gave it back to have stopped polling (one
+# that is dead is not waited for), and at most; and how long one that was sent back stays away.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.3, 10.0
 _STAYS_AWAY = (0.5, 2.0)
 _RETRY = RetryPolicy(
     initial_interval=timedelta(milliseconds=100),
@@ -65,7 +66,8 @@ class Interpreter:
         self._mail: deque[dict[str, Any]] = deque()
         self._handled: dict[str, list[Any]] = {}
         self._segment: asyncio.Task[bytes] | None = None
-        self._losses = 0
+        self._losses, self._was_given_back = 0, False
+        self._posted = 0  # since this run of the workflow began
         self._is_gone = self._has_expired = self._is_over = self._is_told = False
 
     @workflow.run
@@ -73,8 +75,7 @@ class Interpreter:
         """Live until the instance is deleted or has expired."""
         start = json.loads(given)
         self._options = start["options"]
-        text = start["book"]
-        self._book: Book = load(await self._unshelved(start["shelf"]) if text is None else text)
+        self._book: Book = load(start["book"] or await self._unshelved(start["shelf"]))
         self._is_over = self._book.status in FINISHED
         self._handled.update(start.get("handled", {}))
         self._mail.extendleft(reversed(start.get("mail", [])))
@@ -95,6 +96,7 @@ class Interpreter:
     @workflow.signal(name=POST)
     def post(self, mail: bytes) -> None:
         """Take mail; it is handled by the loop, in order."""
+        self._posted += 1
         self._mail.append(json.loads(mail))
 
     @workflow.query(name=BOOK)
@@ -215,10 +217,12 @@ class Interpreter:
         self._handle_mail()
 
     async def _run_segment(self) -> None:
-        text = dump(self._book)
+        asked = {"mail": self._posted, "book": plain_of(self._book)}
+        if len(text := compact(asked)) > _SMALL:
+            text = compact(self._header() | {"mail": self._posted})
         self._segment = task = workflow.start_activity(
             SEGMENT,
-            json.dumps(self._header() | {"book": text if len(text) <= _SMALL else None}).encode(),
+            text.encode(),
             result_type=bytes,
             start_to_close_timeout=_FOREVER,
             heartbeat_timeout=timedelta(seconds=self._options["heartbeat"]),
@@ -247,7 +251,7 @@ class Interpreter:
             self._settle({"kind": "lost"}, ended["at"])
         if outcome["kind"] == "busy":
             await self._stay_away(workflow.random().uniform(*_STAYS_AWAY))
-        elif self._losses:
+        elif self._losses > 1 or (self._losses and self._was_given_back):
             await self._stay_away(min(_FIRST_PAUSE * 2 ** min(self._losses - 1, 10), _LONGEST_PAUSE))
 
     async def _stay_away(self, seconds: float) -> None:
@@ -278,6 +282,7 @@ class Interpreter:
         except ActivityError as error:
             if not isinstance(error.cause, CancelledError):
                 self._losses = losses + 1
+                self._was_given_back = not isinstance(error.cause, ActivityTimeoutError)
             kept: Sequence[Any] = ()
             if isinstance(error.cause, ActivityTimeoutError):
                 kept = error.cause.last_heartbeat_details
@@ -310,15 +315,15 @@ class Interpreter:
         )
 
     async def _go_on_as_new(self) -> None:
-        text: str | None = dump(self._book)
+        book: dict[str, Any] | None = plain_of(self._book)
         shelf = None
-        if text is not None and len(text) > _INLINE:
-            text, shelf = None, json.loads(await self._ask_host({"op": "shelve"}))
-        start = {"options": self._options, "book": text, "shelf": shelf} | {
+        if len(compact(book)) > _INLINE:
+            book, shelf = None, json.loads(await self._ask_host({"op": "shelve"}))
+        start = {"options": self._options, "book": book, "shelf": shelf} | {
             "handled": self._handled,
             "mail": list(self._mail),
         }
-        workflow.continue_as_new(json.dumps(start).encode())
+        workflow.continue_as_new(compact(start).encode())
 
     async def _unshelved(self, shelf: list[str]) -> str:
         parts = [await self._ask_host({"op": "unshelve", "part": part}) for part in shelf]

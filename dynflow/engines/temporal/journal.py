@@ -10,10 +10,11 @@ from dynflow.clock import Clock, to_datetime
 from dynflow.engines import Journal, Limits, StepRecord, Told, shown_name
 from dynflow.engines.happened import Happened
 from dynflow.engines.temporal.blobs import Aside, is_inline
-from dynflow.engines.temporal.book import Book, Entry, Letter, Line, config_text, failure_text
+from dynflow.engines.temporal.book import Book, Entry, Letter, Line, failure_text
 from dynflow.engines.temporal.lease import Lease
 from dynflow.errors import LeaseLostError, StorageError, WorkflowInternalError, WorkflowTimeoutError
 from dynflow.failure import Failure
+from dynflow.loop import outside
 from dynflow.serialization import decode, encode
 from dynflow.types import Event
 
@@ -44,7 +45,7 @@ class TemporalJournal(Journal):
         except WorkflowInternalError as error:
             told(error)
             return
-        config = None if record.config is None else config_text(record.config)
+        config = self._book.config_of(record.config)
         self._tell_when_made(
             ["begin", record.seq, list(record.key), record.attempt, config, record.attempt_at], told
         )
@@ -60,7 +61,7 @@ class TemporalJournal(Journal):
 
     async def _put_and_finish(self, record: StepRecord, told: Told) -> None:
         try:
-            output = await self._aside.put(record.output)
+            output = await outside(self._aside.put(record.output))
         except Exception as error:  # noqa: BLE001 - whatever keeps it from being stored is for `told`
             told(error)
             return

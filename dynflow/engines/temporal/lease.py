@@ -19,7 +19,7 @@ from temporalio.api.history.v1 import HistoryEvent
 from temporalio.api.workflowservice.v1 import PollActivityTaskQueueResponse
 from temporalio.service import RPCError
 
-from dynflow.engines.temporal.book import Entry
+from dynflow.engines.temporal.book import Entry, compact
 from dynflow.engines.temporal.interpreter import POST
 from dynflow.engines.temporal.wire import Wire, is_gone
 from dynflow.errors import LeaseLostError, StorageError
@@ -29,6 +29,8 @@ _MOST_ENTRIES = 100
 _MOST_CHARACTERS = 64_000
 # What one heartbeat or one piece of mail carries at most, far below the server's 2 MB.
 _MOST_OF_ONE = 256_000
+# How long an entry that nobody waits for may wait for the next one, in seconds.
+_SOON = 0.02
 # How long after its start a segment begins to listen for news, in seconds; most have ended by then.
 _LISTEN_AFTER = 0.2
 _CLOSED = frozenset(
@@ -45,13 +47,17 @@ Mail = dict[str, Any]
 
 
 class Lease:
-    """One activity task. `on_mail` is called with each piece of mail, `on_lost` once when the lease is lost."""
+    """One activity task. `known`: how many pieces of mail its book has.
+
+    `on_mail` is called with each later one, `on_lost` once when the lease is lost.
+    """
 
     def __init__(
         self,
         wire: Wire,
         task: PollActivityTaskQueueResponse,
         beat_every: float,
+        known: int,
         on_mail: Callable[[Mail], None],
         on_lost: Callable[[], None],
     ) -> None:
@@ -67,10 +73,13 @@ class Lease:
         self._dirty = asyncio.Event()
         self._error: LeaseLostError | StorageError | None = None
         self._last_event = 0
-        self._is_ours = False  # whether reading has come to the event that scheduled this segment
+        # Not what stands before the segment's own event in the history: the server's order of signals and commands is
+        # not the order in which the interpreter has seen them, where a task of its was lost.
+        self._known = known
         self._beating: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._soon: asyncio.TimerHandle | None = None
 
     # --- recording ---
 
@@ -86,20 +95,22 @@ class Lease:
         """Whether anything may have been recorded here."""
         return self._beating is not None
 
-    def record(self, entry: Entry) -> asyncio.Future[None]:
-        """Record an entry; the future is done when it is durable. Raises LeaseLostError."""
+    def record(self, entry: Entry, *, soon: bool = False) -> asyncio.Future[None]:
+        """Record an entry; the future is done when it is durable. `soon`: it may wait a moment for the next one's call.
+
+        Raises LeaseLostError.
+        """
         if self._error is not None:
             raise self._error
-        self._texts.append(json.dumps(entry))
+        self._texts.append(compact(entry))
         self._recorded += 1
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((self._recorded, future))
-        self._dirty.set()
+        if soon:
+            self._soon = asyncio.get_running_loop().call_later(_SOON, self._dirty.set)
+        else:
+            self._dirty.set()
         return future
-
-    def pending(self) -> tuple[int, list[Entry]]:
-        """Return the number of the first entry that no mail has, and these entries."""
-        return self.first, [json.loads(text) for text in self._texts]
 
     def _details(self, count: int | None = None) -> bytes:
         return f'{{"first":{self.first},"entries":[{",".join(self._texts[:count])}]}}'.encode()
@@ -201,19 +212,15 @@ class Lease:
         for event in events:
             if event.event_id <= self._last_event:
                 continue
-            mail = None
-            if self._is_ours and event.HasField("workflow_execution_signaled_event_attributes"):
-                signal = event.workflow_execution_signaled_event_attributes
-                data = await self._wire.unpack(signal.input) if signal.signal_name == POST else None
-                mail = None if data is None else json.loads(data)
+            signal = event.workflow_execution_signaled_event_attributes
+            data = await self._wire.unpack(signal.input) if signal.signal_name == POST else None
             if event.event_id <= self._last_event:  # somebody else has read it meanwhile
                 continue
             self._last_event = event.event_id
-            if event.HasField("activity_task_scheduled_event_attributes"):
-                scheduled = event.activity_task_scheduled_event_attributes
-                self._is_ours |= scheduled.activity_id == self._task.activity_id
-            elif mail is not None:
-                self._on_mail(mail)
+            if data is not None and self._known:
+                self._known -= 1
+            elif data is not None:
+                self._on_mail(json.loads(data))
             elif event.event_type in _CLOSED:
                 self._lose(LeaseLostError("the instance was ended or deleted"))
 
@@ -221,8 +228,9 @@ class Lease:
 
     async def close(self) -> None:
         """Stop beating and listening."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._soon):
+            if timer is not None:
+                timer.cancel()
         await self._stop(self._beating)
         await self._stop(self._listening)
 
@@ -237,9 +245,8 @@ class Lease:
         await self._stop(self._beating)
         while self._fitting() < len(self._texts):
             await self._beat_once()
-        first, entries = self.pending()
-        result = {"first": first, "entries": entries, "outcome": outcome, "uid": uid, "at": at}
-        await self._wire.completed(self._task.task_token, json.dumps(result).encode())
+        ended = compact({"outcome": outcome, "uid": uid, "at": at}).encode()
+        await self._wire.completed(self._task.task_token, self._details()[:-1] + b"," + ended[1:])
         self._made_durable(self._recorded)
 
     async def give_back(self, why: str) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
 from dynflow.clock import Clock
 from dynflow.engines import InstanceRef
 from dynflow.engines.happened import Happened
+from dynflow.engines.telling import End
 from dynflow.engines.temporal.interpreter import POST
 from dynflow.engines.temporal.moves import OK
 from dynflow.engines.temporal.reading import Reader
@@ -29,15 +30,17 @@ _FIRST, _LONGEST = 0.02, 1.0
 _PLENTY = 64 * 1024 * 1024
 _REMEMBERED = 10_000
 
-Told = Callable[[InstanceRef, list[Happened], str, int | None], Awaitable[None]]
+Told = Callable[[InstanceRef, list[Happened], str, int | None, End | None], Awaitable[None]]
+# What is asked of one instance: the future answer to each uid, with the end that it may bring.
+Asked = dict[str, tuple[asyncio.Future[str], End | None]]
 
 
 class Post:
-    """Sends mail for one engine. `told` is called with what happened, the status and when to look again."""
+    """Sends mail for one engine. `told` is called with what happened, the status, when to look again, and the end."""
 
     def __init__(self, wire: Wire, reader: Reader, clock: Clock, told: Told) -> None:
         self._wire, self._reader, self._clock, self._told = wire, reader, clock, told
-        self._asked: dict[str, dict[str, asyncio.Future[str]]] = {}
+        self._asked: dict[str, Asked] = {}
         self._sizes: dict[str, int] = {}
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -66,19 +69,19 @@ class Post:
             self._sizes[workflow_id] += size
         return OK
 
-    def ask(self, ref: InstanceRef, workflow_id: str, uid: str) -> asyncio.Future[str]:
-        """Return what becomes of mail, or of a segment's end, and have it told."""
+    def ask(
+        self, ref: InstanceRef, workflow_id: str, uid: str, end: End | None = None
+    ) -> asyncio.Future[str]:
+        """Return what becomes of mail, or of a segment's end, and have it told. `end`: what it brings, if it does."""
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         asked = self._asked.get(workflow_id)
         if asked is None:
             asked = self._asked[workflow_id] = {}
             self._keep(asyncio.get_running_loop().create_task(self._ask_all(ref, workflow_id, asked)))
-        asked[uid] = future
+        asked[uid] = future, end
         return future
 
-    async def _ask_all(
-        self, ref: InstanceRef, workflow_id: str, asked: dict[str, asyncio.Future[str]]
-    ) -> None:
+    async def _ask_all(self, ref: InstanceRef, workflow_id: str, asked: Asked) -> None:
         pause = _FIRST
         try:
             while asked:
@@ -89,20 +92,20 @@ class Post:
                     (uid, answer) for uid, answer in zip(uids, answers, strict=True) if answer is not None
                 ]
                 for uid, (how, happened) in found:
-                    future = asked.pop(uid)
+                    future, end = asked.pop(uid)
                     told = [Happened(number, at, tuple(types), data) for number, at, types, data in happened]
-                    await self._told(ref, told, status, look_at)
+                    await self._told(ref, told, status, look_at, end)
                     if not future.done():
                         future.set_result(how)
                 pause = _FIRST if found else min(1.5 * pause, _LONGEST)
                 if not found:
                     await asyncio.sleep(pause)
         except (InstanceNotFoundError, StorageError, EngineClosedError) as error:
-            _fail(asked.values(), error)
+            _fail(asked, error)
         finally:
             if self._asked.get(workflow_id) is asked:
                 del self._asked[workflow_id]
-            _fail(asked.values(), EngineClosedError("the engine was closed meanwhile"))
+            _fail(asked, EngineClosedError("the engine was closed meanwhile"))
 
     def _remember(self, workflow_id: str, size: int) -> None:
         self._sizes.pop(workflow_id, None)
@@ -131,8 +134,8 @@ class Post:
             await asyncio.wait(self._tasks)
 
 
-def _fail(futures: Iterable[asyncio.Future[str]], error: Exception) -> None:
-    for future in futures:
+def _fail(asked: Asked, error: Exception) -> None:
+    for future, _ in asked.values():
         if not future.done():
             future.set_exception(error)
             future.exception()  # nobody may wait for it any more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from temporalio.api.workflowservice.v1 import (
 from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
+from dynflow.engines.temporal.book import compact
 from dynflow.errors import LeaseLostError, StorageError
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ class Wire:
         """Send mail, durably; False where there is no such open workflow."""
         handle = self.client.get_workflow_handle(workflow_id)
         try:
-            await handle.signal(name, json.dumps(mail).encode())
+            await handle.signal(name, compact(mail).encode())
         except RPCError as error:
             if is_gone(error):
                 return False
