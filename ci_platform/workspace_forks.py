@@ -98,7 +98,15 @@ class WorkspaceForks:
                     view = await views.enter_async_context(self._workspaces.view(workspace_id, "0"))
                     base = view.lowers
                 with anyio.CancelScope(shield=True):
-                    await _thread(lambda: self._fork(stack, target, kept, base, mine))  # noqa: B023 - awaited here
+                    await self._make(lambda scratch: self._fork(stack, target, scratch, kept, base, mine))  # noqa: B023
+
+    async def _make(self, make: Callable[[Path], None]) -> None:
+        scratch = self._root / ".new" / secrets.token_hex(8)
+        try:
+            await _thread(lambda: make(scratch))
+        except BaseException:
+            await self._workspaces.abandon(scratch)
+            raise
 
     async def _of(self, run_id: str, kept: Steps) -> list[str]:
         """Return the workspaces of a run that steps of `kept` have forked."""
@@ -106,11 +114,16 @@ class WorkspaceForks:
         return [each for each in await self._workspaces.of_run(run_id) if each in wanted]
 
     def _fork(
-        self, source: Stack, target: Stack, kept: Steps, base: Sequence[Path], patch: Patch | None
+        self,
+        source: Stack,
+        target: Stack,
+        scratch: Path,
+        kept: Steps,
+        base: Sequence[Path],
+        patch: Patch | None,
     ) -> None:
         if target.exists():
             return
-        scratch = self._root / ".new" / secrets.token_hex(8)
         for name in ("layers", "pending", "squashed"):
             (scratch / name).mkdir(parents=True)
         taken = _kept(source, kept)

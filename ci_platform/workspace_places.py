@@ -89,6 +89,12 @@ class WorkspacePlaces:
     def _remove_workspace(self, stack: Stack, in_use: Collection[Path]) -> None:
         self._remove(*self._unlink([stack.folder], list(stack.links()), in_use))
 
+    async def abandon(self, scratch: Path) -> None:
+        """Remove a workspace that was not finished, and layers that nobody has besides; nothing where it is."""
+        in_use = self.in_use()
+        with anyio.CancelScope(shield=True):
+            await self._thread(lambda: self._remove_workspace(Stack(scratch), in_use))
+
     async def _let_go(self, trees: Collection[Path]) -> None:
         """Remove those of some trees that are of layers which nobody has any more."""
         in_use, trash = self.in_use(), self._root / ".trash"

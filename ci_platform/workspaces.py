@@ -96,7 +96,7 @@ class Workspaces(WorkspacePlaces):
             found = await self._grafts.find(wanted) if self._grafts else wanted
             checkout = await self._checkout(found, lazy=True)
             record = replace(found, git=checkout.git, layer=checkout.modules).as_json()
-            await self._thread(lambda: self._create(stack, record))
+            await self._create(stack, record)
         await self._check_origin(stack, wanted)
         return Workspace(workspace_id, repo, sha)
 
@@ -113,8 +113,13 @@ class Workspaces(WorkspacePlaces):
         if found.asked() != wanted.asked():
             raise ConflictError(f"the workspace {stack.folder.name!r} is of {found}, not of {wanted}")
 
-    def _create(self, stack: Stack, record: Mapping[str, Any], own: Sequence[Part] = ()) -> None:
-        stack.create(self._root / ".new" / secrets.token_hex(8), record, own, durable=self._durable)
+    async def _create(self, stack: Stack, record: Mapping[str, Any], own: Sequence[Part] = ()) -> None:
+        scratch = self._root / ".new" / secrets.token_hex(8)
+        try:
+            await self._thread(lambda: stack.create(scratch, record, own, durable=self._durable))
+        except BaseException:
+            await self.abandon(scratch)
+            raise
 
     async def fork_snapshot(self, workspace_id: str, source_id: str, name: str) -> Workspace:
         """Make a workspace that begins as a snapshot of another one. Again is the same; see `fork`."""
@@ -123,7 +128,7 @@ class Workspaces(WorkspacePlaces):
         wanted = replace(origin, snapshot=f"{source_id}@{name}")
         if not await self._exists(stack):
             async with self.view(source_id, name) as view:
-                await self._thread(lambda: self._create(stack, wanted.as_json(), view.own))
+                await self._create(stack, wanted.as_json(), view.own)
         await self._check_origin(stack, wanted)
         return Workspace(workspace_id, origin.repo, origin.sha)
 

@@ -158,6 +158,20 @@ async def test_forks_and_the_end_of_what_they_fork_may_meet(desk: Desk) -> None:
     assert pooled(desk) == []
 
 
+async def test_a_fork_that_fails_halfway_keeps_no_layer(desk: Desk) -> None:
+    await write(desk, "a", "a")
+    await write(desk, "b", "b")
+    second = Stack(desk.root / "workspaces" / of("run1")).layers()[1].trees[0].parent
+    second.rename(desk.root / "aside")
+    with pytest.raises(NotFoundError):
+        await fork(desk, "run2", "a", "b")
+    with pytest.raises(FileNotFoundError):
+        await desk.workspaces.fork_snapshot("run2.look", of("run1"), "2")
+    assert list((desk.root / "workspaces/.new").iterdir()) == []
+    await desk.workspaces.delete_run("run1")
+    assert pooled(desk) == []
+
+
 async def test_what_was_merged_is_not_merged_again_in_a_fork(desk: Desk) -> None:
     steps = [f"s{number}" for number in range(SQUASH_ABOVE + 2)]
     for step in steps:
