@@ -202,7 +202,7 @@ async def test_who_stops_the_agent_waits_for_the_end_of_its_own_time(run: Run) -
     assert containers(run.scope) == []
 
 
-@pytest.mark.parametrize("how", ["prlimit --nofile=64:64 --pid", "renice -n 5 -p"])
+@pytest.mark.parametrize("how", ["prlimit --nofile=64:64 --pid", "renice -n 19 -p"])
 async def test_what_the_next_command_would_inherit_takes_its_container_with_it(run: Run, how: str) -> None:
     await run("true")
     (first,) = containers(run.scope)
