@@ -33,6 +33,7 @@ from dynflow.binding import WorkflowBinding
 from dynflow.engines.temporal import TemporalEngine
 from dynflow.workflow import WorkflowEntrypoint
 from scripts.measuring import markdown, number, resident_mb, say
+from scripts.peers.temporal_peer import Run, one
 from tests.temporal_server import TemporalServer, find_program, new_queue, serving
 
 CALLERS = 16
@@ -84,12 +85,6 @@ async def stay() -> None:
 
 
 @activity.defn
-async def one() -> int:
-    """Do nothing much."""
-    return 1
-
-
-@activity.defn
 async def clock() -> float:
     """Tell when it runs."""
     return time.time()
@@ -102,18 +97,6 @@ async def stays() -> None:
     while True:
         activity.heartbeat()
         await asyncio.sleep(HEARTBEAT.total_seconds() / 3)
-
-
-@workflow.defn
-class PlainMany:
-    """As many trivial activities as it is told."""
-
-    @workflow.run
-    async def run(self, steps: int) -> int:
-        """Run them."""
-        for _ in range(steps):
-            await workflow.execute_activity(one, start_to_close_timeout=_LONG)
-        return steps
 
 
 @workflow.defn
@@ -157,7 +140,7 @@ def plain_worker(client: Client, queue: str, **options: Any) -> Worker:
     return Worker(
         client,
         task_queue=queue,
-        workflows=[PlainMany, PlainWaits, PlainStays],
+        workflows=[Run, PlainWaits, PlainStays],
         activities=[one, clock, stays],
         workflow_runner=UnsandboxedWorkflowRunner(),
         **options,
@@ -202,7 +185,7 @@ class Side:
         name = name or uuid.uuid4().hex
         if self.engine is not None:
             return (await self.binding("Many").create(name, steps)).result
-        handle = await self.client.start_workflow(PlainMany.run, steps, id=name, task_queue=self.queue)
+        handle = await self.client.start_workflow(Run.run, steps, id=name, task_queue=self.queue)
         return handle.result
 
     async def run(self, steps: int = 3) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -72,13 +75,33 @@ def artifact_get(*, run: str, name: str, file: str | None, output: str | None, f
             return
         target = Path(output or _name_of(client, path, name, file, form))
         # What is there already is somebody's, unless it was named.
-        with target.open("wb" if output else "xb") as opened:
-            try:
-                client.download(f"{path}/download", opened, **query)
-            except BaseException:
-                target.unlink()
-                raise
+        with _replaced(target) if output else _made(target) as opened:
+            client.download(f"{path}/download", opened, **query)
     click.echo(target, err=True)
+
+
+@contextmanager
+def _made(target: Path) -> Iterator[BinaryIO]:
+    """Open a new file, which is gone again where the block fails."""
+    with target.open("xb") as opened:
+        try:
+            yield opened
+        except BaseException:
+            target.unlink()
+            raise
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes `target`'s place when the block is done: where it fails, what was there stays."""
+    if target.exists() and not target.is_file():  # a device or a pipe: it cannot be replaced
+        with target.open("wb") as opened:
+            yield opened
+        return
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    with _made(part) as opened:
+        yield opened
+    part.replace(target)
 
 
 @artifact.command("delete")

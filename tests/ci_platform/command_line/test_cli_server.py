@@ -218,3 +218,6 @@ def test_artifacts_are_listed_and_downloaded(served: Served, tmp_path: Path) -> 
         in served.dynflow("artifact", "get", run_id, "both", "--format", "zip").stderr
     )
     assert "local-admin deleted it" in served.dynflow("artifact", "list", run_id).stdout
+    before, names = (here / "x.tar").read_bytes(), sorted(here.iterdir())
+    assert served.dynflow("artifact", "get", run_id, "both", "-o", "x.tar").returncode == 2
+    assert ((here / "x.tar").read_bytes(), sorted(here.iterdir())) == (before, names)
